@@ -1,0 +1,69 @@
+# World2Filter on TorchRL. `make help` lists the targets; `make train` and `make test` need nothing
+# but a Debian or Ubuntu machine with Python 3.11 or newer.
+.DEFAULT_GOAL := help
+.PHONY: help train smoke test test-all lint format lock extras setup clean gl
+
+VENV_PYTHON := .venv/bin/python
+EXPERIMENT ?= demo
+ARGS ?=
+PYTEST_ARGS ?=
+
+# The stamp is named after the contents it was made from, not their times: a fresh checkout of the
+# same lock installs nothing, another lock does.
+STAMP := .venv/.installed-$(shell cat requirements/locked.txt pyproject.toml scripts/setup.sh | cksum | cut -d' ' -f1)
+
+export MUJOCO_GL ?= egl
+# Threads that spin at barriers make two threads many times slower than one on a shared machine.
+export OMP_WAIT_POLICY ?= passive
+
+help:  ## List the targets.
+	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+
+train: $(STAMP) gl  ## Train: EXPERIMENT=demo and ARGS="any Hydra overrides".
+	$(VENV_PYTHON) sota_configs/world2filter.py experiment=$(EXPERIMENT) $(ARGS)
+
+smoke: $(STAMP) gl  ## The whole flow in under a minute, into a new runs/smoke.
+	rm -rf runs/smoke
+	$(VENV_PYTHON) sota_configs/world2filter.py experiment=smoke $(ARGS)
+
+test: export OMP_NUM_THREADS ?= 1
+test: $(STAMP) gl  ## Run the tests, without those marked slow; PYTEST_ARGS are passed on.
+	$(VENV_PYTHON) -m pytest -m "not slow" $(PYTEST_ARGS)
+
+test-all: export OMP_NUM_THREADS ?= 1
+test-all: $(STAMP) gl  ## Run every test that this machine can run.
+	$(VENV_PYTHON) -m pytest $(PYTEST_ARGS)
+
+lint: $(STAMP)  ## Ruff's rules and format, mypy's types: what CI refuses.
+	$(VENV_PYTHON) -m ruff check .
+	$(VENV_PYTHON) -m ruff format --check .
+	$(VENV_PYTHON) -m mypy
+
+format: $(STAMP)  ## Mend what ruff can mend.
+	$(VENV_PYTHON) -m ruff check --fix .
+	$(VENV_PYTHON) -m ruff format .
+
+COMPILE = $(VENV_PYTHON) -m uv pip compile pyproject.toml --quiet --universal --python-version 3.11 \
+	--fork-strategy fewest --overrides requirements/overrides.txt --no-annotate \
+	--custom-compile-command "make lock" $(ARGS)
+
+lock: $(STAMP)  ## Lock the requirements again; ARGS=--upgrade takes the newest versions.
+	$(COMPILE) --all-extras --output-file requirements/locked-extras.txt
+	$(COMPILE) --extra dev --constraints requirements/locked-extras.txt \
+		--output-file requirements/locked.txt
+
+extras: $(STAMP)  ## Add the locked packages of the extras sam3, wandb and slurm.
+	$(VENV_PYTHON) -m uv pip install --python $(VENV_PYTHON) --no-deps -r requirements/locked-extras.txt
+
+setup: $(STAMP) gl  ## Only set up.
+
+$(STAMP):
+	@sh scripts/setup.sh packages
+	@rm -f .venv/.installed-* && touch $@
+
+gl: $(STAMP)
+	@sh scripts/setup.sh gl
+
+clean:  ## Remove caches and builds; .venv and runs stay.
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -path ./.venv -prune -o -name __pycache__ -type d -exec rm -rf {} +

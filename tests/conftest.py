@@ -1,0 +1,50 @@
+"""Settings and fixtures shared by all tests."""
+
+from __future__ import annotations
+
+import os
+
+# Read when the libraries below load, hence before them: one quiet thread (spinning threads make a
+# shared machine many times slower) and rendering without a display.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("MUJOCO_GL", "egl")
+
+from pathlib import Path
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+WEIGHTS_VARIABLE = "W2F_SAM3_CHECKPOINT"
+
+
+def _missing_weights() -> str | None:
+    """Say why tests marked weights can't run here, or None when they can."""
+    checkpoint = os.environ.get(WEIGHTS_VARIABLE)
+    if checkpoint is None:
+        return f"needs SAM3's weights: set {WEIGHTS_VARIABLE} to the checkpoint's path"
+    if not Path(checkpoint).is_file():
+        raise pytest.UsageError(f"{WEIGHTS_VARIABLE}={checkpoint!r} is no file.")
+    return None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip, with the reason, the tests whose hardware or files this machine lacks."""
+    reasons = {
+        "gpu": None if torch.cuda.is_available() else "needs a CUDA device",
+        "weights": _missing_weights(),
+    }
+    for item in items:
+        for marker, reason in reasons.items():
+            if reason is not None and item.get_closest_marker(marker) is not None:
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    """An empty directory for the outputs of one run."""
+    path = tmp_path / "run"
+    path.mkdir()
+    return path

@@ -1,0 +1,136 @@
+"""The package as it is built and locked: version, files, and requirements that agree."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tarfile
+import tomllib
+import zipfile
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+import w2f_torchrl
+
+ROOT = Path(__file__).resolve().parents[1]
+LOCKS = {
+    "locked.txt": ["dev"],
+    "locked-extras.txt": ["dev", "sam3", "wandb", "slurm"],
+}
+
+
+@cache
+def project() -> dict:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def lock_lines(name: str) -> list[str]:
+    lines = (ROOT / "requirements" / name).read_text().splitlines()
+    return [line for line in lines if not line.startswith("#")]
+
+
+def canonical(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def locked_versions(name: str) -> dict[str, Version]:
+    requirements = [Requirement(line) for line in lock_lines(name)]
+    return {
+        canonical(requirement.name): Version(str(requirement.specifier).removeprefix("=="))
+        for requirement in requirements
+    }
+
+
+def test_version_is_the_one_literal_in_the_package():
+    assert "version" not in project()
+    assert "version" in project()["dynamic"]
+    assert metadata.version("w2f_torchrl") == w2f_torchrl.__version__
+    assert str(Version(w2f_torchrl.__version__)) == w2f_torchrl.__version__
+
+
+def test_changelog_names_the_version():
+    headings = re.findall(r"^## \[(.+?)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert headings[0] in {"Unreleased", w2f_torchrl.__version__}
+    assert w2f_torchrl.__version__ in headings or headings == ["Unreleased"]
+
+
+@pytest.mark.parametrize("lock", LOCKS)
+def test_lock_satisfies_the_declared_requirements(lock: str):
+    extras = project()["optional-dependencies"]
+    assert set(LOCKS["locked-extras.txt"]) == set(extras), "a lock must cover every extra"
+    wanted = [*project()["dependencies"]]
+    wanted += [requirement for extra in LOCKS[lock] for requirement in extras[extra]]
+    versions = locked_versions(lock)
+    for requirement in map(Requirement, wanted):
+        version = versions.get(canonical(requirement.name))
+        assert version is not None, f"{requirement} is not in {lock}: run make lock"
+        assert requirement.specifier.contains(version), f"{lock} has {version} for {requirement}"
+
+
+def test_one_environment_serves_all_extras():
+    # sam3 0.1.4 holds numpy, typing-extensions and tqdm back; both locks must follow it, or adding
+    # the extras to a working .venv would change what was tested.
+    assert locked_versions("locked.txt").items() <= locked_versions("locked-extras.txt").items()
+
+
+@pytest.mark.parametrize("lock", LOCKS)
+def test_lock_pins_every_package_and_names_no_host_or_path(lock: str):
+    for line in lock_lines(lock):
+        assert re.match(r"[A-Za-z0-9._-]+==[^\s/@:]+( ; .+)?$", line), line
+        assert "://" not in line
+
+
+def build(kind: str, directory: Path) -> Path:
+    # The backend straight from the environment: nothing is downloaded.
+    code = f"from setuptools import build_meta; build_meta.build_{kind}({str(directory)!r})"
+    subprocess.run([sys.executable, "-c", code], cwd=directory / "source", check=True)
+    (archive,) = [path for path in directory.iterdir() if path.suffix in {".whl", ".gz"}]
+    return archive
+
+
+def copy_sources(directory: Path) -> None:
+    """Copy what a build reads, so that nothing is written into the checkout."""
+    source = directory / "source"
+    source.mkdir()
+    names = ["pyproject.toml", "setup.cfg", "MANIFEST.in", "LICENSE", "README.md", "CHANGELOG.md"]
+    names += ["CONTRIBUTING.md", "Makefile", "scripts", "requirements", "sota_configs", "tests"]
+    for name in [*names, "w2f_torchrl"]:
+        path = ROOT / name
+        for file in [path] if path.is_file() else path.rglob("*"):
+            if file.is_file() and "__pycache__" not in file.parts:
+                target = source / file.relative_to(ROOT)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(file.read_bytes())
+
+
+def package_files() -> set[str]:
+    files = (ROOT / "w2f_torchrl").rglob("*")
+    return {str(f.relative_to(ROOT)) for f in files if f.suffix in {".py", ".yaml", ".typed"}}
+
+
+def test_wheel_holds_the_package_and_its_license(tmp_path: Path):
+    copy_sources(tmp_path)
+    with zipfile.ZipFile(build("wheel", tmp_path)) as wheel:
+        names = set(wheel.namelist())
+    info = f"w2f_torchrl-{w2f_torchrl.__version__}.dist-info"
+    assert package_files() <= names
+    assert f"{info}/licenses/LICENSE" in names
+    assert not [name for name in names if not name.startswith(("w2f_torchrl/", info))]
+
+
+def test_sdist_holds_what_a_checkout_needs(tmp_path: Path):
+    copy_sources(tmp_path)
+    top = f"w2f_torchrl-{w2f_torchrl.__version__}"
+    with tarfile.open(build("sdist", tmp_path)) as sdist:
+        names = {name.removeprefix(f"{top}/") for name in sdist.getnames()}
+    configs = {str(f.relative_to(ROOT)) for f in (ROOT / "sota_configs").rglob("*.yaml")}
+    assert configs
+    assert package_files() | configs <= names
+    assert {"LICENSE", "Makefile", "scripts/setup.sh", "requirements/locked.txt"} <= names
+    assert {"sota_configs/world2filter.py", "tests/conftest.py"} <= names

@@ -1,0 +1,1 @@
+"""Seeds, logging, video and pictures."""
