@@ -1,0 +1,370 @@
+"""Checkpoint files that are whole or refused.
+
+A checkpoint is one file, ``checkpoint_<updates>.pt``: what :func:`torch.save` writes, followed by
+a footer with the SHA-256 digest of everything before it. One file, because a digest in a second
+file can be out of step with the first after a crash. ``torch.load`` ignores the footer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import logging
+import os
+import re
+from collections import OrderedDict
+from pathlib import Path
+from typing import IO, Any, Literal, NamedTuple, cast
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+FORMAT_NAME = "w2f_torchrl.checkpoint"
+FORMAT_VERSION = 1
+PACKAGES = ("torch", "torchrl", "tensordict", "numpy")
+
+_NAME = re.compile(r"checkpoint_(\d+)\.pt")
+_FOOTER = re.compile(rb"\nw2f-sha256:([0-9a-f]{64})\n")
+_FOOTER_BYTES = len(b"\nw2f-sha256:") + 64 + len(b"\n")
+# Exact types: a numpy scalar is an instance of float, and weights_only loading refuses it.
+_LEAVES = (torch.Tensor, torch.nn.Parameter, int, float, bool, str, bytes, type(None))
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint is missing, damaged, or of a form that this version can't read."""
+
+
+class Checkpoint(NamedTuple):
+    """What :func:`load_checkpoint` returns.
+
+    Attributes:
+        payload: The dict given to :func:`save_checkpoint`.
+        updates: Learner updates done when it was saved.
+        frames: Environment frames collected when it was saved.
+        versions: Package name to version at the time of saving.
+    """
+
+    payload: dict[str, Any]
+    updates: int
+    frames: int
+    versions: dict[str, str]
+
+
+def save_checkpoint(
+    directory: str | os.PathLike[str],
+    payload: dict[str, Any],
+    *,
+    updates: int,
+    frames: int,
+    keep: int = 3,
+) -> Path:
+    """Write a checkpoint atomically, then delete the oldest ones.
+
+    The bytes go to a hidden temporary file in ``directory``, are forced to disk, and take their
+    name in one step: a crash at any moment leaves the earlier checkpoints as they were. One process
+    writes to a directory at a time; temporary files that an earlier, killed one left are removed.
+
+    Args:
+        directory: Where the checkpoints of the run are; created if missing.
+        payload: Dicts (string or integer keys), lists and tuples of tensors, numbers, strings,
+            bytes and None, nested at will: what ``torch.load(weights_only=True)`` reads.
+        updates: Learner updates so far; the file's number.
+        frames: Environment frames so far.
+        keep: How many checkpoints to keep, the new one included: it and the ``keep - 1`` highest
+            numbers among the others.
+
+    Returns:
+        The path of the new checkpoint.
+
+    Raises:
+        TypeError: If the payload holds anything else; names the entry.
+        ValueError: If ``keep`` is below 1 or a counter is negative.
+        OSError: If the disk is full, or the directory can't be written.
+    """
+    if keep < 1:
+        raise ValueError(f"checkpoint.keep must be at least 1, got {keep}.")
+    if updates < 0 or frames < 0:
+        raise ValueError(f"updates and frames must not be negative, got {updates} and {frames}.")
+    _check_payload(payload, "payload")
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    _remove_temporaries(directory)
+    path = directory / f"checkpoint_{updates:012d}.pt"
+    temporary = directory / f".{path.name}.tmp"
+    document = {
+        "format": FORMAT_NAME,
+        "format_version": FORMAT_VERSION,
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "updates": int(updates),
+        "frames": int(frames),
+        "payload": payload,
+    }
+    try:
+        with temporary.open("wb") as stream:
+            _write(document, stream)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    _sync_directory(directory)
+    others = [other for other in list_checkpoints(directory) if other != path]
+    for old in others[: max(0, len(others) - (keep - 1))]:
+        old.unlink()
+    return path
+
+
+def list_checkpoints(directory: str | os.PathLike[str]) -> list[Path]:
+    """List the checkpoints of a directory, lowest number of updates first.
+
+    Args:
+        directory: The directory; one that doesn't exist holds none.
+
+    Returns:
+        Paths, sorted by number and not by name.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        return []
+    return sorted((path for path in directory.iterdir() if _NAME.fullmatch(path.name)), key=_number)
+
+
+def latest_checkpoint(directory: str | os.PathLike[str]) -> Path | None:
+    """Return the checkpoint with the highest number, unverified, or None if there is none."""
+    paths = list_checkpoints(directory)
+    return paths[-1] if paths else None
+
+
+def latest_valid_checkpoint(directory: str | os.PathLike[str]) -> Path | None:
+    """Return the highest-numbered checkpoint whose digest holds.
+
+    A damaged one is skipped with a warning.
+
+    Args:
+        directory: The directory of checkpoints.
+
+    Returns:
+        The path, or None if the directory holds no checkpoint at all.
+
+    Raises:
+        CheckpointError: If there are checkpoints and every one is damaged.
+    """
+    paths = list_checkpoints(directory)
+    for path in reversed(paths):
+        try:
+            verify_checkpoint(path)
+        except CheckpointError as error:
+            logger.warning("%s Trying the one before it.", error)
+        else:
+            return path
+    if paths:
+        raise CheckpointError(
+            f"All {len(paths)} checkpoints in {directory} are damaged. "
+            "Start over in another run_dir, or delete them."
+        )
+    return None
+
+
+def verify_checkpoint(path: str | os.PathLike[str]) -> None:
+    """Compare a checkpoint's bytes with the digest in its footer.
+
+    Args:
+        path: A checkpoint file.
+
+    Raises:
+        CheckpointError: If the file is missing, cut short or altered; names the file.
+    """
+    path = Path(path)
+    try:
+        with path.open("rb") as stream:
+            content = max(0, os.fstat(stream.fileno()).st_size - _FOOTER_BYTES)
+            digest = _digest(stream, content)
+            footer = _FOOTER.fullmatch(stream.read())
+    except OSError as error:
+        raise CheckpointError(f"Checkpoint {path} can't be read: {error}.") from error
+    if footer is None:
+        raise CheckpointError(
+            f"Checkpoint {path} is cut short or wasn't written by {FORMAT_NAME}: no digest at its "
+            "end."
+        )
+    if footer.group(1).decode() != digest:
+        raise CheckpointError(f"Checkpoint {path} is damaged: its SHA-256 digest doesn't match.")
+
+
+def load_checkpoint(
+    path: str | os.PathLike[str], map_location: torch.device | str = "cpu"
+) -> Checkpoint:
+    """Verify and read a checkpoint. Nothing in the file is executed (``weights_only``).
+
+    Args:
+        path: A file that :func:`save_checkpoint` wrote.
+        map_location: Device to put the tensors on.
+
+    Returns:
+        The payload and the counters.
+
+    Raises:
+        CheckpointError: If the file is missing or damaged, or of an unknown format or version.
+    """
+    verify_checkpoint(path)
+    document = torch.load(path, map_location=map_location, weights_only=True)
+    if not isinstance(document, dict) or document.get("format") != FORMAT_NAME:
+        raise CheckpointError(f"{path} is not a {FORMAT_NAME} file.")
+    version = document.get("format_version")
+    if version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"Checkpoint {path} has format version {version!r}; this w2f_torchrl reads version "
+            f"{FORMAT_VERSION}. It was saved with {document.get('versions')}: use the w2f_torchrl "
+            "of that time."
+        )
+    return Checkpoint(
+        document["payload"], document["updates"], document["frames"], document["versions"]
+    )
+
+
+def resolve_resume(
+    resume: str | os.PathLike[str] | Literal["auto"] | None, run_dir: str | os.PathLike[str]
+) -> Path | None:
+    """Find the checkpoint that the setting ``resume`` means.
+
+    Args:
+        resume: None starts a new run; ``"auto"`` takes the latest valid checkpoint of
+            ``run_dir``, if there is one; a path names a checkpoint file, a ``checkpoints``
+            directory, or a run directory.
+        run_dir: The directory of the run that is about to start.
+
+    Returns:
+        A verified checkpoint, or None for a run that starts at zero.
+
+    Raises:
+        CheckpointError: If ``resume`` is None and ``run_dir`` already holds checkpoints (the new
+            run would mix with the old one), if the path doesn't exist or holds no checkpoint, or
+            if the checkpoint is damaged.
+    """
+    own = Path(run_dir) / "checkpoints"
+    if resume is None:
+        if latest_checkpoint(own) is not None:
+            raise CheckpointError(
+                f"run_dir={run_dir} already holds checkpoints and resume=null starts a new run. "
+                "Pass resume=auto to continue it, or another run_dir."
+            )
+        return None
+    if resume == "auto":
+        return latest_valid_checkpoint(own)
+    path = Path(resume)
+    if path.is_dir():
+        found = latest_valid_checkpoint(path) or latest_valid_checkpoint(path / "checkpoints")
+        if found is None:
+            raise CheckpointError(f"resume={resume} holds no file named checkpoint_<updates>.pt.")
+        return found
+    if not path.exists():
+        raise CheckpointError(
+            f"resume={resume} does not exist. Allowed: null, auto, or the path of a checkpoint, "
+            "of a directory of checkpoints, or of a run."
+        )
+    verify_checkpoint(path)
+    return path
+
+
+def discard_checkpoints_after(directory: str | os.PathLike[str], updates: int) -> list[Path]:
+    """Delete the checkpoints that lie in the future of a run resumed at ``updates``.
+
+    Without this, going back to an older checkpoint in the same run directory and then resuming
+    with ``"auto"`` would jump to the abandoned branch.
+
+    Args:
+        directory: The directory of checkpoints.
+        updates: The count of the checkpoint that the run resumes from; it stays.
+
+    Returns:
+        The deleted paths.
+    """
+    future = [path for path in list_checkpoints(directory) if _number(path) > updates]
+    for path in future:
+        path.unlink()
+    return future
+
+
+class _DigestingWriter:
+    """A file for :func:`torch.save` that hashes what passes and remembers why a write failed."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._stream = stream
+        self.digest = hashlib.sha256()
+        self.error: OSError | None = None
+
+    def write(self, data: bytes) -> int:
+        try:
+            count = self._stream.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+        self.digest.update(data)
+        return count
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+
+def _write(document: dict[str, Any], stream: IO[bytes]) -> None:
+    writer = _DigestingWriter(stream)
+    try:
+        torch.save(document, cast(IO[bytes], writer))  # torch.save calls write and flush only
+    except RuntimeError:
+        # torch.save hides a full disk behind an internal error about a position in the file.
+        if writer.error is not None:
+            raise writer.error from None
+        raise
+    stream.write(f"\nw2f-sha256:{writer.digest.hexdigest()}\n".encode())
+    stream.flush()
+    os.fsync(stream.fileno())
+
+
+def _digest(stream: IO[bytes], size: int, chunk: int = 1 << 20) -> str:
+    digest = hashlib.sha256()
+    while size > 0 and (data := stream.read(min(chunk, size))):
+        digest.update(data)
+        size -= len(data)
+    return digest.hexdigest()
+
+
+def _check_payload(value: Any, key: str) -> None:
+    if type(value) in (dict, OrderedDict):
+        for name, item in value.items():
+            if type(name) not in (str, int):
+                raise TypeError(
+                    f"{key} has a key {name!r} of type {_type_name(name)}; a checkpoint's keys are "
+                    "str or int."
+                )
+            _check_payload(item, f"{key}[{name!r}]")
+    elif type(value) in (list, tuple):
+        for index, item in enumerate(value):
+            _check_payload(item, f"{key}[{index}]")
+    elif type(value) not in _LEAVES:
+        raise TypeError(
+            f"{key} is a {_type_name(value)}; a checkpoint holds dict, list, tuple, tensor, int, "
+            "float, bool, str, bytes and None only."
+        )
+
+
+def _type_name(value: object) -> str:
+    return f"{type(value).__module__}.{type(value).__qualname__}"
+
+
+def _number(path: Path) -> int:
+    match = _NAME.fullmatch(path.name)
+    if match is None:
+        raise ValueError(f"{path.name} is not named checkpoint_<updates>.pt.")
+    return int(match.group(1))
+
+
+def _remove_temporaries(directory: Path) -> None:
+    for path in directory.glob(".checkpoint_*.pt.tmp"):
+        path.unlink(missing_ok=True)
+
+
+def _sync_directory(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
