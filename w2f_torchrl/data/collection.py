@@ -1,0 +1,229 @@
+"""TorchRL's synchronous collectors, set up for a recurrent policy."""
+
+from __future__ import annotations
+
+import atexit
+import signal
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from tensordict import NestedKey, TensorDict, TensorDictBase
+from tensordict.nn import TensorDictModuleBase
+from torchrl.collectors import Collector, MultiSyncCollector
+from torchrl.data import Unbounded
+from torchrl.envs import EnvBase, SerialEnv, TransformedEnv
+from torchrl.envs.transforms import TensorDictPrimer
+from torchrl.envs.utils import ExplorationType
+
+from w2f_torchrl.utils.seeding import derive_seed
+
+EnvFactory = Callable[[int, int], EnvBase]
+
+# What records need, and the episode statistics that RewardSum and StepCounter provide.
+REQUIRED_KEYS: tuple[NestedKey, ...] = (
+    "pixels",
+    "is_init",
+    "action",
+    ("next", "pixels"),
+    ("next", "reward"),
+    ("next", "terminated"),
+    ("next", "truncated"),
+    ("next", "done"),
+)
+OPTIONAL_KEYS: tuple[NestedKey, ...] = (
+    "foreground_mask",
+    ("next", "foreground_mask"),
+    ("next", "episode_reward"),
+    ("next", "step_count"),
+)
+
+
+def make_collector(
+    create_env: EnvFactory,
+    policy: TensorDictModuleBase,
+    *,
+    primers: Mapping[str, int],
+    num_envs: int,
+    num_workers: int,
+    frames_per_batch: int,
+    total_frames: int = -1,
+    seed: int = 0,
+    rank: int = 0,
+    device: torch.device | str = "cpu",
+    extra_keys: Sequence[NestedKey] = (),
+) -> Collector | MultiSyncCollector:
+    """Make a collector of ``[N, T]`` batches of consecutive transitions.
+
+    Each worker process steps ``num_envs / num_workers`` envs one after the other and asks its copy
+    of the policy once for all of them. Row i of every batch is env i. Batches hold what
+    :func:`~w2f_torchrl.data.records_from_rollout` and episode statistics need; what else the policy
+    writes is dropped. Call ``shutdown()`` at the end; Ctrl+C reaches the main process only.
+
+    Args:
+        create_env: Called in the worker as ``create_env(index, seed)`` with the env's index in
+            ``[0, num_envs)`` and its own seed. Makes an unbatched env with ``pixels`` and
+            ``is_init`` (InitTracker).
+        policy: Reads ``pixels``, ``is_init`` and the primed keys, writes ``action`` and the primed
+            keys under ``next``. It must reset its state where ``is_init``.
+        primers: The policy's recurrent keys (``state``, ``belief``, ``previous_action``) and their
+            sizes: float32 ``[*, size]``, zero at an episode's first step.
+        num_envs: Envs N over all workers.
+        num_workers: Worker processes; 0 collects in this process (for debugging; it seeds this
+            process's torch generator).
+        frames_per_batch: Agent steps in a batch, N x T.
+        total_frames: Agent steps after which the collector stops, -1 for never.
+        seed: The run's seed. Env i gets ``derive_seed(derive_seed(seed, "train", rank), "env", i)``
+            and worker w's policy noise ``derive_seed(seed, "policy", rank, w)``.
+        rank: This process's rank among distributed learners.
+        device: Where the workers' policies run; envs and batches are on CPU.
+        extra_keys: More keys that batches keep.
+
+    Returns:
+        TorchRL's MultiSyncCollector, or its Collector for ``num_workers=0``.
+
+    Raises:
+        ValueError: If the counts don't divide, or an env lacks ``is_init`` (raised by the worker).
+    """
+    _check_counts(num_envs, num_workers, frames_per_batch)
+    per_worker = num_envs // max(num_workers, 1)
+    env_seed = derive_seed(seed, "train", rank)
+    make_worker_env = [
+        partial(
+            _make_worker_env,
+            create_env,
+            range(worker * per_worker, (worker + 1) * per_worker),
+            dict(primers),
+            env_seed,
+            derive_seed(seed, "policy", rank, worker),
+        )
+        for worker in range(max(num_workers, 1))
+    ]
+    options = {
+        "policy": policy,
+        "frames_per_batch": frames_per_batch,
+        "total_frames": total_frames,
+        "policy_device": torch.device(device),
+        "env_device": torch.device("cpu"),
+        "storing_device": torch.device("cpu"),
+        "postproc": _KeepKeys(extra_keys),
+        "exploration_type": ExplorationType.RANDOM,
+        "auto_register_policy_transforms": False,  # the primer below carries the state
+    }
+    if num_workers == 0:
+        return Collector(make_worker_env[0], **options)
+    return _SyncCollector(
+        make_worker_env,
+        **options,
+        cat_results=0,
+        use_buffers=True,
+        init_fn=_ignore_interrupts,
+        # By default TorchRL takes one thread for each worker away from this process for good, but
+        # the workers wait while the learner computes.
+        num_threads=torch.get_num_threads(),
+    )
+
+
+class _SyncCollector(MultiSyncCollector):
+    """A MultiSyncCollector whose process always ends.
+
+    TorchRL leaves the weight scheme to the garbage collector. When that comes at the interpreter's
+    end, after an exception above all, the scheme starts a thread that never runs and hangs; workers
+    that nobody shut down are waited for without end as well.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        atexit.register(_shutdown_if_alive, weakref.ref(self))
+        super().__init__(*args, **kwargs)
+
+    def shutdown(
+        self, timeout: float | None = None, close_env: bool = True, raise_on_error: bool = True
+    ) -> None:
+        """End the workers, then the weight scheme's queues."""
+        try:
+            super().shutdown(timeout, close_env, raise_on_error)
+        finally:
+            for scheme in (getattr(self, "_weight_sync_schemes", None) or {}).values():
+                scheme.shutdown()
+
+
+def _shutdown_if_alive(collector: weakref.ref[_SyncCollector]) -> None:
+    alive = collector()
+    if alive is not None:
+        alive.shutdown(raise_on_error=False)
+
+
+def sync_policy_weights(
+    collector: Collector | MultiSyncCollector, policy: TensorDictModuleBase
+) -> None:
+    """Copy the policy's weights to every worker.
+
+    The collector's own method fails on a module: it wants the weights as a tensordict.
+    """
+    collector.update_policy_weights_(TensorDict.from_module(policy).data)
+
+
+def _check_counts(num_envs: int, num_workers: int, frames_per_batch: int) -> None:
+    if num_envs < 1 or num_workers < 0:
+        raise ValueError(
+            f"num_envs must be positive and num_workers not negative, got {num_envs} and "
+            f"{num_workers}."
+        )
+    if num_workers and num_envs % num_workers:
+        raise ValueError(
+            f"num_envs={num_envs} must be a multiple of num_workers={num_workers}: every worker "
+            "steps the same number of envs."
+        )
+    if frames_per_batch < 1 or frames_per_batch % num_envs:
+        raise ValueError(
+            f"frames_per_batch={frames_per_batch} must be a positive multiple of "
+            f"num_envs={num_envs}: every env makes the same number of steps a batch."
+        )
+
+
+def _make_worker_env(
+    create_env: EnvFactory,
+    indices: range,
+    primers: dict[str, int],
+    env_seed: int,
+    policy_seed: int,
+) -> EnvBase:
+    """Make one worker's envs, and seed its policy's noise."""
+    env = SerialEnv(
+        len(indices),
+        partial(_call, create_env),
+        create_env_kwargs=[
+            {"index": index, "seed": derive_seed(env_seed, "env", index)} for index in indices
+        ],
+    )
+    if "is_init" not in env.observation_spec.keys():
+        raise ValueError("create_env must make envs with `is_init`: wrap them with InitTracker().")
+    env.start()  # makes the envs now, so that they can't reseed torch's generator later
+    specs = {key: Unbounded((size,)) for key, size in primers.items()}
+    env = TransformedEnv(env, TensorDictPrimer(specs, expand_specs=True))
+    # Every process starts with the same generator: unseeded, all workers act with equal noise.
+    torch.manual_seed(policy_seed)
+    return env
+
+
+def _call(create_env: EnvFactory, index: int, seed: int) -> EnvBase:
+    """Let SerialEnv, which passes keywords, call a factory whatever its parameters' names."""
+    return create_env(index, seed)
+
+
+def _ignore_interrupts() -> None:
+    """Leave Ctrl+C, which the terminal sends to all processes, to the main one."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+class _KeepKeys:
+    """Drop all keys of a batch but those that are used."""
+
+    def __init__(self, extra_keys: Sequence[NestedKey]) -> None:
+        self.required = (*REQUIRED_KEYS, *extra_keys)
+
+    def __call__(self, batch: TensorDictBase) -> TensorDictBase:
+        present = set(batch.keys(include_nested=True))
+        return batch.select(*self.required, *(key for key in OPTIONAL_KEYS if key in present))

@@ -1,0 +1,57 @@
+"""Eight mask pixels in one byte, for storage."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Row b holds the eight bits of byte b, most significant first (numpy.packbits' order). Unpacking
+# by looking rows up is a gather of eight-byte words, far cheaper than eight shifts a byte.
+_BITS = ((torch.arange(256).unsqueeze(-1) >> torch.arange(7, -1, -1)) & 1).bool()  # [256, 8]
+
+
+def pack_mask(mask: Tensor) -> Tensor:
+    """Pack a mask, eight pixels of a row in one byte.
+
+    Args:
+        mask: bool ``[..., 1, H, W]``, W a multiple of 8.
+
+    Returns:
+        uint8 ``[..., 1, H, W // 8]``; the leftmost pixel is the most significant bit.
+
+    Raises:
+        TypeError: If the mask is not bool.
+        ValueError: If it lacks the channel dimension or W is not a multiple of 8.
+    """
+    if mask.dtype != torch.bool:
+        raise TypeError(f"pack_mask expects a bool mask, got {mask.dtype}.")
+    if mask.ndim < 3 or mask.shape[-3] != 1:
+        raise ValueError(f"pack_mask expects the shape [..., 1, H, W], got {tuple(mask.shape)}.")
+    if mask.shape[-1] % 8:
+        raise ValueError(
+            f"Masks are stored as one bit a pixel, so their width must be a multiple of 8: got "
+            f"W={mask.shape[-1]} in {tuple(mask.shape)}. Choose such an image size."
+        )
+    octets = mask.reshape(*mask.shape[:-1], -1, 8).byte()  # [..., 1, H, W // 8, 8]
+    weights = 1 << torch.arange(7, -1, -1, dtype=torch.uint8, device=mask.device)
+    packed: Tensor = (octets * weights).sum(-1, dtype=torch.uint8)
+    return packed
+
+
+def unpack_mask(packed: Tensor) -> Tensor:
+    """Undo :func:`pack_mask`.
+
+    Args:
+        packed: uint8 ``[..., 1, H, W // 8]``.
+
+    Returns:
+        bool ``[..., 1, H, W]``.
+
+    Raises:
+        TypeError: If the packed mask is not uint8.
+    """
+    if packed.dtype != torch.uint8:
+        raise TypeError(f"unpack_mask expects uint8, got {packed.dtype}.")
+    words = _BITS.to(packed.device).view(torch.int64).squeeze(-1)  # [256], eight bools a word
+    flat = words.index_select(0, packed.reshape(-1).int())
+    return flat.view(torch.bool).view(*packed.shape[:-1], packed.shape[-1] * 8)

@@ -1,0 +1,90 @@
+"""How many updates are due: the replay ratio, exactly."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from typing import Any
+
+
+class UpdateSchedule:
+    """Count the learner updates that are due after a number of agent steps.
+
+    An update replays ``batch_size * batch_length`` records, so a train ratio of R replayed records
+    for each agent step means R / (batch_size * batch_length) updates a step. After any sequence of
+    calls the updates add up to ``floor(ratio * (steps - start))`` exactly: the ratio is a fraction
+    and the count a whole number. (TorchRL's ``DreamerV3UpdateRatio`` adds floats, and grants one
+    update at its first call, whatever the ratio.)
+
+    Args:
+        train_ratio: Replayed records for each agent step, not negative. A float is read as its
+            decimal form: 0.1 means 1/10.
+        batch_size: Slices in an update's batch (B), over all ranks.
+        batch_length: Records in a slice (T).
+        start: Agent steps that are free of updates, such as those that fill the replay first.
+
+    Raises:
+        ValueError: If an argument is out of range.
+
+    Examples:
+        >>> schedule = UpdateSchedule(512, batch_size=16, batch_length=64)  # an update per 2 steps
+        >>> schedule(3), schedule(4), schedule(8)
+        (1, 1, 2)
+    """
+
+    def __init__(
+        self,
+        train_ratio: int | float | str | Fraction,
+        batch_size: int,
+        batch_length: int,
+        start: int = 0,
+    ) -> None:
+        ratio = Fraction(str(train_ratio))
+        if ratio < 0:
+            raise ValueError(f"train_ratio must not be negative, got {train_ratio}.")
+        if batch_size < 1 or batch_length < 1:
+            raise ValueError(
+                f"batch_size and batch_length must be positive, got {batch_size} and "
+                f"{batch_length}."
+            )
+        if start < 0:
+            raise ValueError(f"start must not be negative, got {start}.")
+        self.ratio = ratio / (batch_size * batch_length)
+        self.start = start
+        self.updates = 0
+
+    def __call__(self, steps: int) -> int:
+        """Return the updates that are due now, and count them as done.
+
+        Args:
+            steps: Agent steps since the beginning of the run, over all envs and ranks.
+
+        Raises:
+            ValueError: If ``steps`` went back behind updates that were already granted.
+        """
+        total = int(self.ratio * max(steps - self.start, 0))  # int() floors what is not negative
+        due = total - self.updates
+        if due < 0:
+            raise ValueError(
+                f"steps={steps} allows {total} updates but {self.updates} were granted before: "
+                "steps must not decrease."
+            )
+        self.updates = total
+        return due
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the ratio (as "a/b"), the start and the updates granted."""
+        return {"ratio": str(self.ratio), "start": self.start, "updates": self.updates}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue a schedule.
+
+        Raises:
+            ValueError: If the saved ratio is another one.
+        """
+        if Fraction(state_dict["ratio"]) != self.ratio:
+            raise ValueError(
+                f"The saved schedule made {state_dict['ratio']} updates an agent step, this one "
+                f"makes {self.ratio}: train_ratio, batch_size and batch_length must stay."
+            )
+        self.start = state_dict["start"]
+        self.updates = state_dict["updates"]
