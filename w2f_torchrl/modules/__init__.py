@@ -1,0 +1,35 @@
+"""Networks: encoder, RSSM, decoders, heads, actor and critic."""
+
+from w2f_torchrl.modules.actor_critic import (
+    GaussianActor,
+    action_distribution,
+    build_actor,
+    build_critic,
+    build_policy,
+    latent_sizes,
+)
+from w2f_torchrl.modules.config import LATENTS, PRESETS, ModelConfig
+from w2f_torchrl.modules.dual_decoder import DualImageDecoder, compose
+from w2f_torchrl.modules.rssm import BlockGRUStep, RSSMRollout, Unrolled, imagine, sample_one_hot
+from w2f_torchrl.modules.world_model import WorldModel, build_world_model
+
+__all__ = [
+    "LATENTS",
+    "PRESETS",
+    "BlockGRUStep",
+    "DualImageDecoder",
+    "GaussianActor",
+    "ModelConfig",
+    "RSSMRollout",
+    "Unrolled",
+    "WorldModel",
+    "action_distribution",
+    "build_actor",
+    "build_critic",
+    "build_policy",
+    "build_world_model",
+    "compose",
+    "imagine",
+    "latent_sizes",
+    "sample_one_hot",
+]

@@ -1,0 +1,117 @@
+"""Actor, critic and the acting policy."""
+
+from __future__ import annotations
+
+import torch
+from tensordict.nn import (
+    InteractionType,
+    ProbabilisticTensorDictModule,
+    ProbabilisticTensorDictSequential,
+    TensorDictModule,
+    TensorDictSequential,
+)
+from torch import Tensor, nn
+from torchrl.modules import DreamerV3MLP, RSSMStateEstimatorV3
+from torchrl.modules.distributions import IndependentNormal
+
+from w2f_torchrl.modules.config import ModelConfig
+from w2f_torchrl.modules.world_model import WorldModel
+
+
+class GaussianActor(nn.Module):
+    """The paper's policy for continuous actions: a Normal with a mean squashed into [-1, 1].
+
+    The standard deviation lies in [0.1, 1] and starts near 0.9, the mean near 0 (output scale
+    0.01; DreamerV3, hyperparameter table). The mean and the deviation have a linear layer each,
+    as in the reference: adaptive gradient clipping treats them one by one.
+
+    Args:
+        features: S + D, features of state and belief.
+        action_size: A.
+        config: Sizes; ``units`` and ``actor_critic_layers`` are read.
+    """
+
+    min_std = 0.1
+    max_std = 1.0
+
+    def __init__(self, features: int, action_size: int, config: ModelConfig):
+        super().__init__()
+        layers = config.actor_critic_layers
+        self.backbone = DreamerV3MLP(features, None, depth=layers, num_cells=config.units)
+        self.mean, self.std = (
+            DreamerV3MLP(config.units, action_size, depth=0, outscale=0.01) for _ in range(2)
+        )
+
+    def forward(self, state: Tensor, belief: Tensor) -> tuple[Tensor, Tensor]:
+        """Map ``[..., S], [..., D]`` to mean and standard deviation ``[..., A]``."""
+        hidden = self.backbone(belief, state)
+        std = torch.sigmoid(self.std(hidden).float() + 2.0)
+        std = (self.max_std - self.min_std) * std + self.min_std
+        return self.mean(hidden).float().tanh(), std
+
+
+def action_distribution(mean: Tensor, std: Tensor) -> IndependentNormal:
+    """The policy's distribution over actions ``[..., A]``; its log-probability has shape [...]."""
+    return IndependentNormal(mean, std, validate_args=False)
+
+
+def build_actor(config: ModelConfig, action_size: int) -> ProbabilisticTensorDictSequential:
+    """Build the actor: reads ``state`` and ``belief``, writes ``loc``, ``scale`` and ``action``.
+
+    Under ``set_exploration_type(ExplorationType.MODE)`` the action is the mean.
+    """
+    net = GaussianActor(config.state_size + config.belief_size, action_size, config)
+    return ProbabilisticTensorDictSequential(
+        TensorDictModule(net, in_keys=["state", "belief"], out_keys=["loc", "scale"]),
+        ProbabilisticTensorDictModule(
+            in_keys=["loc", "scale"],
+            out_keys=["action"],
+            distribution_class=IndependentNormal,
+            default_interaction_type=InteractionType.RANDOM,
+        ),
+    )
+
+
+def build_critic(config: ModelConfig) -> DreamerV3MLP:
+    """Build the critic: ``belief, state`` to logits over the bins, zero at the start."""
+    return DreamerV3MLP(
+        config.state_size + config.belief_size,
+        config.num_bins,
+        depth=config.actor_critic_layers,
+        num_cells=config.units,
+        outscale=0.0,
+    )
+
+
+def _carry(state: Tensor, belief: Tensor, action: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return state, belief, action
+
+
+def build_policy(
+    world_model: WorldModel, actor: ProbabilisticTensorDictSequential
+) -> TensorDictSequential:
+    """Compose the acting policy from the trained parts, shared and not copied.
+
+    It reads ``pixels``, ``is_init`` and the carried ``state``, ``belief`` and
+    ``previous_action`` (a TensorDictPrimer gives the first, with the sizes
+    of :func:`latent_sizes`), and writes
+    ``action`` and the carried entries of the next step. Neither a mask nor the background branch
+    is computed.
+    """
+    rollout = world_model.rollout
+    carried = ["state", "belief", "previous_action"]
+    return TensorDictSequential(
+        TensorDictModule(world_model.encoder, ["pixels"], ["encoded_latents"]),
+        RSSMStateEstimatorV3(rollout.rssm_prior.module, rollout.rssm_posterior.module),
+        actor,
+        TensorDictModule(_carry, ["state", "belief", "action"], [("next", key) for key in carried]),
+    )
+
+
+def latent_sizes(config: ModelConfig, action_size: int) -> dict[str, int]:
+    """Features of the entries that the policy carries from step to step, by key."""
+    return {
+        "state": config.state_size,
+        "belief": config.belief_size,
+        "previous_action": action_size,
+    }

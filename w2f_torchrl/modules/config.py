@@ -1,0 +1,125 @@
+"""Sizes of the world model and of the actor and critic, and the named presets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+#: Where the mask decides what is learned: see :func:`w2f_torchrl.modules.build_world_model`.
+LATENTS = ("split", "shared", "foreground")
+
+
+@dataclass
+class ModelConfig:
+    """Widths and depths of every network.
+
+    The defaults that the presets share are the paper's: 32 categoricals, 8 blocks in the GRU,
+    1 dynamics, 2 prior and 1 posterior layers, convolutions of kernel 5 with multipliers
+    2, 3, 4, 4, reward and continuation heads of one layer, actor and critic of three
+    (DreamerV3, Nature 2025, methods and extended tables).
+    """
+
+    preset: str = "size12m"
+    belief_size: int = 2048
+    """D, features of the deterministic recurrent belief; a multiple of ``num_blocks``."""
+    hidden_size: int = 256
+    """Features of the RSSM's hidden layers."""
+    num_categoricals: int = 32
+    """K, categorical variables of the stochastic state."""
+    num_classes: int = 16
+    """Classes of each categorical; the state has S = K x classes features."""
+    cnn_depth: int = 16
+    """Base channels of encoder and decoder."""
+    units: int = 256
+    """Units of each layer of reward, continuation, actor and critic."""
+    background_belief_size: int = 512
+    """Belief of the background RSSM (latent ``split`` only)."""
+    background_hidden_size: int = 128
+    """Hidden features of the background RSSM (latent ``split`` only)."""
+    background_num_classes: int = 16
+    """Classes of each categorical of the background state (latent ``split`` only)."""
+    background_cnn_depth: int = 8
+    """Base channels of the background decoder."""
+    num_blocks: int = 8
+    dynamics_layers: int = 1
+    prior_layers: int = 2
+    posterior_layers: int = 1
+    head_layers: int = 1
+    actor_critic_layers: int = 3
+    kernel_size: int = 5
+    cnn_multipliers: tuple[int, ...] = (2, 3, 4, 4)
+    unimix: float = 0.01
+    num_bins: int = 255
+
+    @property
+    def state_size(self) -> int:
+        """S, features of the stochastic state."""
+        return self.num_categoricals * self.num_classes
+
+    @property
+    def background_state_size(self) -> int:
+        """Features of the background's stochastic state."""
+        return self.num_categoricals * self.background_num_classes
+
+    @property
+    def image_factor(self) -> int:
+        """The image's sides must be multiples of this, one halving a stage."""
+        return int(2 ** len(self.cnn_multipliers))
+
+    def validate(self, image_size: int) -> None:
+        """Raise ``ValueError`` naming the first size that can't be built.
+
+        Args:
+            image_size: Side of the square image, pixels.
+        """
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, int) and not isinstance(value, bool) and value < 1:
+                raise ValueError(f"model.{field.name}={value} must be at least 1.")
+        for name in ("belief_size", "background_belief_size"):
+            if getattr(self, name) % self.num_blocks:
+                raise ValueError(
+                    f"model.{name}={getattr(self, name)} must be a multiple of "
+                    f"model.num_blocks={self.num_blocks}."
+                )
+        if self.num_bins % 2 == 0:
+            raise ValueError(f"model.num_bins={self.num_bins} must be odd, so that 0 is a bin.")
+        if not 0 <= self.unimix < 1:
+            raise ValueError(f"model.unimix={self.unimix} must be in [0, 1).")
+        if image_size % self.image_factor:
+            raise ValueError(
+                f"environment.image_size={image_size} must be a multiple of {self.image_factor}, "
+                f"since the decoder doubles the picture {len(self.cnn_multipliers)} times."
+            )
+
+
+def _preset(
+    name: str, belief: int, hidden: int, classes: int, depth: int, background: tuple[int, ...]
+) -> ModelConfig:
+    return ModelConfig(
+        preset=name,
+        belief_size=belief,
+        hidden_size=hidden,
+        num_classes=classes,
+        cnn_depth=depth,
+        units=hidden,
+        background_belief_size=background[0],
+        background_hidden_size=background[1],
+        background_num_classes=background[2],
+        background_cnn_depth=background[3],
+    )
+
+
+#: The paper's sizes by name. The background's are ours: about a quarter of the belief and half
+#: of the other widths, since scenery needs no actions, rewards or plans.
+PRESETS: dict[str, ModelConfig] = {
+    config.preset: config
+    for config in (
+        _preset("size1m", 512, 64, 4, 4, (256, 64, 4, 4)),
+        _preset("size12m", 2048, 256, 16, 16, (512, 128, 16, 8)),
+        _preset("size25m", 3072, 384, 24, 24, (768, 192, 24, 12)),
+        _preset("size50m", 4096, 512, 32, 32, (1024, 256, 32, 16)),
+        _preset("size100m", 6144, 768, 48, 48, (1536, 384, 48, 24)),
+        _preset("size200m", 8192, 1024, 64, 64, (2048, 512, 64, 32)),
+        _preset("size400m", 12288, 1536, 96, 96, (3072, 768, 96, 48)),
+    )
+}

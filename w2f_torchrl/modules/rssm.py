@@ -1,0 +1,273 @@
+"""The recurrent state-space model, rolled out over time with little work in the time loop.
+
+Shape letters: B batch, T time, D belief, S = K x classes state, G blocks of the GRU.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from tensordict import TensorDictBase
+from tensordict.nn import TensorDictModule
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchrl.modules import RSSMPosteriorV3, RSSMPriorV3, RSSMRolloutV3
+
+
+class Unrolled(NamedTuple):
+    """What the RSSM gives for a sequence."""
+
+    state: Tensor
+    """Posterior sample, one-hot with straight-through gradient ``[B, T, S]``."""
+    belief: Tensor
+    """Deterministic belief ``[B, T, D]``."""
+    prior_logits: Tensor
+    """``[B, T, K, classes]``."""
+    posterior_logits: Tensor
+    """``[B, T, K, classes]``."""
+
+
+def sample_one_hot(logits: Tensor, unimix: float, uniform: Tensor) -> Tensor:
+    """Draw one-hot categoricals by inverting the distribution function.
+
+    Args:
+        logits: ``[..., K, classes]``.
+        unimix: Share of the uniform distribution in the mixture, in [0, 1).
+        uniform: Draws from U[0, 1) ``[..., K]``.
+
+    Returns:
+        One-hot samples ``[..., K, classes]`` whose gradient is that of the probabilities
+        (straight-through; DreamerV3, methods).
+    """
+    probs = torch.softmax(logits, -1)
+    if unimix:
+        probs = probs * (1 - unimix) + unimix / logits.shape[-1]
+    with torch.no_grad():
+        index = (uniform.unsqueeze(-1) > probs.cumsum(-1)).sum(-1, keepdim=True)
+        # Rounding can leave the last cumulative probability below 1.
+        index.clamp_(max=logits.shape[-1] - 1)
+        one_hot = torch.zeros_like(probs).scatter_(-1, index, 1.0)
+    if not probs.requires_grad:
+        return one_hot
+    return probs + (one_hot - probs.detach())
+
+
+class BlockGRUStep:
+    """One step of TorchRL's block GRU with everything known in advance taken out of it.
+
+    TorchRL's cell repeats the projected features for every block and concatenates them with the
+    block's belief. The product with the block weights is the same as one dense product of the
+    features plus one batched product of the belief, and the action's share of it (and the bias)
+    can be made for all steps at once. Built once per forward pass: it holds views of the
+    parameters, so gradients reach them.
+
+    Args:
+        prior: A TorchRL prior with ``recurrent_model="block_gru"``.
+    """
+
+    def __init__(self, prior: RSSMPriorV3):
+        core = prior.rnn
+        self.core = core
+        self.blocks = core.num_blocks
+        first = core.hidden_layers[0]
+        self.rest = core.hidden_layers[1:]
+        width = core.belief_dim // self.blocks
+        # [G, D/G + 3 hidden, D/G]: the block's own belief first, then the shared features.
+        self.belief_weight = first.weight[:, :width]
+        features = first.weight[:, width:].transpose(0, 1).flatten(1)  # [3 hidden, D]
+        hidden = features.shape[0] // 3
+        self.feature_weight = features[: 2 * hidden]
+        self.action_weight = features[2 * hidden :]
+        self.bias = first.bias
+        self.gate_weight = core.gates.weight  # [G, D/G, 3 D/G]
+        self.gate_bias = core.gates.bias.view(self.blocks, 1, -1)
+
+    def action_input(self, action: Tensor) -> Tensor:
+        """The action's share of the first layer: ``[..., A]`` to ``[..., D]``."""
+        action = action / action.detach().abs().clamp_min(1)
+        projected = self.core.action_projection(action)
+        return F.linear(projected, self.action_weight.t(), self.bias)
+
+    def __call__(self, state: Tensor, belief: Tensor, action_input: Tensor) -> Tensor:
+        """Advance the belief: ``[B, S], [B, D], [B, D]`` to ``[B, D]``."""
+        core, blocks = self.core, self.blocks
+        features = torch.cat((core.belief_projection(belief), core.state_projection(state)), -1)
+        grouped = belief.unflatten(-1, (blocks, -1)).transpose(0, 1)  # [G, B, D/G]
+        shared = torch.addmm(action_input, features, self.feature_weight)
+        shared = shared.unflatten(-1, (blocks, -1)).transpose(0, 1)
+        hidden = torch.baddbmm(shared, grouped, self.belief_weight)
+        hidden = self.rest(hidden.transpose(0, 1).flatten(1))
+        hidden = hidden.unflatten(-1, (blocks, -1)).transpose(0, 1)
+        gates = torch.baddbmm(self.gate_bias, hidden, self.gate_weight)
+        reset, candidate, update = gates.chunk(3, -1)
+        candidate = (reset.sigmoid() * candidate).tanh()
+        update = (update - 1).sigmoid()
+        grouped = torch.lerp(grouped, candidate, update)
+        return grouped.transpose(0, 1).flatten(1)
+
+
+class RSSMRollout(RSSMRolloutV3):
+    """TorchRL's :class:`~torchrl.modules.RSSMRolloutV3`, with less work per time step.
+
+    The same parameters, state dict, random stream and results (tested in float64); what changes
+    is where the work is done. The prior's head, the action's projection and the posterior's
+    projection of the embedding run once for all steps, no prior sample is drawn in the loop, and
+    the keys are free, so that a second RSSM can write ``background_state`` and
+    ``background_belief``. ``benchmarks/learner.py`` measures both.
+
+    Args:
+        rssm_prior: A TensorDictModule around a block-GRU ``RSSMPriorV3`` with the in_keys
+            ``[state, belief, action]`` and out_keys ``[prior_logits, state, belief]``.
+        rssm_posterior: A TensorDictModule around an ``RSSMPosteriorV3`` with the in_keys
+            ``[belief, embedding]`` and out_keys ``[posterior_logits, state]``.
+        reset_key: bool ``[B, T, 1]``; where true, state, belief and action are zeroed first.
+        action_key: The action's key ``[B, T, A]``; ``None``: no action (the scenery's RSSM).
+            TorchRL's cell needs an input, so it gets one constant zero.
+    """
+
+    def __init__(
+        self,
+        rssm_prior: TensorDictModule,
+        rssm_posterior: TensorDictModule,
+        reset_key: str = "is_init",
+        action_key: str | None = "action",
+    ):
+        super().__init__(rssm_prior, rssm_posterior, reset_key, action_key or "action")
+        prior, posterior = rssm_prior.module, rssm_posterior.module
+        if not isinstance(prior, RSSMPriorV3) or prior.recurrent_model != "block_gru":
+            raise ValueError(
+                "rssm_prior must hold an RSSMPriorV3 with recurrent_model='block_gru'."
+            )
+        if not isinstance(posterior, RSSMPosteriorV3):
+            raise ValueError("rssm_posterior must hold an RSSMPosteriorV3.")
+        self.has_action = action_key is not None
+        self.state_key, self.belief_key = rssm_prior.in_keys[:2]
+        self.embedding_key = rssm_posterior.in_keys[1]
+        self.in_keys = [self.embedding_key, self.reset_key]
+        if self.has_action:
+            self.in_keys = [self.action_key, *self.in_keys]
+
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Write the posterior over a sequence into ``tensordict``.
+
+        Args:
+            tensordict: ``[B, T]`` with the embedding ``[B, T, E]``, the action that led to each
+                observation and the reset flag. A ``state`` and ``belief`` entry gives the latent
+                before the first step (its first row is read); without one it is zero.
+
+        Returns:
+            The same tensordict with the out_keys of both modules.
+        """
+        embedding = tensordict.get(self.embedding_key)
+        state = tensordict.get(self.state_key, None)
+        belief = tensordict.get(self.belief_key, None)
+        unrolled = self.unroll(
+            embedding,
+            tensordict.get(self.action_key) if self.has_action else None,
+            tensordict.get(self.reset_key),
+            None if state is None else state[:, 0],
+            None if belief is None else belief[:, 0],
+        )
+        prior_key, state_key, belief_key = self.rssm_prior.out_keys
+        tensordict.set(prior_key, unrolled.prior_logits)
+        tensordict.set(state_key, unrolled.state)
+        tensordict.set(belief_key, unrolled.belief)
+        tensordict.set(self.rssm_posterior.out_keys[0], unrolled.posterior_logits)
+        return tensordict
+
+    def unroll(
+        self,
+        embedding: Tensor,
+        action: Tensor | None,
+        reset: Tensor,
+        state: Tensor | None = None,
+        belief: Tensor | None = None,
+    ) -> Unrolled:
+        """Roll the recurrence over a sequence.
+
+        Args:
+            embedding: Encoded observations ``[B, T, E]``.
+            action: The action that led to each observation ``[B, T, A]``, or ``None`` for none.
+            reset: bool ``[B, T, 1]``, true on the first observation of an episode.
+            state: Latent before the first step ``[B, S]``; zero if ``None``.
+            belief: Belief before the first step ``[B, D]``; zero if ``None``.
+        """
+        prior, posterior = self.rssm_prior.module, self.rssm_posterior.module
+        batch, time = embedding.shape[:2]
+        if action is None:
+            action = embedding.new_zeros(batch, time, 1)
+        if state is None:
+            state = embedding.new_zeros(batch, prior.num_categoricals * prior.num_classes)
+        if belief is None:
+            belief = embedding.new_zeros(batch, prior.rnn_hidden_dim)
+        step = BlockGRUStep(prior)
+        action_inputs = step.action_input(torch.where(reset, 0, action)).unbind(1)
+        first, rest = self._posterior_layers(posterior)
+        width = prior.rnn_hidden_dim
+        embedded = F.linear(embedding, first.weight[:, width:], first.bias).unbind(1)
+        belief_weight = first.weight[:, :width].t()
+        keep = (~reset).to(embedding.dtype).unbind(1)
+        # TorchRL draws the prior's uniforms too; drawing them in the same call costs nothing and
+        # keeps the random stream equal to its rollout's.
+        uniforms = torch.rand(time, 2, batch, prior.num_categoricals, device=embedding.device)
+
+        states, beliefs, logits = [], [], []
+        for t in range(time):
+            belief = step(state * keep[t], belief * keep[t], action_inputs[t])
+            hidden = torch.addmm(embedded[t], belief, belief_weight)
+            logit = rest(hidden).unflatten(-1, (posterior.num_categoricals, -1))
+            state = sample_one_hot(logit, posterior.unimix, uniforms[t, 1]).flatten(-2)
+            states.append(state)
+            beliefs.append(belief)
+            logits.append(logit)
+
+        belief = torch.stack(beliefs, 1)
+        prior_logits = prior.rnn_to_prior_projector(belief)
+        return Unrolled(
+            torch.stack(states, 1),
+            belief,
+            prior_logits.unflatten(-1, (prior.num_categoricals, -1)),
+            torch.stack(logits, 1),
+        )
+
+    @staticmethod
+    def _posterior_layers(posterior: RSSMPosteriorV3) -> tuple[nn.Linear, nn.Sequential]:
+        layers = posterior.obs_rnn_to_post_projector
+        return layers[0], layers[1:]
+
+
+def imagine(
+    prior: RSSMPriorV3, actor: nn.Module, state: Tensor, belief: Tensor, horizon: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Follow the policy in the model, without gradients.
+
+    REINFORCE scores stopped actions in stopped states (DreamerV3, "Actor learning"), so nothing
+    here needs a graph.
+
+    Args:
+        prior: The block-GRU prior.
+        actor: Maps ``state, belief`` to the mean and standard deviation of the action.
+        state: Start states ``[N, S]``.
+        belief: Start beliefs ``[N, D]``.
+        horizon: H, imagined steps.
+
+    Returns:
+        States ``[N, H + 1, S]`` and beliefs ``[N, H + 1, D]``, the start included, and the
+        actions taken in the first H of them ``[N, H, A]``.
+    """
+    with torch.no_grad():
+        step = BlockGRUStep(prior)
+        uniforms = torch.rand(horizon, len(state), prior.num_categoricals, device=state.device)
+        states, beliefs, actions = [state], [belief], []
+        for t in range(horizon):
+            mean, std = actor(state, belief)
+            action = mean + std * torch.randn_like(mean)
+            belief = step(state, belief, step.action_input(action))
+            logits = prior.rnn_to_prior_projector(belief)
+            logits = logits.unflatten(-1, (prior.num_categoricals, -1))
+            state = sample_one_hot(logits, prior.unimix, uniforms[t]).flatten(-2)
+            states.append(state)
+            beliefs.append(belief)
+            actions.append(action)
+        return torch.stack(states, 1), torch.stack(beliefs, 1), torch.stack(actions, 1)

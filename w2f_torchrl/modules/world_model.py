@@ -1,0 +1,231 @@
+"""The world model: encoder, recurrent latents, decoders, reward and continuation."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from tensordict import TensorDictBase
+from tensordict.nn import TensorDictModule, TensorDictModuleBase
+from torch import Tensor, nn
+from torchrl.modules import (
+    DreamerV3ImageDecoder,
+    DreamerV3ImageEncoder,
+    DreamerV3MLP,
+    RSSMPosteriorV3,
+    RSSMPriorV3,
+    SymExpTwoHot,
+)
+
+from w2f_torchrl.modules.config import LATENTS, PRESETS, ModelConfig
+from w2f_torchrl.modules.dual_decoder import DualImageDecoder
+from w2f_torchrl.modules.rssm import RSSMRollout
+
+Latent = Literal["whole", "split", "shared", "foreground"]
+
+
+class WorldModel(TensorDictModuleBase):
+    """DreamerV3's world model, with one latent or with one for the agent and one for the scenery.
+
+    Reads records ``[B, T]``: ``action`` (the one that led to the observation), ``is_init`` and
+    ``("next", "pixels")``. Writes under ``next``: ``state``, ``belief``, ``prior_logits``,
+    ``posterior_logits``, the reconstructions, ``reward_logits`` and ``continue_logits``; latent
+    ``split`` also ``background_state``, ``background_belief``, ``background_prior_logits`` and
+    ``background_posterior_logits``.
+
+    Args:
+        config: Sizes.
+        action_size: A.
+        image_size: Side of the square picture, pixels.
+        latent: ``"whole"`` (DreamerV3: one latent, one picture), ``"shared"`` (one latent, two
+            heads), ``"split"`` (two latents; reward, continuation, actor and critic read the
+            foreground's only and the background's sees no action) or ``"foreground"``.
+    """
+
+    def __init__(self, config: ModelConfig, action_size: int, image_size: int, latent: Latent):
+        super().__init__()
+        self.config, self.latent = config, latent
+        self.encoder = DreamerV3ImageEncoder(
+            depth=config.cnn_depth, mults=config.cnn_multipliers, kernel_size=config.kernel_size
+        )
+        embedding = self.encoder.output_features((3, image_size, image_size))
+        self.rollout = _build_rollout(config, embedding, action_size)
+        self.background_rollout = None
+        if latent == "split":
+            self.background_rollout = _build_rollout(_background(config), embedding, None)
+        self.decoder = _build_decoder(config, image_size, latent)
+        features = config.state_size + config.belief_size
+        self.reward = DreamerV3MLP(
+            features, config.num_bins, config.head_layers, config.units, outscale=0.0
+        )
+        self.continuation = DreamerV3MLP(features, 1, config.head_layers, config.units)
+        self.two_hot = SymExpTwoHot(config.num_bins)
+        self.in_keys = ["action", "is_init", ("next", "pixels")]
+        self.out_keys = self._out_keys()
+
+    def _out_keys(self) -> list[tuple[str, str]]:
+        names = ["state", "belief", "prior_logits", "posterior_logits"]
+        if self.background_rollout is not None:
+            names += [f"background_{name}" for name in names]
+        keys = [("next", name) for name in names]
+        return [
+            *keys,
+            *self.decoder.out_keys,
+            ("next", "reward_logits"),
+            ("next", "continue_logits"),
+        ]
+
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Write latents, reconstructions and predictions into ``tensordict``."""
+        tensordict = self.infer(tensordict)
+        self.decoder(tensordict)
+        state, belief = tensordict.get(("next", "state")), tensordict.get(("next", "belief"))
+        tensordict.set(("next", "reward_logits"), self.reward(belief, state).float())
+        tensordict.set(("next", "continue_logits"), self.continuation(belief, state).float())
+        return tensordict
+
+    def infer(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Write the posterior latents only."""
+        tensordict.set(
+            ("next", "encoded_latents"), self.encoder(tensordict.get(("next", "pixels")))
+        )
+        self.rollout(tensordict)
+        if self.background_rollout is not None:
+            self.background_rollout(tensordict)
+        return tensordict
+
+    def predict(self, state: Tensor, belief: Tensor) -> tuple[Tensor, Tensor]:
+        """Expected reward and probability of going on, both ``[...]``, in the given latents."""
+        reward = self.two_hot.decode(self.reward(belief, state).float())
+        continuation = torch.sigmoid(self.continuation(belief, state).float()).squeeze(-1)
+        return reward, continuation
+
+    @property
+    def prior(self) -> RSSMPriorV3:
+        """The foreground's prior, used by imagination and by the acting policy."""
+        return self.rollout.rssm_prior.module
+
+
+def build_world_model(
+    config: ModelConfig | str,
+    *,
+    action_size: int,
+    image_size: int = 64,
+    latent: Latent = "split",
+) -> WorldModel:
+    """Build a world model.
+
+    Args:
+        config: Sizes, or the name of a preset (``"size1m"`` to ``"size400m"``).
+        action_size: A, features of the action.
+        image_size: Side of the square picture, pixels; a multiple of 16.
+        latent: ``"split"``, ``"shared"``, ``"foreground"``, or ``"whole"`` for DreamerV3.
+
+    Raises:
+        ValueError: Naming the setting, its value and what is allowed.
+    """
+    if isinstance(config, str):
+        if config not in PRESETS:
+            raise ValueError(f"model={config!r} is unknown; presets: {', '.join(PRESETS)}.")
+        config = PRESETS[config]
+    if latent not in ("whole", *LATENTS):
+        raise ValueError(f"latent={latent!r} is unknown; allowed: whole, {', '.join(LATENTS)}.")
+    config.validate(image_size)
+    return WorldModel(config, action_size, image_size, latent)
+
+
+def _background(config: ModelConfig) -> ModelConfig:
+    """The background's sizes in the place of the foreground's."""
+    values = vars(config) | {
+        "belief_size": config.background_belief_size,
+        "hidden_size": config.background_hidden_size,
+        "num_classes": config.background_num_classes,
+    }
+    return ModelConfig(**values)
+
+
+def _build_rollout(config: ModelConfig, embedding: int, action_size: int | None) -> RSSMRollout:
+    # Every value that TorchRL's constructors default to otherwise is passed.
+    prior = RSSMPriorV3(
+        action_shape=(action_size or 1,),
+        action_dim=action_size or 1,
+        hidden_dim=config.hidden_size,
+        rnn_hidden_dim=config.belief_size,
+        num_categoricals=config.num_categoricals,
+        num_classes=config.num_classes,
+        recurrent_model="block_gru",
+        num_blocks=config.num_blocks,
+        num_layers=config.dynamics_layers,
+        prior_num_layers=config.prior_layers,
+        unimix=config.unimix,
+    )
+    posterior = RSSMPosteriorV3(
+        hidden_dim=config.hidden_size,
+        rnn_hidden_dim=config.belief_size,
+        obs_embed_dim=embedding,
+        num_categoricals=config.num_categoricals,
+        num_classes=config.num_classes,
+        use_rms_norm=True,
+        num_layers=config.posterior_layers,
+        unimix=config.unimix,
+    )
+    action_key = None if action_size is None else "action"
+    prefix = "background_" if action_size is None else ""
+    state, belief = f"{prefix}state", f"{prefix}belief"
+    return RSSMRollout(
+        TensorDictModule(
+            prior,
+            [state, belief, "action"],
+            [("next", f"{prefix}prior_logits"), ("next", state), ("next", belief)],
+        ),
+        TensorDictModule(
+            posterior,
+            [("next", belief), ("next", "encoded_latents")],
+            [("next", f"{prefix}posterior_logits"), ("next", state)],
+        ),
+        action_key=action_key,
+    )
+
+
+def _build_decoder(
+    config: ModelConfig, image_size: int, latent: Latent
+) -> TensorDictModule | DualImageDecoder:
+    features = config.state_size + config.belief_size
+    image_shape = (3, image_size, image_size)
+    kwargs = {"kernel_size": config.kernel_size, "num_blocks": config.num_blocks}
+    if latent == "whole":
+        decoder = DreamerV3ImageDecoder(
+            features, image_shape, config.cnn_depth, config.cnn_multipliers, **kwargs
+        )
+        keys = [("next", "state"), ("next", "belief")]
+        return TensorDictModule(_Float32(decoder), keys, [("next", "reconstructed_pixels")])
+    background_keys = ("background_state", "background_belief")
+    background_features: int | None = features
+    if latent == "split":
+        background_features = config.background_state_size + config.background_belief_size
+    elif latent == "shared":
+        background_keys = ("state", "belief")
+    else:
+        background_features = None
+    return DualImageDecoder(
+        features,
+        background_features,
+        image_shape,
+        depth=config.cnn_depth,
+        background_depth=config.background_cnn_depth,
+        multipliers=config.cnn_multipliers,
+        background_keys=background_keys,
+        **kwargs,
+    )
+
+
+class _Float32(nn.Module):
+    """Give the wrapped module's output in float32, also under autocast."""
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        output: Tensor = self.module(*inputs)
+        return output.float()

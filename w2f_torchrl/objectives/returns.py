@@ -1,0 +1,42 @@
+"""Lambda-returns, along imagined and replayed sequences."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def lambda_return(
+    reward: Tensor,
+    continuation: Tensor,
+    value: Tensor,
+    lmbda: float,
+    last: Tensor | None = None,
+) -> Tensor:
+    r"""Compute the lambda-returns of a sequence (DreamerV3, "Critic learning").
+
+    :math:`R_t = r_{t+1} + c_{t+1}((1 - \lambda_{t+1}) v_{t+1} + \lambda_{t+1} R_{t+1})`.
+    Element 0 of reward and continuation is never read: a return belongs to a state and counts what
+    comes after it.
+
+    Args:
+        reward: Reward that came with each state ``[N, T]``.
+        continuation: Discount times the probability of not having terminated ``[N, T]``.
+        value: Value of each state, which bootstraps ``[N, T]``.
+        lmbda: Weight of the longer return, in [0, 1].
+        last: bool ``[N, T]``, true on the last observation of an episode: what follows belongs to
+            another one, so the return stops there with the value.
+
+    Returns:
+        Returns of the states 0 to T - 2, ``[N, T - 1]``.
+    """
+    longer = torch.full_like(value, lmbda)
+    if last is not None:
+        longer = longer * (~last).to(value.dtype)
+    continuation, longer = continuation[:, 1:], longer[:, 1:]
+    partial = (reward[:, 1:] + continuation * (1 - longer) * value[:, 1:]).unbind(1)
+    weight = (continuation * longer).unbind(1)
+    returns = [value[:, -1]]
+    for t in reversed(range(len(partial))):
+        returns.append(torch.addcmul(partial[t], weight[t], returns[-1]))
+    return torch.stack(returns[:0:-1], 1)

@@ -1,0 +1,345 @@
+"""DreamerV3's losses, for one latent or for a foreground and a background latent.
+
+Shape letters: B batch, T time, N = B x T imagined trajectories, H horizon, S state, D belief.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchrl.modules import DreamerV3MLP, PercentileValueNorm
+from torchrl.objectives import LossModule, categorical_kl_terms
+
+from w2f_torchrl.modules import GaussianActor, WorldModel, action_distribution, imagine
+from w2f_torchrl.objectives import reconstruction
+from w2f_torchrl.objectives.reconstruction import FOREGROUND_TARGETS, ForegroundTarget
+from w2f_torchrl.objectives.returns import lambda_return
+from w2f_torchrl.segmenters import mask_iou
+
+
+@dataclass
+class LossConfig:
+    """Scales and constants of the losses; the defaults are the paper's (hyperparameter table)."""
+
+    image: float = 1.0
+    foreground: float = 1.0
+    mask: float = 1.0
+    background: float = 1.0
+    reward: float = 1.0
+    continuation: float = 1.0
+    dynamics: float = 1.0
+    representation: float = 0.1
+    actor: float = 1.0
+    critic: float = 1.0
+    replay_critic: float = 0.3
+    foreground_target: str = "inside"
+    free_nats: float = 1.0
+    entropy: float = 3e-4
+    imagination_horizon: int = 15
+    """H, imagined agent steps."""
+    discount_horizon: float = 333.0
+    """Agent steps; the discount is 1 - 1 / this, carried by the continuation."""
+    lmbda: float = 0.95
+    slow_critic_rate: float = 0.02
+    """Share of the critic that the slow critic takes in at each update."""
+    slow_critic_regularization: float = 1.0
+    return_rate: float = 0.01
+    """Rate of the running 5 % and 95 % quantiles of the returns."""
+
+    def validate(self) -> None:
+        """Raise ``ValueError`` naming the first setting out of range."""
+        if self.foreground_target not in FOREGROUND_TARGETS:
+            raise ValueError(
+                f"loss.foreground_target={self.foreground_target!r} is unknown; allowed: "
+                f"{', '.join(FOREGROUND_TARGETS)}."
+            )
+        if self.foreground_target == "inside" and self.mask <= 0:
+            raise ValueError(
+                f"loss.mask={self.mask} must be above 0 with loss.foreground_target='inside': "
+                "colours inside the mask alone teach no pose."
+            )
+        for name, value in vars(self).items():
+            if not isinstance(value, str) and value < 0:
+                raise ValueError(f"loss.{name}={value} must not be negative.")
+        for name in ("lmbda", "slow_critic_rate", "return_rate"):
+            if getattr(self, name) > 1:
+                raise ValueError(f"loss.{name}={getattr(self, name)} must be in [0, 1].")
+        for name in ("imagination_horizon", "discount_horizon"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"loss.{name}={getattr(self, name)} must be at least 1.")
+
+
+class World2FilterLoss(LossModule):
+    """All losses of one update as one module: world model, actor, critic and replayed critic.
+
+    The sum of the ``loss_*`` entries is what is minimised. Actor and critic learn in imagination
+    from every posterior state of the batch; their gradients stop at the latents. The replayed
+    critic loss does reach the foreground latent, as in the reference. With latent ``split`` the
+    background latent gets gradients from its own KL and reconstruction only.
+
+    Args:
+        world_model: The world model.
+        actor: Maps ``state, belief`` to mean and standard deviation.
+        critic: Maps ``belief, state`` to logits over the world model's bins.
+        config: Scales and constants.
+
+    Input, records ``[B, T]``: ``action``, ``is_init``, and under ``next`` ``pixels``, ``reward``,
+    ``terminated``, ``done`` and, unless the latent is ``whole``, ``foreground_mask``.
+
+    Output: scalars. ``loss_*`` as :meth:`loss_names` lists them, already weighted, and detached
+    metrics under their names in ``metrics.jsonl``.
+    """
+
+    def __init__(
+        self,
+        world_model: WorldModel,
+        actor: GaussianActor,
+        critic: DreamerV3MLP,
+        config: LossConfig | None = None,
+    ):
+        super().__init__()
+        self.config = config or LossConfig()
+        self.config.validate()
+        self.world_model = world_model
+        self.actor = actor
+        self.critic = critic
+        self.slow_critic = copy.deepcopy(critic).requires_grad_(False)
+        self.return_norm = PercentileValueNorm(rate=self.config.return_rate)
+        masks = [] if world_model.latent == "whole" else [("next", "foreground_mask")]
+        names = ("reward", "terminated", "done")
+        self.in_keys = [*world_model.in_keys, *(("next", name) for name in names), *masks]
+        self.out_keys = self.loss_names()
+
+    def _forward_value_estimator_keys(self, **kwargs: object) -> None:
+        """Nothing to forward: the returns are computed here."""
+
+    def loss_names(self) -> list[str]:
+        """The entries that are summed; :meth:`forward` gives exactly these."""
+        names = ["dynamics", "representation", "reward", "continuation"]
+        names += ["actor", "critic", "replay_critic"]
+        latent = self.world_model.latent
+        if latent == "whole":
+            names.append("image")
+        else:
+            names += ["foreground", "mask"]
+        if latent in ("split", "shared"):
+            names.append("background")
+        if latent == "split":
+            names += ["background_dynamics", "background_representation"]
+        return [f"loss_{name}" for name in names]
+
+    def forward(self, sample: TensorDictBase) -> TensorDict:
+        """Compute every loss on a batch of replayed sequences ``[B, T]``."""
+        model_td = self.world_model(sample.select(*self.in_keys))
+        losses, metrics = self.world_model_losses(model_td)
+        following = model_td.get("next")
+        state, belief = following.get("state"), following.get("belief")
+        actor_critic, more, returns = self.actor_critic_losses(
+            state.detach().flatten(0, 1), belief.detach().flatten(0, 1)
+        )
+        bootstrap = returns[:, 0].reshape(state.shape[:2])
+        losses |= actor_critic
+        losses["replay_critic"] = self.replay_critic_loss(
+            state,
+            belief,
+            following.get("reward").squeeze(-1),
+            following.get("terminated").squeeze(-1),
+            following.get("done").squeeze(-1),
+            bootstrap,
+        )
+        losses = {f"loss_{k}": getattr(self.config, _scale(k)) * v for k, v in losses.items()}
+        if set(losses) != set(self.out_keys):
+            raise RuntimeError(f"losses {sorted(losses)} differ from {sorted(self.out_keys)}.")
+        metrics |= more | self._loss_metrics({k: v.detach() for k, v in losses.items()})
+        return TensorDict({**losses, **metrics}, [])
+
+    # ---------------------------------------------------------------- world model
+
+    def world_model_losses(
+        self, model_td: TensorDictBase
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """KL, reconstruction, reward and continuation losses, unweighted, and metrics.
+
+        Args:
+            model_td: What the world model wrote, ``[B, T]``.
+        """
+        td = model_td.get("next")
+        losses: dict[str, Tensor] = {}
+        metrics: dict[str, Tensor] = {}
+        for prefix in ("", "background_") if "background_state" in td.keys() else ("",):
+            posterior, prior = td.get(f"{prefix}posterior_logits"), td.get(f"{prefix}prior_logits")
+            losses[f"{prefix}dynamics"], losses[f"{prefix}representation"] = categorical_kl_terms(
+                posterior.float(),
+                prior.float(),
+                self.config.free_nats,
+                self.world_model.config.unimix,
+            )
+            with torch.no_grad():
+                kl, _ = categorical_kl_terms(
+                    posterior.float(), prior.float(), 0.0, self.world_model.config.unimix
+                )
+            metrics[f"wm/{prefix}kl_value"] = kl
+        more, extra = self._reconstruction_losses(td)
+        losses |= more
+        metrics |= extra
+        two_hot = self.world_model.two_hot
+        losses["reward"] = two_hot.loss(td.get("reward_logits"), td.get("reward")).mean()
+        target = (~td.get("terminated")).float() * (1 - 1 / self.config.discount_horizon)
+        losses["continuation"] = F.binary_cross_entropy_with_logits(
+            td.get("continue_logits"), target
+        )
+        return losses, metrics
+
+    def _reconstruction_losses(
+        self, td: TensorDictBase
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        pixels = td.get("pixels")
+        if self.world_model.latent == "whole":
+            return {"image": reconstruction.image_loss(td.get("reconstructed_pixels"), pixels)}, {}
+        mask, logits = td.get("foreground_mask"), td.get("mask_logits")
+        kind: ForegroundTarget = self.config.foreground_target  # type: ignore[assignment]
+        losses = {
+            "foreground": reconstruction.foreground_loss(
+                td.get("foreground_pixels"), pixels, mask, kind
+            ),
+            "mask": reconstruction.mask_loss(logits, mask),
+        }
+        if "background_pixels" in td.keys():
+            losses["background"] = reconstruction.background_loss(
+                td.get("background_pixels"), pixels, mask
+            )
+        true_mask = mask if mask.dtype is torch.bool else mask > 0.5
+        return losses, {"wm/mask_iou": mask_iou(logits.detach() > 0, true_mask).mean()}
+
+    # ---------------------------------------------------------------- actor and critic
+
+    def actor_critic_losses(
+        self, state: Tensor, belief: Tensor
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
+        """Actor and critic losses in imagination from the given latents.
+
+        Args:
+            state: Start states, detached ``[N, S]``.
+            belief: Start beliefs, detached ``[N, D]``.
+
+        Returns:
+            Unweighted losses, metrics, and the returns of the first H states ``[N, H]``.
+        """
+        horizon = self.config.imagination_horizon
+        states, beliefs, actions = imagine(
+            self.world_model.prior, self.actor, state, belief, horizon
+        )
+        two_hot = self.world_model.two_hot
+        states_h, beliefs_h = states[:, :-1], beliefs[:, :-1]
+        logits = self.critic(beliefs_h, states_h).float()
+        with torch.no_grad():
+            reward, continuation = self.world_model.predict(states, beliefs)
+            last = self.critic(beliefs[:, -1:], states[:, -1:]).float()
+            value = two_hot.decode(torch.cat((logits, last), 1))
+            # The continuation carries the discount, the start's included.
+            weight = continuation.cumprod(1)[:, :-1]
+            returns = lambda_return(reward, continuation, value, self.config.lmbda)
+            if self.training:
+                self.return_norm.update(returns.unsqueeze(-1))
+            advantage = (returns - value[:, :-1]) / self.return_norm.scale()
+            slow_value = two_hot.decode(self.slow_critic(beliefs_h, states_h).float())
+        policy = action_distribution(*self.actor(states_h, beliefs_h))
+        entropy = policy.entropy()
+        actor_loss = -(
+            weight * (policy.log_prob(actions) * advantage + self.config.entropy * entropy)
+        ).mean()
+        critic_loss = (weight * self._critic_error(logits, returns, slow_value)).mean()
+        metrics = {
+            "ac/entropy": entropy.detach().mean(),
+            "ac/value_mean": value.mean(),
+            "ac/advantage_mean": advantage.mean(),
+            "ac/return_mean": returns.mean(),
+            "ac/return_scale": self.return_norm.scale().squeeze().clone(),
+            "ac/imagined_reward_mean": reward[:, 1:].mean(),
+        }
+        return {"actor": actor_loss, "critic": critic_loss}, metrics, returns
+
+    def replay_critic_loss(
+        self,
+        state: Tensor,
+        belief: Tensor,
+        reward: Tensor,
+        terminated: Tensor,
+        done: Tensor,
+        bootstrap: Tensor,
+    ) -> Tensor:
+        """Critic loss on the replayed rewards (DreamerV3, "Critic learning").
+
+        Args:
+            state: Posterior states ``[B, T, S]``, with gradient.
+            belief: Posterior beliefs ``[B, T, D]``, with gradient.
+            reward: ``[B, T]``.
+            terminated: bool ``[B, T]``.
+            done: bool ``[B, T]``, the last observation of an episode.
+            bootstrap: Imagined return of each state ``[B, T]``.
+        """
+        discount = 1 - 1 / self.config.discount_horizon
+        two_hot = self.world_model.two_hot
+        with torch.no_grad():
+            continuation = (~terminated).float() * discount
+            returns = lambda_return(reward, continuation, bootstrap, self.config.lmbda, done)
+            slow_value = two_hot.decode(self.slow_critic(belief, state).float())[:, :-1]
+        logits = self.critic(belief[:, :-1], state[:, :-1]).float()
+        # An episode's last state has no return: what follows it is another episode.
+        weight = (~done[:, :-1]).float()
+        return (weight * self._critic_error(logits, returns, slow_value)).mean()
+
+    def _critic_error(self, logits: Tensor, returns: Tensor, slow_value: Tensor) -> Tensor:
+        """Cross-entropy to the returns and, as a regulariser, to the slow critic's values."""
+        two_hot = self.world_model.two_hot
+        # Cross-entropy is linear in its target: one pass over the logits for both.
+        target: Tensor = two_hot.encode(returns)
+        scale = self.config.slow_critic_regularization
+        if scale:
+            target = target + scale * two_hot.encode(slow_value)
+        return -(target * torch.log_softmax(logits, -1)).sum(-1)
+
+    @torch.no_grad()
+    def update_slow_critic(self) -> None:
+        """Move the slow critic towards the critic by ``slow_critic_rate``."""
+        torch._foreach_lerp_(
+            list(self.slow_critic.parameters()),
+            list(self.critic.parameters()),
+            self.config.slow_critic_rate,
+        )
+
+    def trained_modules(self) -> dict[str, nn.Module]:
+        """The modules that the optimizer trains, by name."""
+        return {"world_model": self.world_model, "actor": self.actor, "critic": self.critic}
+
+    def _loss_metrics(self, losses: dict[str, Tensor]) -> dict[str, Tensor]:
+        def total(*names: str) -> Tensor:
+            zero = losses["loss_reward"].new_zeros(())
+            return sum((losses[f"loss_{n}"] for n in names if f"loss_{n}" in losses), zero)
+
+        kl = ("dynamics", "representation", "background_dynamics", "background_representation")
+        images = ("image", "foreground", "mask", "background")
+        metrics = {
+            "wm/total_loss": total(*kl, *images, "reward", "continuation"),
+            "wm/image_loss": total(*images),
+            "wm/kl_loss": total(*kl),
+            "wm/reward_loss": total("reward"),
+            "wm/continue_loss": total("continuation"),
+            "ac/actor_loss": total("actor"),
+            "ac/critic_loss": total("critic", "replay_critic"),
+        }
+        if self.world_model.latent != "whole":
+            metrics["wm/fg_loss"] = total("foreground", "mask")
+            metrics["wm/mask_loss"] = total("mask")
+        if "loss_background" in losses:
+            metrics["wm/bg_loss"] = total("background")
+        return metrics
+
+
+def _scale(name: str) -> str:
+    return name.removeprefix("background_")
