@@ -1,0 +1,238 @@
+"""Control Suite tasks from pixels, rendered once per agent step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from dm_control import suite
+from dm_control.rl.control import Environment
+from dm_env import TimeStep
+from tensordict import TensorDict, TensorDictBase
+from torchrl.data import Bounded, Categorical, Composite, Unbounded
+from torchrl.envs import DMControlEnv
+
+from w2f_torchrl.envs.rendering import RenderMode, SceneRenderer
+from w2f_torchrl.envs.tasks import (
+    default_camera,
+    validate_camera,
+    validate_pixel_settings,
+    validate_task,
+)
+
+# MuJoCo writes +-1e10 where an actuator has no limit.
+_UNLIMITED = 1e9
+
+
+class PixelDMControlEnv(DMControlEnv):
+    """A Control Suite task from pixels, with the simulator's foreground mask.
+
+    One picture is drawn per agent step, after the action repeat. The tensordict holds:
+
+    - ``pixels``: uint8 [3, H, W] in [0, 255];
+    - ``foreground_mask``: bool [1, H, W], True on the agent, on objects and on targets (the rule is
+      :class:`~w2f_torchrl.envs.foreground.StaticTargets`). With ``render="fast"`` it is exact:
+      the pixels that show foreground, all of them and no other. With ``render="reference"`` it is
+      the silhouette without multisampling; outline pixels of the picture blend both sides;
+    - ``action``: float32 [A] in [-1, 1]. Values outside are clipped. Actuators with other limits
+      get [-1, 1] scaled to their range; those without limits get the clipped value as it is;
+    - ``reward``: float32 [1], the sum over the control steps of the repeat;
+    - ``terminated``, ``truncated``, ``done``: bool [1]. A time limit truncates; an end that the
+      task declares, with a discount below 1, terminates. An episode that ends within a repeat cuts
+      the repeat short.
+
+    ``env.physics`` is the simulation, and ``env.physics.render`` draws it at any size.
+
+    Args:
+        env_name: Domain, ``"walker"`` say.
+        task_name: Task, ``"walk"`` say.
+        image_size: Height H and width W in pixels, at least 16.
+        camera_id: Index of the model's camera; None for the one that follows the agent: 0, or 2
+            for the quadruped's and the dog's fetch task.
+        action_repeat: Control steps per agent step, at least 1.
+        render: ``"fast"`` (no multisampling, shadows or reflections) or ``"reference"``
+            (dm_control's own picture).
+        foreground_mask: Whether to make ``foreground_mask``.
+        state_observations: Whether to add the suite's own observations (``position``, ``velocity``,
+            ...) as float32 entries; scalars become [1].
+        seed: Seed of the task's randomness; None draws one.
+        device: Device of the tensors.
+
+    Raises:
+        ValueError: If a setting is not allowed; the message names it, its value and what is.
+        RuntimeError: If there is no OpenGL backend, or if the env is stepped after an episode's
+            end without a reset.
+    """
+
+    def __init__(
+        self,
+        env_name: str,
+        task_name: str,
+        *,
+        image_size: int = 64,
+        camera_id: int | None = None,
+        action_repeat: int = 2,
+        render: RenderMode = "fast",
+        foreground_mask: bool = True,
+        state_observations: bool = False,
+        seed: int | None = None,
+        device: torch.device | str | None = "cpu",
+    ) -> None:
+        validate_task(env_name, task_name)
+        validate_pixel_settings(image_size, action_repeat, render)
+        super().__init__(
+            env_name,
+            task_name,
+            image_size=image_size,
+            camera_id=default_camera(env_name, task_name) if camera_id is None else camera_id,
+            render=render,
+            foreground_mask=foreground_mask,
+            state_observations=state_observations,
+            _seed=seed,
+            frame_skip=action_repeat,
+            device=device,
+        )
+
+    def _check_kwargs(self, kwargs: dict[str, Any]) -> None:
+        """Nothing left to check: the constructor did."""
+
+    def _build_env(
+        self,
+        env_name: str,
+        task_name: str,
+        *,
+        image_size: int,
+        camera_id: int,
+        render: RenderMode,
+        foreground_mask: bool,
+        state_observations: bool,
+        _seed: int | None,
+    ) -> Environment:
+        self.env_name = env_name
+        self.task_name = task_name
+        self._state_observations = state_observations
+        self._episode_over = True
+        env = suite.load(env_name, task_name, task_kwargs={"random": _seed})
+        validate_camera(env_name, camera_id, env.physics.model.ncam)
+        self._renderer = SceneRenderer(
+            env.physics,
+            image_size=image_size,
+            camera_id=camera_id,
+            render=render,
+            foreground_mask=foreground_mask,
+        )
+        self._action_map = _ActionMap(env)
+        return env
+
+    def _make_specs(self, env: Environment) -> None:
+        device = self.device
+        size = self._renderer.image_size
+        observation = Composite(
+            pixels=Bounded(0, 255, shape=(3, size, size), dtype=torch.uint8, device=device),
+            device=device,
+        )
+        if self._renderer.foreground_mask:
+            observation["foreground_mask"] = Categorical(
+                2, shape=(1, size, size), dtype=torch.bool, device=device
+            )
+        if self._state_observations:
+            for name, spec in env.observation_spec().items():
+                observation[name] = Unbounded(
+                    shape=spec.shape or (1,), dtype=torch.float32, device=device
+                )
+        self.observation_spec = observation
+        self.reward_spec = Unbounded(shape=(1,), dtype=torch.float32, device=device)
+        flag = Categorical(2, shape=(1,), dtype=torch.bool, device=device)
+        self.done_spec = Composite(
+            done=flag.clone(), terminated=flag.clone(), truncated=flag.clone(), device=device
+        )
+        self.action_spec = Bounded(
+            -1.0, 1.0, shape=env.action_spec().shape, dtype=torch.float32, device=device
+        )
+
+    def _set_seed(self, seed: int | None) -> None:
+        """Seed the task; the next reset starts the stream.
+
+        Unlike :class:`~torchrl.envs.DMControlEnv` this resets nothing, so that the first episode
+        after a seed is the first of its stream.
+        """
+        if seed is not None:
+            self._env.task._random = np.random.RandomState(seed)
+
+    def _reset(self, tensordict: TensorDictBase | None = None, **kwargs: object) -> TensorDictBase:
+        time_step = self._env.reset()
+        self._episode_over = False
+        self._renderer.upload_height_fields()
+        return self._tensordict(self._observe(time_step))
+
+    def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
+        if self._episode_over:
+            raise RuntimeError(
+                f"The episode of {self.env_name} {self.task_name} is over: call reset() before the "
+                "next step."
+            )
+        control = self._action_map(tensordict.get("action"))
+        reward = 0.0
+        for _ in range(self.wrapper_frame_skip):
+            time_step = self._env.step(control)
+            reward += time_step.reward
+            if time_step.last():
+                break
+        self._episode_over = time_step.last()
+        terminated = self._episode_over and time_step.discount < 1.0
+        output = self._observe(time_step)
+        output["reward"] = torch.tensor([reward], dtype=torch.float32)
+        output["terminated"] = torch.tensor([terminated])
+        output["truncated"] = torch.tensor([self._episode_over and not terminated])
+        output["done"] = torch.tensor([self._episode_over])
+        return self._tensordict(output)
+
+    def _observe(self, time_step: TimeStep) -> dict[str, torch.Tensor]:
+        pixels, mask = self._renderer.draw()
+        observation = {"pixels": torch.from_numpy(pixels)}
+        if mask is not None:
+            observation["foreground_mask"] = torch.from_numpy(mask)
+        if self._state_observations:
+            observation.update(_as_tensors(time_step.observation))
+        return observation
+
+    def _tensordict(self, entries: dict[str, torch.Tensor]) -> TensorDictBase:
+        cpu = torch.device("cpu")
+        tensordict: TensorDictBase = TensorDict._new_unsafe(
+            entries, batch_size=self.batch_size, device=cpu
+        )
+        return tensordict if self.device == cpu else tensordict.to(self.device)
+
+    def close(self, *, raise_if_closed: bool = True) -> None:
+        """Free the simulation's and the renderer's resources."""
+        if not self.is_closed:
+            self._renderer.close()
+        super().close(raise_if_closed=raise_if_closed)
+
+
+class _ActionMap:
+    """From an agent's action to the actuators' control."""
+
+    def __init__(self, env: Environment) -> None:
+        spec = env.action_spec()
+        low = np.broadcast_to(spec.minimum, spec.shape).astype(np.float64)
+        high = np.broadcast_to(spec.maximum, spec.shape).astype(np.float64)
+        limited = (low > -_UNLIMITED) & (high < _UNLIMITED)
+        low, high = np.where(limited, low, -1.0), np.where(limited, high, 1.0)
+        self._center, self._half_range = (high + low) / 2, (high - low) / 2
+
+    def __call__(self, action: torch.Tensor) -> npt.NDArray[np.float64]:
+        clipped = np.clip(action.detach().cpu().numpy().astype(np.float64), -1.0, 1.0)
+        control: npt.NDArray[np.float64] = self._center + self._half_range * clipped
+        return control
+
+
+def _as_tensors(observation: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """The suite's observations as float32 tensors, scalars as [1]."""
+    return {
+        name: torch.from_numpy(np.atleast_1d(np.asarray(value, dtype=np.float32)).copy())
+        for name, value in observation.items()
+    }

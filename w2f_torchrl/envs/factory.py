@@ -1,0 +1,133 @@
+"""One env, or a batch of envs in processes, by the name of its domain and task."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from dm_control import suite
+from torchrl.envs import (
+    Compose,
+    InitTracker,
+    ParallelEnv,
+    RewardSum,
+    StepCounter,
+    TransformedEnv,
+)
+
+from w2f_torchrl.envs._gl import require_gl_backend
+from w2f_torchrl.envs.dm_control import PixelDMControlEnv
+from w2f_torchrl.envs.rendering import RenderMode
+from w2f_torchrl.envs.tasks import (
+    registered_factory,
+    validate_camera,
+    validate_integer,
+    validate_pixel_settings,
+    validate_task,
+)
+from w2f_torchrl.utils.seeding import derive_seed
+
+DISTRACTIONS = ("none",)
+SPLITS = ("train", "val")
+
+
+def _validate_distraction(distraction: str, source: str | None, split: str) -> None:
+    if distraction not in DISTRACTIONS:
+        raise ValueError(
+            f"distraction is {distraction!r}: must be {', '.join(DISTRACTIONS)} in this version. "
+            "The Distracting Control Suite's (easy, medium, hard) come with a later one."
+        )
+    if source is not None:
+        raise ValueError(
+            f"background_source is {source!r}: must be None, since distraction='none' shows the "
+            "simulator's own background."
+        )
+    if split not in SPLITS:
+        raise ValueError(f"background_split is {split!r}: must be one of {', '.join(SPLITS)}.")
+
+
+def _validate_simulation(domain: str, task: str, camera_id: int | None) -> None:
+    """Raise here what workers would raise seconds later, from processes of their own."""
+    require_gl_backend()
+    if camera_id is not None:
+        validate_camera(domain, camera_id, suite.load(domain, task).physics.model.ncam)
+
+
+def make_env(
+    domain: str,
+    task: str,
+    *,
+    image_size: int = 64,
+    action_repeat: int = 2,
+    distraction: str = "none",
+    num_envs: int = 1,
+    seed: int = 0,
+    render: RenderMode = "fast",
+    background_source: str | None = None,
+    background_split: str = "train",
+    device: torch.device | str = "cpu",
+    camera_id: int | None = None,
+    foreground_mask: bool = True,
+) -> TransformedEnv:
+    """Make one env, or a batch of envs that run in processes of their own.
+
+    Env ``i`` is seeded with ``derive_seed(seed, "env", i)``: the envs of a batch differ, and the
+    same seed gives the same batch, bit for bit.
+
+    Args:
+        domain: A Control Suite domain, or one of :func:`~w2f_torchrl.envs.register_env`.
+        task: Task of the domain.
+        image_size: Height H and width W in pixels, at least 16.
+        action_repeat: Control steps per agent step, at least 1.
+        distraction: ``"none"``; this version has no other.
+        num_envs: B, the number of envs. 1 gives an env without a batch dimension.
+        seed: Non-negative seed of the batch.
+        render: ``"fast"`` or ``"reference"``, see :class:`PixelDMControlEnv`.
+        background_source: None; needs a distraction.
+        background_split: ``"train"`` or ``"val"``: which backgrounds a distraction would use.
+        device: Device of the tensors.
+        camera_id: Index of the model's camera, None for the domain's usual one.
+        foreground_mask: Whether to make ``foreground_mask``.
+
+    Returns:
+        An env with ``pixels`` uint8 [*B, 3, H, W], ``foreground_mask`` bool [*B, 1, H, W],
+        ``is_init`` bool [*B, 1], ``reward`` and ``episode_reward`` float32 [*B, 1], ``step_count``
+        int64 [*B, 1] in agent steps, and TorchRL's ``done``, ``terminated``, ``truncated``.
+
+    Raises:
+        ValueError: If a setting is not allowed; the message names it, its value and what is.
+        RuntimeError: If there is no OpenGL backend; the message says how to get one.
+    """
+    validate_pixel_settings(image_size, action_repeat, render)
+    validate_integer("num_envs", num_envs, 1)
+    validate_integer("seed", seed, 0)
+    _validate_distraction(distraction, background_source, background_split)
+    validate_task(domain, task)
+    factory = registered_factory(domain)
+    if factory is None:
+        _validate_simulation(domain, task, camera_id)
+        factory = partial(PixelDMControlEnv, domain)
+    settings: dict[str, Any] = {
+        "image_size": image_size,
+        "action_repeat": action_repeat,
+        "render": render,
+        "camera_id": camera_id,
+        "foreground_mask": foreground_mask,
+    }
+    seeds = [{"seed": derive_seed(seed, "env", index)} for index in range(num_envs)]
+    make_one = partial(factory, task, **settings)
+    if num_envs == 1:
+        env = make_one(**seeds[0], device=device)
+    else:
+        # A fork would inherit OpenGL's state. Daemons end with this process, also when an exception
+        # ends it before anyone calls close().
+        env = ParallelEnv(
+            num_envs,
+            make_one,
+            create_env_kwargs=seeds,
+            device=device,
+            mp_start_method="spawn",
+            daemon=True,
+        )
+    return TransformedEnv(env, Compose(InitTracker(), RewardSum(), StepCounter()))

@@ -1,0 +1,120 @@
+"""Tasks by name, the Control Suite's and a user's own, and the checks made before any work."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from dm_control import suite
+from torchrl.envs import EnvBase
+
+from w2f_torchrl.envs.rendering import RENDER_MODES
+
+MIN_IMAGE_SIZE = 16
+
+EnvFactory = Callable[..., EnvBase]
+
+_REGISTRY: dict[str, EnvFactory] = {}
+
+
+def register_env(domain: str, factory: EnvFactory) -> None:
+    """Let :func:`~w2f_torchrl.envs.make_env` build a domain of your own.
+
+    The factory is called once per env, as ``factory(task, image_size=..., action_repeat=...,
+    render=..., camera_id=..., foreground_mask=..., seed=..., device=...)``. It returns a TorchRL
+    env with ``pixels`` uint8 [3, H, W] and, unless ``foreground_mask`` is False,
+    ``foreground_mask`` bool [1, H, W]; ``action`` float32 [A] in [-1, 1]; ``reward`` float32 [1],
+    summed over the action repeat. It raises ValueError for a task or a setting that it does not
+    support. Batches call it in worker processes, so it has to be importable from a module.
+
+    Args:
+        domain: The name that users pass to :func:`~w2f_torchrl.envs.make_env`.
+        factory: Builds one env.
+
+    Raises:
+        ValueError: If the name is taken, by the Control Suite or by an earlier call.
+    """
+    if domain in _REGISTRY or domain in suite.TASKS_BY_DOMAIN:
+        raise ValueError(f"domain {domain!r} is taken: register the env under another name.")
+    _REGISTRY[domain] = factory
+
+
+def registered_factory(domain: str) -> EnvFactory | None:
+    """The factory that a user registered for this domain, None for the Control Suite's domains."""
+    return _REGISTRY.get(domain)
+
+
+def validate_task(domain: str, task: str) -> None:
+    """Check that there is such a task, without loading a model.
+
+    Args:
+        domain: A domain of the Control Suite, ``"walker"`` say, or one that was registered.
+        task: Name of one of its tasks, ``"walk"`` say. A registered factory checks it itself.
+
+    Raises:
+        ValueError: If there is no such domain or task; the message lists those that there are.
+    """
+    if domain in _REGISTRY:
+        return
+    if domain not in suite.TASKS_BY_DOMAIN:
+        domains = sorted([*suite.TASKS_BY_DOMAIN, *_REGISTRY])
+        raise ValueError(f"domain is {domain!r}: must be one of {', '.join(domains)}.")
+    tasks = suite.TASKS_BY_DOMAIN[domain]
+    if task not in tasks:
+        raise ValueError(f"task is {task!r}: {domain} has {', '.join(tasks)}.")
+
+
+def validate_integer(name: str, value: object, minimum: int) -> None:
+    """Check an integer setting.
+
+    Args:
+        name: The setting's name, for the message.
+        value: What the user gave. A bool is no integer.
+        minimum: The least value allowed.
+
+    Raises:
+        ValueError: If the value is of another type, or too small.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise ValueError(f"{name} is {value!r}: must be an integer of at least {minimum}.")
+
+
+def validate_pixel_settings(image_size: int, action_repeat: int, render: str) -> None:
+    """Check how an env is to be drawn and stepped.
+
+    Args:
+        image_size: Height and width in pixels, at least 16.
+        action_repeat: Control steps per agent step, at least 1.
+        render: ``"fast"`` or ``"reference"``.
+
+    Raises:
+        ValueError: If a setting is not allowed; the message names it, its value and what is.
+    """
+    validate_integer("image_size", image_size, MIN_IMAGE_SIZE)
+    validate_integer("action_repeat", action_repeat, 1)
+    if render not in RENDER_MODES:
+        raise ValueError(f"render is {render!r}: must be one of {', '.join(RENDER_MODES)}.")
+
+
+def validate_camera(domain: str, camera_id: int | None, cameras: int) -> None:
+    """Check a camera's index against the number of cameras that a model has.
+
+    Args:
+        domain: The model's name, for the message.
+        camera_id: What the user gave; None asks for the default.
+        cameras: How many the model has.
+
+    Raises:
+        ValueError: If the model lacks the camera.
+    """
+    if camera_id is None:
+        return
+    if isinstance(camera_id, bool) or camera_id not in range(cameras):
+        raise ValueError(f"camera_id is {camera_id!r}: {domain} has cameras 0 to {cameras - 1}.")
+
+
+def default_camera(domain: str, task: str) -> int:
+    """The camera that agents learn from: 0, and 2 where camera 0 doesn't follow the agent.
+
+    The quadruped's camera 0 stays with its arena, and the fetching dog's looks at the ball alone.
+    """
+    return 2 if domain == "quadruped" or (domain, task) == ("dog", "fetch") else 0
