@@ -25,8 +25,7 @@ _has_triton = importlib.util.find_spec("triton") is not None
 if _has_triton and "triton" not in sys.modules and _mesa_llvm_is_loaded():
     raise ImportError(
         "Mesa's software renderer was loaded before torch's compiler, and the process would crash: "
-        "import w2f_torchrl (or torch and torchrl) before dm_control and before any MuJoCo "
-        "rendering."
+        "import w2f_torchrl (or torch and torchrl) before mujoco and dm_control."
     )
 
 import torch  # noqa: E402, F401

@@ -1,0 +1,45 @@
+"""Train World2Filter or DreamerV3: ``python sota_configs/world2filter.py [overrides]``."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+
+# Threads that spin at barriers starve the environments' workers on a small machine; OpenMP reads
+# this once, when torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig
+
+import w2f_torchrl  # noqa: F401  # before anything that may import dm_control
+from w2f_torchrl.modules import PRESETS
+from w2f_torchrl.trainers import ConfigError, RunConfig, Trainer, to_run_config
+from w2f_torchrl.trainers.checkpointing import CheckpointError
+
+# The typed settings and their defaults live in w2f_torchrl.trainers.config; the YAML groups beside
+# this file only choose among them.
+store = ConfigStore.instance()
+store.store(name="run_config", node=RunConfig)
+for name, preset in PRESETS.items():
+    store.store(group="model", name=name, node=preset)
+
+
+@hydra.main(version_base="1.3", config_path=".", config_name="config")
+def main(config: DictConfig) -> None:
+    """Check the settings, then train."""
+    logging.getLogger("torchrl").setLevel(logging.WARNING)
+    try:
+        run = to_run_config(config)
+        trainer = Trainer(run)  # world model, losses, optimizer, logger
+    except (ConfigError, CheckpointError, ModuleNotFoundError) as error:
+        sys.exit(f"error: {error}")
+    # Workers step PixelDMControlEnv with the policy -> records -> replay -> slices [B, T] ->
+    # world model, imagination, one update of everything -> new weights to the workers.
+    trainer.train()
+
+
+if __name__ == "__main__":
+    main()

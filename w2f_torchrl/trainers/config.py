@@ -1,0 +1,329 @@
+"""Every setting of a run, typed, with its unit and default, and its validation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from w2f_torchrl.envs import validate_task
+from w2f_torchrl.modules import LATENTS, ModelConfig
+from w2f_torchrl.objectives import LossConfig
+
+ALGORITHMS = ("world2filter", "dreamer_v3")
+SEGMENTATIONS = ("simulator",)
+STORAGES = ("memory", "disk")
+PRECISIONS = ("float32", "bfloat16")
+
+
+class ConfigError(ValueError):
+    """A setting is out of range; the message names it, its value and what is allowed."""
+
+
+@dataclass
+class EnvironmentConfig:
+    """The task and how it is seen."""
+
+    domain: str = "walker"
+    task: str = "walk"
+    num_envs: int = 4
+    """Environments that are stepped together."""
+    image_size: int = 64
+    """Side of the square picture, pixels; a multiple of 16."""
+    action_repeat: int = 2
+    """Control steps an action is held for; ``frames`` count control steps."""
+    camera_id: int | None = None
+    """MuJoCo camera; null: 2 for quadruped, 0 otherwise."""
+    render: str = "fast"
+    """fast (no multisampling, shadows, reflections) or reference (dm_control's own picture)."""
+    distraction: str = "none"
+    background_source: str | None = None
+
+
+@dataclass
+class AlgoConfig:
+    """Which algorithm."""
+
+    name: str = "world2filter"
+    """world2filter, or dreamer_v3: the same code with one latent and no masks."""
+    latent: str | None = "split"
+    """split, shared or foreground; null for dreamer_v3."""
+
+
+@dataclass
+class SegmentationConfig:
+    """Where the training masks come from."""
+
+    source: str = "simulator"
+
+
+@dataclass
+class OptimizerConfig:
+    """LaProp with adaptive gradient clipping, as the paper has it."""
+
+    lr: float = 4e-5
+    warmup_updates: int = 1000
+    agc: float = 0.3
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-20
+    precision: str = "float32"
+    """float32, or bfloat16 (autocast; parameters and optimizer stay in float32)."""
+
+
+@dataclass
+class TrainingConfig:
+    """How long, and on how much data."""
+
+    total_frames: int = 1_000_000
+    """Environment frames (control steps) of the whole run."""
+    batch_size: int = 16
+    """B, sequences of an update."""
+    batch_length: int = 64
+    """T, records of a sequence."""
+    train_ratio: float = 512.0
+    """Replayed records per agent step; updates per agent step are this / (B x T)."""
+    prefill_steps: int | None = None
+    """Agent steps collected before the first update; null: B x T, and one sequence per env."""
+
+
+@dataclass
+class CollectionConfig:
+    """How the environments are stepped."""
+
+    num_workers: int | None = None
+    """Worker processes; 0: in the trainer's own; null: one per core, at most one per env."""
+    steps_per_batch: int = 16
+    """Agent steps of each env between two rounds of updates."""
+
+
+@dataclass
+class ReplayConfig:
+    """Where records are kept."""
+
+    capacity: int = 500_000
+    """Records kept, over all envs (12.8 kB each at 64 x 64 with masks)."""
+    storage: str = "memory"
+    """memory, or disk (memory-mapped below the run directory)."""
+    newest_first: bool = True
+    """Sample each new sequence once as soon as it is complete, then uniformly."""
+
+
+@dataclass
+class EvaluationConfig:
+    """Episodes with the mode action, in an env of their own."""
+
+    every_frames: int = 10_000
+    """0: never; otherwise also at the end."""
+    episodes: int = 2
+    video: bool = True
+
+
+@dataclass
+class CheckpointConfig:
+    """When checkpoints are written; one is always written at the end."""
+
+    every_updates: int = 2_000
+    keep: int = 3
+
+
+@dataclass
+class LoggingConfig:
+    """What is written where; metrics.jsonl is always written."""
+
+    every_updates: int = 50
+    """Updates that one line of training metrics averages over."""
+    use_wandb: bool = False
+    wandb_project: str = "w2f_torchrl"
+    wandb_entity: str | None = None
+
+
+@dataclass
+class RunConfig:
+    """Every setting of a run."""
+
+    algo: AlgoConfig = field(default_factory=AlgoConfig)
+    environment: EnvironmentConfig = field(default_factory=EnvironmentConfig)
+    segmentation: SegmentationConfig = field(default_factory=SegmentationConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    collection: CollectionConfig = field(default_factory=CollectionConfig)
+    replay: ReplayConfig = field(default_factory=ReplayConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    seed: int = 0
+    device: str = "auto"
+    """Where the model learns and acts: auto (cuda if there is one), cpu, cuda, cuda:1, ..."""
+    run_dir: str = "runs/latest"
+    resume: str | None = None
+    """null: a new run in an empty directory; auto: go on if there is a checkpoint; or a path."""
+
+    @property
+    def latent(self) -> str:
+        """The world model's latent: ``whole`` for DreamerV3."""
+        return self.algo.latent or "whole"
+
+    @property
+    def needs_masks(self) -> bool:
+        """Whether training needs masks."""
+        return self.latent != "whole"
+
+    @property
+    def prefill_steps(self) -> int:
+        """Agent steps before the first update."""
+        if self.training.prefill_steps is not None:
+            return self.training.prefill_steps
+        smallest = self.environment.num_envs * self.training.batch_length
+        return max(self.training.batch_size * self.training.batch_length, smallest)
+
+    @property
+    def updates_per_step(self) -> float:
+        """Updates per agent step."""
+        return self.training.train_ratio / (self.training.batch_size * self.training.batch_length)
+
+    def torch_device(self) -> torch.device:
+        """The device; ``auto`` resolved."""
+        name = self.device
+        if name == "auto":
+            name = "cuda" if torch.cuda.is_available() else "cpu"
+        return torch.device(name)
+
+    def validate(self) -> None:
+        """Check every setting before anything is built.
+
+        Raises:
+            ConfigError: Naming the setting, its value and what is allowed.
+        """
+        try:
+            _validate(self)
+        except ConfigError:
+            raise
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+
+
+def _choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ConfigError(f"{name}={value!r} is unknown; allowed: {', '.join(allowed)}.")
+
+
+def _at_least(name: str, value: float, least: float) -> None:
+    if value < least:
+        raise ConfigError(f"{name}={value} must be at least {least}.")
+
+
+def _validate(config: RunConfig) -> None:
+    _choice("algo", config.algo.name, ALGORITHMS)
+    if config.algo.name == "dreamer_v3":
+        if config.algo.latent is not None:
+            raise ConfigError(
+                f"algo.latent={config.algo.latent!r} must be null with algo=dreamer_v3, which has "
+                "one latent and no masks; for split, shared or foreground use algo=world2filter."
+            )
+    else:
+        _choice("algo.latent", config.algo.latent, LATENTS)
+    _validate_environment(config.environment)
+    _choice("segmentation", config.segmentation.source, SEGMENTATIONS)
+    config.model.validate(config.environment.image_size)
+    config.loss.validate()
+    _validate_optimizer(config.optimizer)
+    _validate_training(config)
+    _validate_device(config.device)
+
+
+def _validate_environment(environment: EnvironmentConfig) -> None:
+    validate_task(environment.domain, environment.task)
+    _at_least("environment.num_envs", environment.num_envs, 1)
+    _at_least("environment.action_repeat", environment.action_repeat, 1)
+    _at_least("environment.image_size", environment.image_size, 16)
+    _choice("environment.render", environment.render, ("fast", "reference"))
+    _choice("environment.distraction", environment.distraction, ("none",))
+
+
+def _validate_optimizer(optimizer: OptimizerConfig) -> None:
+    _choice("optimizer.precision", optimizer.precision, PRECISIONS)
+    if optimizer.lr <= 0:
+        raise ConfigError(f"optimizer.lr={optimizer.lr} must be above 0.")
+    for name in ("warmup_updates", "agc", "eps"):
+        _at_least(f"optimizer.{name}", getattr(optimizer, name), 0)
+    for name in ("beta1", "beta2"):
+        if not 0 <= getattr(optimizer, name) < 1:
+            raise ConfigError(f"optimizer.{name}={getattr(optimizer, name)} must be in [0, 1).")
+
+
+def _validate_training(config: RunConfig) -> None:
+    training, envs = config.training, config.environment.num_envs
+    _at_least("training.total_frames", training.total_frames, 1)
+    _at_least("training.batch_size", training.batch_size, 1)
+    _at_least("training.batch_length", training.batch_length, 2)
+    _at_least("training.train_ratio", training.train_ratio, 0)
+    if config.prefill_steps < envs * training.batch_length:
+        raise ConfigError(
+            f"training.prefill_steps={training.prefill_steps} must be at least "
+            f"environment.num_envs x training.batch_length = {envs * training.batch_length}, so "
+            "that every env holds a sequence before the first update."
+        )
+    if config.replay.capacity < envs * (training.batch_length + 1):
+        raise ConfigError(
+            f"replay.capacity={config.replay.capacity} must be at least environment.num_envs x "
+            f"(training.batch_length + 1) = {envs * (training.batch_length + 1)}."
+        )
+    _choice("replay.storage", config.replay.storage, STORAGES)
+    _at_least("collection.steps_per_batch", config.collection.steps_per_batch, 1)
+    workers = config.collection.num_workers
+    if workers is not None and (workers < 0 or (workers and envs % workers)):
+        raise ConfigError(
+            f"collection.num_workers={workers} must be 0 or divide environment.num_envs={envs}."
+        )
+    _at_least("evaluation.every_frames", config.evaluation.every_frames, 0)
+    _at_least("evaluation.episodes", config.evaluation.episodes, 1)
+    _at_least("checkpoint.every_updates", config.checkpoint.every_updates, 1)
+    _at_least("checkpoint.keep", config.checkpoint.keep, 1)
+    _at_least("logging.every_updates", config.logging.every_updates, 1)
+    _at_least("seed", config.seed, 0)
+
+
+def _validate_device(name: str) -> None:
+    if name == "auto":
+        return
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"device={name!r} is unknown; allowed: auto, cpu, cuda, cuda:N."
+        ) from error
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device={name!r} is not supported; allowed: auto, cpu, cuda, cuda:N.")
+    count = torch.cuda.device_count() if device.type == "cuda" else 1
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise ConfigError(f"device={name!r}: this machine has {count} CUDA devices.")
+
+
+def to_run_config(config: DictConfig | dict[str, Any]) -> RunConfig:
+    """Make a typed configuration from Hydra's, or from a run's config.yaml.
+
+    Raises:
+        ConfigError: Naming the key that is unknown or has a value of another type.
+    """
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(RunConfig), config)
+        return OmegaConf.to_object(merged)  # type: ignore[return-value]
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{error.full_key or error.key}: {error.msg or error}") from error
+
+
+def config_to_dict(config: RunConfig) -> dict[str, Any]:
+    """The configuration as plain nested dictionaries."""
+    return OmegaConf.to_container(OmegaConf.structured(config))  # type: ignore[return-value]
+
+
+def save_config(config: RunConfig, path: str | Path) -> None:
+    """Write the configuration as YAML."""
+    OmegaConf.save(OmegaConf.structured(config), path)

@@ -1,0 +1,228 @@
+"""Evaluation episodes, what the model sees in them, and policies loaded from a checkpoint."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from tensordict.nn import TensorDictModuleBase
+from torch import Tensor
+from torchrl.data import Unbounded
+from torchrl.envs import EnvBase, TensorDictPrimer, TransformedEnv
+from torchrl.envs.utils import ExplorationType, set_exploration_type
+
+from w2f_torchrl.data import records_from_rollout
+from w2f_torchrl.envs import make_env
+from w2f_torchrl.modules import WorldModel, compose, latent_sizes
+from w2f_torchrl.segmenters import mask_iou
+from w2f_torchrl.trainers.checkpointing import load_checkpoint
+from w2f_torchrl.trainers.config import EnvironmentConfig, RunConfig, to_run_config
+from w2f_torchrl.trainers.learner import Learner
+
+
+def build_env(
+    environment: EnvironmentConfig, seed: int, *, foreground_mask: bool = True
+) -> TransformedEnv:
+    """Make one env of a run, on the CPU.
+
+    Args:
+        environment: The run's settings; ``num_envs`` is not read.
+        seed: The env's seed.
+        foreground_mask: Whether the simulator's mask is drawn.
+    """
+    return make_env(
+        environment.domain,
+        environment.task,
+        image_size=environment.image_size,
+        action_repeat=environment.action_repeat,
+        distraction=environment.distraction,
+        background_source=environment.background_source,
+        render=environment.render,  # type: ignore[arg-type]
+        camera_id=environment.camera_id,
+        foreground_mask=foreground_mask,
+        seed=seed,
+    )
+
+
+class LoadedPolicy(TensorDictModuleBase):
+    """A trained policy that plays in any TorchRL env with ``pixels`` and ``is_init``.
+
+    It takes the mode action. Its state, belief and previous action are carried in the tensordict:
+    append :meth:`make_tensordict_primer` to an env of your own, or call :meth:`make_env`.
+    """
+
+    def __init__(self, config: RunConfig, learner: Learner, action_size: int):
+        super().__init__()
+        self.config = config
+        self.policy = learner.policy
+        self.world_model = learner.world_model
+        self.action_size = action_size
+        self.in_keys = ["pixels", "is_init", *latent_sizes(config.model, action_size)]
+        self.out_keys = self.policy.out_keys
+
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Write ``action`` and what is carried to the next step.
+
+        Raises:
+            KeyError: If the tensordict carries no latent.
+        """
+        if "belief" not in tensordict.keys():
+            raise KeyError(
+                "the tensordict has no `belief`: append policy.make_tensordict_primer() to the env."
+            )
+        with torch.no_grad(), set_exploration_type(ExplorationType.MODE):
+            return self.policy(tensordict)
+
+    def make_tensordict_primer(self) -> TensorDictPrimer:
+        """The transform that gives an env the entries the policy carries, zero at a reset."""
+        sizes = latent_sizes(self.config.model, self.action_size)
+        return TensorDictPrimer({key: Unbounded((size,)) for key, size in sizes.items()})
+
+    def make_env(self, seed: int = 0) -> TransformedEnv:
+        """Make the env that the policy was trained in."""
+        env = build_env(self.config.environment, seed)
+        return env.append_transform(self.make_tensordict_primer())
+
+
+def load_policy(checkpoint: str | Path, device: torch.device | str = "cpu") -> LoadedPolicy:
+    """Load the policy of a run.
+
+    Args:
+        checkpoint: A ``checkpoint_*.pt`` file.
+        device: Where it acts.
+
+    Raises:
+        CheckpointError: If the file is missing, damaged or of an unknown format.
+
+    Examples:
+        >>> path = "runs/demo/checkpoints/checkpoint_000000001000.pt"
+        >>> policy = load_policy(path)  # doctest: +SKIP
+        >>> env = policy.make_env(seed=1)  # doctest: +SKIP
+        >>> env.rollout(500, policy)["next", "reward"].sum()  # doctest: +SKIP
+    """
+    payload = load_checkpoint(checkpoint, device).payload
+    config = to_run_config(payload["config"])
+    config.device = str(device)
+    learner = Learner.from_config(config, payload["action_size"])
+    learner.restore(payload["learner"])
+    return LoadedPolicy(config, learner.eval(), payload["action_size"])
+
+
+@dataclass
+class Evaluation:
+    """What evaluation episodes gave."""
+
+    metrics: dict[str, float]
+    """``eval/return_mean`` and ``_std``, ``eval/length_mean``, and ``wm/mask_iou`` with masks."""
+    pixels: Tensor
+    """First episode, uint8 ``[T, 3, H, W]``."""
+    columns: dict[str, Tensor]
+    """Labelled pictures of the reconstruction of the first episode, ``[T, C, H, W]`` each."""
+
+
+class Evaluator:
+    """Plays episodes with the mode action in an env of its own.
+
+    Args:
+        config: The run's settings.
+        seed: Seed of the env.
+        policy: The acting policy, shared with the learner.
+        action_size: A.
+    """
+
+    def __init__(
+        self, config: RunConfig, seed: int, policy: TensorDictModuleBase, action_size: int
+    ):
+        self.config = config
+        self.policy = policy
+        self.device = config.torch_device()
+        sizes = latent_sizes(config.model, action_size)
+        primer = TensorDictPrimer({key: Unbounded((size,)) for key, size in sizes.items()})
+        env = build_env(config.environment, seed, foreground_mask=config.needs_masks)
+        self.env: EnvBase = env.append_transform(primer)
+
+    def evaluate(self, world_model: WorldModel, episodes: int) -> Evaluation:
+        """Play episodes, and reconstruct each from the posterior.
+
+        Args:
+            world_model: The world model that the policy acts with.
+            episodes: How many; their returns' standard deviation is over them.
+        """
+        returns, lengths, ious = [], [], []
+        first: tuple[Tensor, dict[str, Tensor]] | None = None
+        for _ in range(episodes):
+            episode = self._play()
+            returns.append(float(episode["next", "reward"].sum()))
+            lengths.append(float(len(episode)))
+            records = records_from_rollout(episode.unsqueeze(0)).unsqueeze(0).to(self.device)
+            columns, iou = reconstruct(world_model, records)
+            if iou is not None:
+                ious.append(iou)
+            first = first or (records["next", "pixels"][0].cpu(), columns)
+        assert first is not None, "episodes is at least 1 (validated)"
+        scores = torch.tensor(returns)
+        metrics = {
+            "eval/return_mean": float(scores.mean()),
+            "eval/return_std": float(scores.std(unbiased=False)),
+            "eval/length_mean": sum(lengths) / len(lengths),
+        }
+        if ious:
+            metrics["wm/mask_iou"] = sum(ious) / len(ious)
+        return Evaluation(metrics, *first)
+
+    def _play(self) -> TensorDictBase:
+        with torch.no_grad(), set_exploration_type(ExplorationType.MODE):
+            # Longer than any episode of the Control Suite: the env ends it.
+            episode: TensorDictBase = self.env.rollout(100_000, self._act)
+        return episode
+
+    def _act(self, tensordict: TensorDictBase) -> TensorDictBase:
+        acted: TensorDictBase = self.policy(tensordict.to(self.device))
+        return tensordict.update(acted.to("cpu"))
+
+    def close(self) -> None:
+        """Close the env."""
+        self.env.close()
+
+
+@torch.no_grad()
+def reconstruct(
+    world_model: WorldModel, records: TensorDictBase, chunk: int = 64
+) -> tuple[dict[str, Tensor], float | None]:
+    """Reconstruct an episode from the posterior latents.
+
+    Args:
+        world_model: The world model.
+        records: One episode ``[1, T]``.
+        chunk: Pictures decoded at a time, to bound memory.
+
+    Returns:
+        Labelled pictures ``[T, C, H, W]`` on the CPU, colours in [0, 1], and the mean IoU of the
+        predicted mask with the true one (``None`` without masks).
+    """
+    inferred = world_model.infer(records.select(*world_model.in_keys)).get("next")
+    decoded = []
+    for part in inferred[0].split(chunk, 0):
+        td = TensorDict({"next": part}, part.batch_size)
+        decoded.append(
+            world_model.decoder(td)
+            .get("next")
+            .select(*(key[1] for key in world_model.decoder.out_keys))
+            .cpu()
+        )
+    out: TensorDict = torch.cat(decoded)
+    frame = records["next", "pixels"][0].cpu()
+    if world_model.latent == "whole":
+        return {"frame": frame, "reconstruction": out["reconstructed_pixels"].clamp(0, 1)}, None
+    true_mask = records["next", "foreground_mask"][0].cpu()
+    predicted = out["mask_logits"] > 0
+    columns = {"frame": frame, "true mask": true_mask, "mask": predicted}
+    foreground, soft = out["foreground_pixels"].clamp(0, 1), out["mask_logits"].sigmoid()
+    columns["foreground"] = foreground * soft
+    if "background_pixels" in out.keys():
+        columns["background"] = out["background_pixels"].clamp(0, 1)
+        composed = compose(foreground, out["mask_logits"], columns["background"])
+        columns["composed"] = composed.clamp(0, 1)
+    return columns, float(mask_iou(predicted, true_mask).mean())

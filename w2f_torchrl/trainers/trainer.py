@@ -1,0 +1,349 @@
+"""A whole run: collect, replay, learn, evaluate, write down."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from types import FrameType
+
+import torch
+from tensordict import TensorDictBase
+from torchrl.envs import TransformedEnv
+from torchrl.record.loggers.common import Logger
+
+from w2f_torchrl.data import (
+    UpdateSchedule,
+    make_collector,
+    make_replay,
+    records_from_rollout,
+    sync_policy_weights,
+)
+from w2f_torchrl.modules import latent_sizes
+from w2f_torchrl.trainers.checkpointing import (
+    CheckpointError,
+    discard_checkpoints_after,
+    load_checkpoint,
+    resolve_resume,
+    save_checkpoint,
+)
+from w2f_torchrl.trainers.config import ConfigError, RunConfig, config_to_dict, save_config
+from w2f_torchrl.trainers.evaluator import Evaluator, build_env
+from w2f_torchrl.trainers.learner import Learner
+from w2f_torchrl.utils.logging import MetricsLogger, ProgressBar, make_wandb_logger
+from w2f_torchrl.utils.plotting import plot_curves
+from w2f_torchrl.utils.seeding import derive_seed
+from w2f_torchrl.utils.video import panel
+
+logger = logging.getLogger(__name__)
+
+
+def _create_env(config: RunConfig, index: int, seed: int) -> TransformedEnv:
+    """Make a collector worker's env; ``index`` is its place in the batch."""
+    del index
+    return build_env(config.environment, seed, foreground_mask=config.needs_masks)
+
+
+class Trainer:
+    """Trains one agent in one process, with worker processes that step the environments.
+
+    Args:
+        config: The run's settings.
+
+    Raises:
+        ConfigError: If a setting is out of range.
+        CheckpointError: If the run directory holds a run already and ``resume`` is null, or the
+            checkpoint to resume from is missing, damaged or of another model.
+    """
+
+    def __init__(self, config: RunConfig):
+        config.validate()
+        self.config = config
+        self.run_dir = Path(config.run_dir)
+        checkpoint = resolve_resume(config.resume, self.run_dir)
+        if config.resume is None and (self.run_dir / "metrics.jsonl").exists():
+            raise CheckpointError(
+                f"run_dir={self.run_dir} already holds a run and resume=null starts a new one. "
+                "Pass resume=auto to go on with it, or another run_dir."
+            )
+        torch.manual_seed(derive_seed(config.seed, "learner", 0))
+        self.device = config.torch_device()
+        self.action_size = self._action_size()
+        self.learner = Learner.from_config(config, self.action_size)
+        self.steps = 0
+        """Agent steps so far, over all envs."""
+        self.updates = 0
+        self.schedule = UpdateSchedule(
+            config.training.train_ratio,
+            config.training.batch_size,
+            config.training.batch_length,
+            start=config.prefill_steps,
+        )
+        self._first_steps = config.prefill_steps
+        self._last_return: float | None = None
+        self._sums: TensorDictBase | None = None
+        self._summed = 0
+        self._rate_mark: tuple[float, int, int] | None = None
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        self.logger = MetricsLogger(self.run_dir, self._loggers())
+        if checkpoint is not None:
+            self._restore(checkpoint)
+        else:
+            # resume=auto of a run that ended before its first checkpoint begins again.
+            self.logger.truncate_after(-1)
+        save_config(config, self.run_dir / "config.yaml")
+
+    @property
+    def frames(self) -> int:
+        """Environment frames (control steps) so far."""
+        return self.steps * self.config.environment.action_repeat
+
+    def train(self) -> None:
+        """Run to the last frame, or until Ctrl+C or SIGTERM; ends with a checkpoint either way."""
+        config = self.config
+        self._build_workers()
+        try:
+            with _stop_on_signal() as stopped:
+                for batch in self.collector:
+                    self._take(batch)
+                    self._learn(stopped)
+                    if stopped or self.frames >= config.training.total_frames:
+                        break
+                    sync_policy_weights(self.collector, self.learner.policy)
+                    self._evaluate_if_due()
+                    self._checkpoint_if_due()
+                if not stopped and config.evaluation.every_frames:
+                    self.evaluate()
+            self._flush()
+        except FloatingPointError:
+            # The weights may be spoiled already: the last checkpoint stays the newest.
+            self._close()
+            raise
+        except BaseException:
+            self.save()
+            self._close()
+            raise
+        logger.info("checkpoint: %s", self.save())
+        self._close()
+
+    # ---------------------------------------------------------------- parts of the loop
+
+    def _take(self, batch: TensorDictBase) -> None:
+        """Store a batch of transitions ``[N, T]`` and log the episodes that ended in it."""
+        self.replay.extend(records_from_rollout(batch))
+        following, before = batch["next"], self.steps
+        # [T, N]: in the order of time, with the frames of the step that ended the episode.
+        for column, row in following["done"].squeeze(-1).t().nonzero().tolist():
+            self._last_return = float(following["episode_reward"][row, column])
+            metrics = {
+                "episode/return": self._last_return,
+                "episode/length": float(following["step_count"][row, column]),
+            }
+            self.steps = before + (column + 1) * len(batch)
+            self.logger.log(metrics, frames=self.frames, updates=self.updates)
+        self.steps = before + batch.numel()
+        self.progress.update(
+            frames=self.frames, updates=self.updates, last_return=self._last_return
+        )
+
+    def _learn(self, stopped: list[int]) -> None:
+        """Do the updates that are due."""
+        if self.steps < self._first_steps:
+            return
+        for done in range(due := self.schedule(self.steps)):
+            if stopped:
+                # What was granted and not done is due again after a resume.
+                self.schedule.updates -= due - done
+                return
+            sample = self.replay.sample().to(self.device, non_blocking=True)
+            self._accumulate(self.learner.update(sample))
+            self.updates += 1
+            if self.updates % self.config.logging.every_updates == 0:
+                self._flush()
+            self.progress.update(frames=self.frames, updates=self.updates)
+
+    def _accumulate(self, metrics: TensorDictBase) -> None:
+        self._sums = metrics if self._sums is None else self._sums + metrics
+        self._summed += 1
+
+    def _flush(self) -> None:
+        """Write the mean of the metrics since the last call; the only read of the device."""
+        if self._sums is None:
+            return
+        means = (self._sums / self._summed).to("cpu")
+        row = {k: float(v) for k, v in means.items() if not k.startswith("loss_")}
+        # The evaluation's IoU has the plain name; this one is of the training batches.
+        if "wm/mask_iou" in row:
+            row["train/mask_iou"] = row.pop("wm/mask_iou")
+        now = time.monotonic()
+        if self._rate_mark is not None:
+            then, frames, updates = self._rate_mark
+            row["speed/frames_per_second"] = (self.frames - frames) / (now - then)
+            row["speed/updates_per_second"] = (self.updates - updates) / (now - then)
+        self._rate_mark = (now, self.frames, self.updates)
+        self.logger.log(row, frames=self.frames, updates=self.updates)
+        self._sums, self._summed = None, 0
+        if not all(map(torch.isfinite, means.values())):
+            bad = sorted(k for k, v in means.items() if not torch.isfinite(v))
+            raise FloatingPointError(f"not finite at update {self.updates}: {', '.join(bad)}.")
+
+    def _evaluate_if_due(self) -> None:
+        every = self.config.evaluation.every_frames
+        if every and self.frames // every > self._evaluated // every:
+            self.evaluate()
+
+    def evaluate(self) -> dict[str, float]:
+        """Play evaluation episodes; log returns, videos and curves."""
+        evaluation = self.evaluator.evaluate(
+            self.learner.world_model, self.config.evaluation.episodes
+        )
+        self._evaluated = self.frames
+        self.logger.log(evaluation.metrics, frames=self.frames, updates=self.updates)
+        if self.config.evaluation.video:
+            for name, video in (
+                ("train/observation_video", evaluation.pixels),
+                ("train/reconstruction_video", panel(evaluation.columns)),
+            ):
+                path = self.logger.log_video(name, video, frames=self.frames)
+                logger.info("%s: %s", name.split("/")[1].replace("_", " "), path)
+        plot_curves(self.run_dir)
+        return evaluation.metrics
+
+    # ---------------------------------------------------------------- building and ending
+
+    def _action_size(self) -> int:
+        try:
+            env = build_env(self.config.environment, 0, foreground_mask=False)
+        except ValueError as error:  # what only the simulator knows, such as its cameras
+            raise ConfigError(f"environment: {error}") from error
+        size = int(env.action_spec.shape[-1])
+        env.close()
+        return size
+
+    def _loggers(self) -> list[Logger]:
+        settings = self.config.logging
+        if not settings.use_wandb:
+            return []
+        return [
+            make_wandb_logger(
+                self.run_dir,
+                project=settings.wandb_project,
+                entity=settings.wandb_entity,
+                config=config_to_dict(self.config),
+            )
+        ]
+
+    def _build_workers(self) -> None:
+        config = self.config
+        envs, training = config.environment.num_envs, config.training
+        workers = config.collection.num_workers
+        if workers is None:
+            workers = _default_workers(envs)
+        # After a resume the workers' noise must not be that of the run's beginning.
+        seed = config.seed if self.steps == 0 else derive_seed(config.seed, "resume", self.steps)
+        self.evaluator = Evaluator(
+            config, derive_seed(config.seed, "eval", 0), self.learner.policy, self.action_size
+        )
+        self.replay = make_replay(
+            capacity=config.replay.capacity,
+            num_streams=envs,
+            batch_size=training.batch_size,
+            batch_length=training.batch_length,
+            path=self.run_dir / "replay" if config.replay.storage == "disk" else None,
+            exist_ok=True,
+            newest_first=config.replay.newest_first,
+            seed=derive_seed(seed, "replay", 0),
+        )
+        self.collector = make_collector(
+            partial(_create_env, config),
+            self.learner.policy,
+            primers=latent_sizes(config.model, self.action_size),
+            num_envs=envs,
+            num_workers=workers,
+            frames_per_batch=envs * config.collection.steps_per_batch,
+            seed=seed,
+            device=self.device,
+        )
+        self.progress = ProgressBar(
+            training.total_frames, initial_frames=self.frames, initial_updates=self.updates
+        )
+        self._evaluated = self.frames
+        self._saved = self.updates
+
+    def _close(self) -> None:
+        self.progress.close()
+        self.collector.shutdown()
+        self.evaluator.close()
+        if self.logger.path.stat().st_size:
+            logger.info("curves: %s", plot_curves(self.run_dir))
+        self.logger.close()
+
+    # ---------------------------------------------------------------- checkpoints
+
+    def _checkpoint_if_due(self) -> None:
+        every = self.config.checkpoint.every_updates
+        if self.updates // every > self._saved // every:
+            self.save()
+
+    def save(self) -> Path:
+        """Write a checkpoint of the models, the optimizer and the counters."""
+        self._flush()
+        self.logger.sync()
+        self._saved = self.updates
+        return save_checkpoint(
+            self.run_dir / "checkpoints",
+            {
+                "config": config_to_dict(self.config),
+                "action_size": self.action_size,
+                "learner": self.learner.checkpoint(),
+                "steps": self.steps,
+                "schedule": self.schedule.state_dict(),
+            },
+            updates=self.updates,
+            frames=self.frames,
+            keep=self.config.checkpoint.keep,
+        )
+
+    def _restore(self, path: Path) -> None:
+        saved = load_checkpoint(path, self.device)
+        self.learner.restore(saved.payload["learner"])
+        self.steps, self.updates = saved.payload["steps"], saved.updates
+        self.schedule.load_state_dict(saved.payload["schedule"])
+        # The replay is not in the checkpoint: it fills again before the first update, and the
+        # frames that this takes owe no updates.
+        self.schedule.start += self._first_steps
+        self._first_steps += self.steps
+        self.logger.truncate_after(saved.frames, saved.updates)
+        discard_checkpoints_after(self.run_dir / "checkpoints", saved.updates)
+        logger.info("resumed %s at %d frames, %d updates", path, saved.frames, saved.updates)
+
+
+def _default_workers(num_envs: int) -> int:
+    """One worker per core, at most one per env, and a divisor of the number of envs."""
+    cores = len(os.sched_getaffinity(0))
+    return max(n for n in range(1, min(cores, num_envs) + 1) if num_envs % n == 0)
+
+
+@contextmanager
+def _stop_on_signal() -> Iterator[list[int]]:
+    """Collect SIGINT and SIGTERM in a list, so that the loop can end between two updates."""
+    received: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        del frame
+        if received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        received.append(number)
+        logger.warning("stopping after this update; a second Ctrl+C stops at once")
+
+    previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
