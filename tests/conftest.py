@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import w2f_torchrl  # noqa: F401  # before anything that loads MuJoCo: see its docstring
+
 torch.set_num_threads(1)
 
 WEIGHTS_VARIABLE = "W2F_SAM3_CHECKPOINT"
