@@ -178,6 +178,20 @@ def test_a_run_resumes_where_it_was(tmp_path):
 
 
 @pytest.mark.render
+def test_a_run_that_ends_while_its_replay_fills_resumes_again_and_again(tmp_path):
+    run, quiet = tmp_path / "run", {"every_frames": 0}
+    Trainer(tiny_run(run, evaluation=quiet)).train()
+    for frames in (288, 320, 512):  # 16 agent steps a time, half of what fills the replay; then all
+        settings = {"total_frames": frames}
+        trainer = Trainer(tiny_run(run, resume="auto", evaluation=quiet, training=settings))
+        before = trainer.updates
+        trainer.train()
+        owed = (trainer.steps - trainer._first_steps) * 4 // 16
+        assert trainer.updates - before == max(owed, 0)
+    assert trainer.updates == 24 + (256 - 160 - 32) * 4 // 16
+
+
+@pytest.mark.render
 def test_a_loss_that_is_not_finite_ends_the_run_and_spoils_no_checkpoint(tmp_path):
     trainer = Trainer(tiny_run(tmp_path / "run", evaluation={"every_frames": 0}))
     update = trainer.learner.update

@@ -85,6 +85,7 @@ class Trainer:
             start=config.prefill_steps,
         )
         self._first_steps = config.prefill_steps
+        """Agent steps before which there are no updates."""
         self._last_return: float | None = None
         self._sums: TensorDictBase | None = None
         self._summed = 0
@@ -302,6 +303,7 @@ class Trainer:
                 "action_size": self.action_size,
                 "learner": self.learner.checkpoint(),
                 "steps": self.steps,
+                "first_steps": self._first_steps,
                 "schedule": self.schedule.state_dict(),
             },
             updates=self.updates,
@@ -315,9 +317,12 @@ class Trainer:
         self.steps, self.updates = saved.payload["steps"], saved.updates
         self.schedule.load_state_dict(saved.payload["schedule"])
         # The replay is not in the checkpoint: it fills again before the first update, and the
-        # frames that this takes owe no updates.
-        self.schedule.start += self._first_steps
-        self._first_steps += self.steps
+        # steps that this takes owe no updates. A run that ended while it filled has been spared a
+        # whole filling already, of which only a part was used.
+        prefill = self.config.prefill_steps
+        unused = max(saved.payload["first_steps"] - self.steps, 0)
+        self.schedule.start += prefill - min(unused, prefill)
+        self._first_steps = self.steps + prefill
         self.logger.truncate_after(saved.frames, saved.updates)
         discard_checkpoints_after(self.run_dir / "checkpoints", saved.updates)
         logger.info("resumed %s at %d frames, %d updates", path, saved.frames, saved.updates)
