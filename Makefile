@@ -22,7 +22,7 @@ help:  ## List the targets.
 train: $(STAMP) gl  ## Train: EXPERIMENT=demo and ARGS="any Hydra overrides".
 	$(VENV_PYTHON) sota_configs/world2filter.py experiment=$(EXPERIMENT) $(ARGS)
 
-smoke: $(STAMP) gl  ## The whole flow in under a minute, into a new runs/smoke.
+smoke: $(STAMP) gl  ## The whole flow in about a minute, into a new runs/smoke.
 	rm -rf runs/smoke
 	$(VENV_PYTHON) sota_configs/world2filter.py experiment=smoke $(ARGS)
 

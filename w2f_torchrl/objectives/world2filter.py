@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from tensordict import TensorDict, TensorDictBase
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from torchrl.modules import DreamerV3MLP, PercentileValueNorm
 from torchrl.objectives import LossModule, categorical_kl_terms
@@ -312,10 +312,6 @@ class World2FilterLoss(LossModule):
             list(self.critic.parameters()),
             self.config.slow_critic_rate,
         )
-
-    def trained_modules(self) -> dict[str, nn.Module]:
-        """The modules that the optimizer trains, by name."""
-        return {"world_model": self.world_model, "actor": self.actor, "critic": self.critic}
 
     def _loss_metrics(self, losses: dict[str, Tensor]) -> dict[str, Tensor]:
         def total(*names: str) -> Tensor:
