@@ -24,6 +24,7 @@ from torchrl_reference import torchrl_loss
 
 from w2f_torchrl.modules import PRESETS, build_actor
 from w2f_torchrl.trainers import Learner
+from w2f_torchrl.utils.memory import keep_freed_memory
 
 ACTION_SIZE = 6
 
@@ -74,10 +75,12 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--batch-length", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     logging.getLogger("torchrl").setLevel(logging.WARNING)
-    torch.set_num_threads(1)
+    torch.set_num_threads(args.threads)
+    keep_freed_memory()
     sample = make_sample(args.batch_size, args.batch_length)
     bare = sample.exclude(("next", "foreground_mask"))
     contenders: dict[str, tuple[Callable, TensorDict]] = {
@@ -111,7 +114,7 @@ def main() -> None:
     }
     shape = f"{args.batch_size}x{args.batch_length}"
     out = args.out or Path(__file__).parent / "results" / f"learner_cpu_{args.model}_{shape}.json"
-    settings = {k: v for k, v in vars(args).items() if k != "out"} | {"threads": 1}
+    settings = {k: v for k, v in vars(args).items() if k != "out"}
     path = write_results(out, {"settings": settings, "update": table})
     for name, row in table.items():
         print(f"{name:15s} {row}")

@@ -12,7 +12,13 @@ from tensordict.nn import (
 from torchrl.data import Bounded, Composite, Unbounded
 from torchrl.envs import EnvBase, TensorDictPrimer, TransformedEnv
 from torchrl.envs.model_based.dreamer import DreamerEnv
-from torchrl.modules import RSSMRolloutV3, WorldModelWrapper
+from torchrl.modules import (
+    DreamerV3ImageDecoder,
+    DreamerV3ImageEncoder,
+    RSSMRolloutV3,
+    SymExpTwoHot,
+    WorldModelWrapper,
+)
 from torchrl.objectives import (
     DreamerV3ActorLoss,
     DreamerV3Loss,
@@ -60,12 +66,15 @@ class _TorchRLWorldModel(torch.nn.Module):
 
     def forward(self, td: TensorDictBase) -> TensorDictBase:
         model, config = self.world_model, self.world_model.config
-        td.set(("next", "encoded_latents"), model.encoder(td.get(("next", "pixels"))))
+        # TorchRL's own forward passes on the parameters of ours.
+        encoded = DreamerV3ImageEncoder.forward(model.encoder, td.get(("next", "pixels")))
+        td.set(("next", "encoded_latents"), encoded)
         td.set("state", torch.zeros(*td.shape, config.state_size))
         td.set("belief", torch.zeros(*td.shape, config.belief_size))
         td = self.rollout(td)
-        model.decoder(td)
         state, belief = td.get(("next", "state")), td.get(("next", "belief"))
+        decoded = DreamerV3ImageDecoder.forward(model.decoder.module.module, state, belief)
+        td.set(("next", "reconstructed_pixels"), decoded)
         td.set(("next", "reward_logits"), model.reward(belief, state))
         td.set(("next", "continue_logits"), model.continuation(belief, state))
         return td
@@ -79,7 +88,7 @@ def torchrl_loss(loss: World2FilterLoss, actor: ProbabilisticTensorDictSequentia
         actor: The actor whose network ``loss`` holds.
     """
     world_model, critic, settings = loss.world_model, loss.critic, loss.config
-    config, two_hot = world_model.config, world_model.two_hot
+    config, two_hot = world_model.config, SymExpTwoHot(world_model.config.num_bins)
     model_loss = DreamerV3ModelLoss(
         _TorchRLWorldModel(world_model),
         kl_mode="separate",
@@ -121,7 +130,7 @@ def _imagination_env(world_model: WorldModel) -> DreamerEnv:
     config, prior = world_model.config, world_model.prior
     reward = TensorDictSequential(
         TensorDictModule(world_model.reward, ["belief", "state"], ["reward_logits"]),
-        TensorDictModule(world_model.two_hot, ["reward_logits"], ["reward"]),
+        TensorDictModule(SymExpTwoHot(config.num_bins), ["reward_logits"], ["reward"]),
     )
     transition = TensorDictModule(prior, ["state", "belief", "action"], ["_", "state", "belief"])
     env = DreamerEnv(

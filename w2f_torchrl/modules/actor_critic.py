@@ -44,7 +44,11 @@ class GaussianActor(nn.Module):
 
     def forward(self, state: Tensor, belief: Tensor) -> tuple[Tensor, Tensor]:
         """Map ``[..., S], [..., D]`` to mean and standard deviation ``[..., A]``."""
-        hidden = self.backbone(belief, state)
+        return self.from_features(torch.cat((belief, state), -1))
+
+    def from_features(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """:meth:`forward` of belief and state side by side ``[..., D + S]``."""
+        hidden = self.backbone(features)
         std = torch.sigmoid(self.std(hidden).float() + 2.0)
         std = (self.max_std - self.min_std) * std + self.min_std
         return self.mean(hidden).float().tanh(), std

@@ -7,7 +7,8 @@ from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from tensordict.utils import NestedKey
 from torch import Tensor
-from torchrl.modules import DreamerV3ImageDecoder
+
+from w2f_torchrl.modules.convolution import ImageDecoder
 
 #: Share of a picture that the agent typically covers (1 to 10 % over the Control Suite). The mask
 #: head starts at it, so that no update is spent on unlearning an even grey mask.
@@ -53,14 +54,14 @@ class DualImageDecoder(TensorDictModuleBase):
         super().__init__()
         colours, height, width = image_shape
         kwargs = {"mults": multipliers, "kernel_size": kernel_size, "num_blocks": num_blocks}
-        self.foreground = DreamerV3ImageDecoder(
+        self.foreground = ImageDecoder(
             foreground_features, (colours + 1, height, width), depth=depth, **kwargs
         )
         self.background = None
         self.in_keys: list[NestedKey] = [("next", "state"), ("next", "belief")]
         self.out_keys: list[NestedKey] = [("next", "foreground_pixels"), ("next", "mask_logits")]
         if background_features is not None:
-            self.background = DreamerV3ImageDecoder(
+            self.background = ImageDecoder(
                 background_features,
                 (colours, height, width),
                 depth=background_depth or depth,

@@ -5,7 +5,7 @@ Shape letters: B batch, T time, D belief, S = K x classes state, G blocks of the
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from tensordict import TensorDictBase
@@ -13,6 +13,9 @@ from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchrl.modules import RSSMPosteriorV3, RSSMPriorV3, RSSMRolloutV3
+
+if TYPE_CHECKING:
+    from w2f_torchrl.modules.actor_critic import GaussianActor
 
 
 class Unrolled(NamedTuple):
@@ -53,6 +56,14 @@ def sample_one_hot(logits: Tensor, unimix: float, uniform: Tensor) -> Tensor:
     return probs + (one_hot - probs.detach())
 
 
+def _draw_one_hot(logits: Tensor, unimix: float, uniform: Tensor) -> Tensor:
+    """:func:`sample_one_hot` without a gradient, classes outermost: vectorised over the rest."""
+    outermost = logits.movedim(-1, 0).contiguous()
+    probs = torch.softmax(outermost, 0).mul_(1 - unimix).add_(unimix / logits.shape[-1])
+    index = (uniform > probs.cumsum(0)).sum(0).clamp_(max=logits.shape[-1] - 1)
+    return torch.zeros_like(logits).scatter_(-1, index.unsqueeze(-1), 1.0)
+
+
 class BlockGRUStep:
     """One step of TorchRL's block GRU with everything known in advance taken out of it.
 
@@ -81,7 +92,11 @@ class BlockGRUStep:
         self.action_weight = features[2 * hidden :]
         self.bias = first.bias
         self.gate_weight = core.gates.weight  # [G, D/G, 3 D/G]
-        self.gate_bias = core.gates.bias.view(self.blocks, 1, -1)
+        bias = core.gates.bias.view(self.blocks, 1, -1)
+        # The update gate starts at sigmoid(-1): the cell's constant goes into the bias.
+        constant = bias.new_zeros(3 * width)
+        constant[2 * width :] = -1
+        self.gate_bias = bias + constant
 
     def action_input(self, action: Tensor) -> Tensor:
         """The action's share of the first layer: ``[..., A]`` to ``[..., D]``."""
@@ -99,11 +114,11 @@ class BlockGRUStep:
         hidden = torch.baddbmm(shared, grouped, self.belief_weight)
         hidden = self.rest(hidden.transpose(0, 1).flatten(1))
         hidden = hidden.unflatten(-1, (blocks, -1)).transpose(0, 1)
-        gates = torch.baddbmm(self.gate_bias, hidden, self.gate_weight)
+        # In place, because a broadcast bias is first copied to the product's size otherwise.
+        gates = torch.bmm(hidden, self.gate_weight).add_(self.gate_bias)
         reset, candidate, update = gates.chunk(3, -1)
         candidate = (reset.sigmoid() * candidate).tanh()
-        update = (update - 1).sigmoid()
-        grouped = torch.lerp(grouped, candidate, update)
+        grouped = torch.lerp(grouped, candidate, update.sigmoid())
         return grouped.transpose(0, 1).flatten(1)
 
 
@@ -238,36 +253,38 @@ class RSSMRollout(RSSMRolloutV3):
 
 
 def imagine(
-    prior: RSSMPriorV3, actor: nn.Module, state: Tensor, belief: Tensor, horizon: int
-) -> tuple[Tensor, Tensor, Tensor]:
+    prior: RSSMPriorV3, actor: GaussianActor, state: Tensor, belief: Tensor, horizon: int
+) -> tuple[Tensor, Tensor]:
     """Follow the policy in the model, without gradients.
 
     REINFORCE scores stopped actions in stopped states (DreamerV3, "Actor learning"), so nothing
-    here needs a graph.
+    here needs a graph. Time comes first: every step is then one block of memory, and so are all
+    steps but the last.
 
     Args:
         prior: The block-GRU prior.
-        actor: Maps ``state, belief`` to the mean and standard deviation of the action.
+        actor: The policy's network.
         state: Start states ``[N, S]``.
         belief: Start beliefs ``[N, D]``.
         horizon: H, imagined steps.
 
     Returns:
-        States ``[N, H + 1, S]`` and beliefs ``[N, H + 1, D]``, the start included, and the
-        actions taken in the first H of them ``[N, H, A]``.
+        Features of the latents, belief and state side by side ``[H + 1, N, D + S]``, the start
+        included, and the actions taken in the first H of them ``[H, N, A]``.
     """
     with torch.no_grad():
         step = BlockGRUStep(prior)
         uniforms = torch.rand(horizon, len(state), prior.num_categoricals, device=state.device)
-        states, beliefs, actions = [state], [belief], []
+        features = belief.new_empty(horizon + 1, len(state), belief.shape[1] + state.shape[1])
+        torch.cat((belief, state), -1, out=features[0])
+        actions = []
         for t in range(horizon):
-            mean, std = actor(state, belief)
+            mean, std = actor.from_features(features[t])
             action = mean + std * torch.randn_like(mean)
             belief = step(state, belief, step.action_input(action))
             logits = prior.rnn_to_prior_projector(belief)
             logits = logits.unflatten(-1, (prior.num_categoricals, -1))
-            state = sample_one_hot(logits, prior.unimix, uniforms[t]).flatten(-2)
-            states.append(state)
-            beliefs.append(belief)
+            state = _draw_one_hot(logits, prior.unimix, uniforms[t]).flatten(-2)
+            torch.cat((belief, state), -1, out=features[t + 1])
             actions.append(action)
-        return torch.stack(states, 1), torch.stack(beliefs, 1), torch.stack(actions, 1)
+        return features, torch.stack(actions)

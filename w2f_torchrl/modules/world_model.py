@@ -8,18 +8,13 @@ import torch
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModule, TensorDictModuleBase
 from torch import Tensor, nn
-from torchrl.modules import (
-    DreamerV3ImageDecoder,
-    DreamerV3ImageEncoder,
-    DreamerV3MLP,
-    RSSMPosteriorV3,
-    RSSMPriorV3,
-    SymExpTwoHot,
-)
+from torchrl.modules import DreamerV3MLP, RSSMPosteriorV3, RSSMPriorV3
 
 from w2f_torchrl.modules.config import LATENTS, PRESETS, ModelConfig
+from w2f_torchrl.modules.convolution import ImageDecoder, ImageEncoder
 from w2f_torchrl.modules.dual_decoder import DualImageDecoder
 from w2f_torchrl.modules.rssm import RSSMRollout
+from w2f_torchrl.modules.two_hot import TwoHot
 
 Latent = Literal["whole", "split", "shared", "foreground"]
 
@@ -45,7 +40,7 @@ class WorldModel(TensorDictModuleBase):
     def __init__(self, config: ModelConfig, action_size: int, image_size: int, latent: Latent):
         super().__init__()
         self.config, self.latent = config, latent
-        self.encoder = DreamerV3ImageEncoder(
+        self.encoder = ImageEncoder(
             depth=config.cnn_depth, mults=config.cnn_multipliers, kernel_size=config.kernel_size
         )
         embedding = self.encoder.output_features((3, image_size, image_size))
@@ -59,7 +54,7 @@ class WorldModel(TensorDictModuleBase):
             features, config.num_bins, config.head_layers, config.units, outscale=0.0
         )
         self.continuation = DreamerV3MLP(features, 1, config.head_layers, config.units)
-        self.two_hot = SymExpTwoHot(config.num_bins)
+        self.two_hot = TwoHot(config.num_bins)
         self.in_keys = ["action", "is_init", ("next", "pixels")]
         self.out_keys = self._out_keys()
 
@@ -80,8 +75,9 @@ class WorldModel(TensorDictModuleBase):
         tensordict = self.infer(tensordict)
         self.decoder(tensordict)
         state, belief = tensordict.get(("next", "state")), tensordict.get(("next", "belief"))
-        tensordict.set(("next", "reward_logits"), self.reward(belief, state).float())
-        tensordict.set(("next", "continue_logits"), self.continuation(belief, state).float())
+        features = torch.cat((belief, state), -1)
+        tensordict.set(("next", "reward_logits"), self.reward(features).float())
+        tensordict.set(("next", "continue_logits"), self.continuation(features).float())
         return tensordict
 
     def infer(self, tensordict: TensorDictBase) -> TensorDictBase:
@@ -94,10 +90,14 @@ class WorldModel(TensorDictModuleBase):
             self.background_rollout(tensordict)
         return tensordict
 
-    def predict(self, state: Tensor, belief: Tensor) -> tuple[Tensor, Tensor]:
-        """Expected reward and probability of going on, both ``[...]``, in the given latents."""
-        reward = self.two_hot.decode(self.reward(belief, state).float())
-        continuation = torch.sigmoid(self.continuation(belief, state).float()).squeeze(-1)
+    def predict(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Expected reward and probability of going on, both ``[...]``.
+
+        Args:
+            features: Belief and state side by side ``[..., D + S]``.
+        """
+        reward = self.two_hot.decode(self.reward(features).float())
+        continuation = torch.sigmoid(self.continuation(features).float()).squeeze(-1)
         return reward, continuation
 
     @property
@@ -194,7 +194,7 @@ def _build_decoder(
     image_shape = (3, image_size, image_size)
     kwargs = {"kernel_size": config.kernel_size, "num_blocks": config.num_blocks}
     if latent == "whole":
-        decoder = DreamerV3ImageDecoder(
+        decoder = ImageDecoder(
             features, image_shape, config.cnn_depth, config.cnn_multipliers, **kwargs
         )
         keys = [("next", "state"), ("next", "belief")]

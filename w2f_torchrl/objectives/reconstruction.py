@@ -6,7 +6,7 @@ that DreamerV3's other loss weights assume.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,26 +16,52 @@ ForegroundTarget = Literal["inside", "zero_outside"]
 FOREGROUND_TARGETS = ("inside", "zero_outside")
 
 
-def picture_target(pixels: Tensor) -> Tensor:
-    """Map uint8 pixels to the targets in [0, 1].
-
-    Raises:
-        TypeError: If the pixels are not uint8; a range is never guessed.
-    """
-    if pixels.dtype is not torch.uint8:
+def _check(prediction: Tensor, pixels: Tensor, mask: Tensor | None = None) -> None:
+    if pixels.dtype is not torch.uint8:  # a range is never guessed
         raise TypeError(f"pixels must be uint8, got {pixels.dtype}.")
-    return pixels.float() / 255
+    if prediction.shape != pixels.shape:
+        raise ValueError(
+            f"the prediction must have the pixels' shape {tuple(pixels.shape)}, got "
+            f"{tuple(prediction.shape)}."
+        )
+    if mask is not None:
+        _check_mask(mask, pixels)
 
 
-def _check_mask(mask: Tensor, pixels: Tensor) -> Tensor:
+def _check_mask(mask: Tensor, pixels: Tensor) -> None:
     expected = (*pixels.shape[:-3], 1, *pixels.shape[-2:])
     if mask.shape != expected:
         raise ValueError(f"foreground_mask must have shape {expected}, got {tuple(mask.shape)}.")
-    return mask.float()
 
 
-def _sum(error: Tensor) -> Tensor:
-    return error.sum((-1, -2, -3)).mean()
+class _SquaredError(torch.autograd.Function):
+    """Sum of ``weight * (prediction - pixels / 255)^2``, mean over pictures.
+
+    The gradient is known in the forward pass, so that one buffer is written and kept instead of
+    the five that autograd would keep.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, prediction: Tensor, pixels: Tensor, weight: Tensor | None) -> Tensor:
+        residual = torch.sub(prediction, pixels.to(prediction.dtype).div_(255))
+        weighted = residual if weight is None else residual * weight
+        ctx.save_for_backward(weighted)
+        return _dot(weighted, residual) / _pictures(prediction)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (weighted,) = ctx.saved_tensors
+        return weighted * (2 * grad / _pictures(weighted)), None, None
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    # Picture by picture: one float32 dot product over a whole batch would lose digits.
+    size = a.shape[-3:].numel()
+    return torch.bmm(a.reshape(-1, 1, size), b.reshape(-1, size, 1)).sum()
+
+
+def _pictures(images: Tensor) -> int:
+    return images.shape[:-3].numel()
 
 
 def image_loss(prediction: Tensor, pixels: Tensor) -> Tensor:
@@ -45,7 +71,9 @@ def image_loss(prediction: Tensor, pixels: Tensor) -> Tensor:
         prediction: Colours ``[..., 3, H, W]``.
         pixels: uint8 ``[..., 3, H, W]``.
     """
-    return _sum((prediction - picture_target(pixels)).square())
+    _check(prediction, pixels)
+    loss: Tensor = _SquaredError.apply(prediction, pixels, None)
+    return loss
 
 
 def foreground_loss(
@@ -65,13 +93,12 @@ def foreground_loss(
             ``"inside"`` asks for nothing there and needs :func:`mask_loss` beside it, or a
             one-coloured agent could be painted everywhere.
     """
-    weight = _check_mask(mask, pixels)
-    # A value outside must not even be multiplied by zero: a NaN there would pass through.
-    image = torch.where(weight > 0, picture_target(pixels), 0.0)
-    error = weight * (prediction - image).square()
+    _check(prediction, pixels, mask)
+    weight = mask.to(prediction.dtype)
+    loss: Tensor = _SquaredError.apply(prediction, pixels, weight)
     if target == "zero_outside":
-        error = error + (1 - weight) * prediction.square()
-    return _sum(error)
+        loss = loss + _SquaredError.apply(prediction, torch.zeros_like(pixels), 1 - weight)
+    return loss
 
 
 def mask_loss(mask_logits: Tensor, mask: Tensor) -> Tensor:
@@ -81,8 +108,10 @@ def mask_loss(mask_logits: Tensor, mask: Tensor) -> Tensor:
         mask_logits: ``[..., 1, H, W]``.
         mask: bool, or confidence in [0, 1], ``[..., 1, H, W]``.
     """
-    target = _check_mask(mask, mask_logits)
-    return _sum(F.binary_cross_entropy_with_logits(mask_logits, target, reduction="none"))
+    _check_mask(mask, mask_logits)
+    # -m log p - (1 - m) log (1 - p) = softplus(l) - m l
+    own = mask_logits * mask.to(mask_logits.dtype)
+    return (F.softplus(mask_logits) - own).sum() / _pictures(mask_logits)
 
 
 def background_loss(prediction: Tensor, pixels: Tensor, mask: Tensor) -> Tensor:
@@ -93,6 +122,7 @@ def background_loss(prediction: Tensor, pixels: Tensor, mask: Tensor) -> Tensor:
         pixels: uint8 ``[..., 3, H, W]``.
         mask: bool, or confidence in [0, 1], ``[..., 1, H, W]``.
     """
-    weight = 1 - _check_mask(mask, pixels)
-    image = torch.where(weight > 0, picture_target(pixels), 0.0)
-    return _sum(weight * (prediction - image).square())
+    _check(prediction, pixels, mask)
+    weight = 1 - mask.to(prediction.dtype)
+    loss: Tensor = _SquaredError.apply(prediction, pixels, weight)
+    return loss

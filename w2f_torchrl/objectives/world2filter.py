@@ -231,24 +231,23 @@ class World2FilterLoss(LossModule):
             Unweighted losses, metrics, and the returns of the first H states ``[N, H]``.
         """
         horizon = self.config.imagination_horizon
-        states, beliefs, actions = imagine(
-            self.world_model.prior, self.actor, state, belief, horizon
-        )
-        two_hot = self.world_model.two_hot
-        states_h, beliefs_h = states[:, :-1], beliefs[:, :-1]
-        logits = self.critic(beliefs_h, states_h).float()
+        # Time first: [H + 1, N, D + S] and [H, N, A].
+        features, actions = imagine(self.world_model.prior, self.actor, state, belief, horizon)
+        decode = self.world_model.two_hot.decode
+        before = features[:-1]
+        logits = self.critic(before).float()
         with torch.no_grad():
-            reward, continuation = self.world_model.predict(states, beliefs)
-            last = self.critic(beliefs[:, -1:], states[:, -1:]).float()
-            value = two_hot.decode(torch.cat((logits, last), 1))
+            reward, continuation = self.world_model.predict(features)
+            last = decode(self.critic(features[-1:]).float())
+            value = torch.cat((decode(logits), last))
             # The continuation carries the discount, the start's included.
-            weight = continuation.cumprod(1)[:, :-1]
-            returns = lambda_return(reward, continuation, value, self.config.lmbda)
+            weight = continuation.cumprod(0)[:-1]
+            returns = lambda_return(reward.T, continuation.T, value.T, self.config.lmbda).T
             if self.training:
                 self.return_norm.update(returns.unsqueeze(-1))
-            advantage = (returns - value[:, :-1]) / self.return_norm.scale()
-            slow_value = two_hot.decode(self.slow_critic(beliefs_h, states_h).float())
-        policy = action_distribution(*self.actor(states_h, beliefs_h))
+            advantage = (returns - value[:-1]) / self.return_norm.scale()
+            slow_value = decode(self.slow_critic(before).float())
+        policy = action_distribution(*self.actor.from_features(before))
         entropy = policy.entropy()
         actor_loss = -(
             weight * (policy.log_prob(actions) * advantage + self.config.entropy * entropy)
@@ -260,9 +259,9 @@ class World2FilterLoss(LossModule):
             "ac/advantage_mean": advantage.mean(),
             "ac/return_mean": returns.mean(),
             "ac/return_scale": self.return_norm.scale().squeeze().clone(),
-            "ac/imagined_reward_mean": reward[:, 1:].mean(),
+            "ac/imagined_reward_mean": reward[1:].mean(),
         }
-        return {"actor": actor_loss, "critic": critic_loss}, metrics, returns
+        return {"actor": actor_loss, "critic": critic_loss}, metrics, returns.T
 
     def replay_critic_loss(
         self,
@@ -285,24 +284,21 @@ class World2FilterLoss(LossModule):
         """
         discount = 1 - 1 / self.config.discount_horizon
         two_hot = self.world_model.two_hot
+        features = torch.cat((belief[:, :-1], state[:, :-1]), -1)
         with torch.no_grad():
             continuation = (~terminated).float() * discount
             returns = lambda_return(reward, continuation, bootstrap, self.config.lmbda, done)
-            slow_value = two_hot.decode(self.slow_critic(belief, state).float())[:, :-1]
-        logits = self.critic(belief[:, :-1], state[:, :-1]).float()
+            slow_value = two_hot.decode(self.slow_critic(features).float())
+        logits = self.critic(features).float()
         # An episode's last state has no return: what follows it is another episode.
         weight = (~done[:, :-1]).float()
         return (weight * self._critic_error(logits, returns, slow_value)).mean()
 
     def _critic_error(self, logits: Tensor, returns: Tensor, slow_value: Tensor) -> Tensor:
         """Cross-entropy to the returns and, as a regulariser, to the slow critic's values."""
-        two_hot = self.world_model.two_hot
-        # Cross-entropy is linear in its target: one pass over the logits for both.
-        target: Tensor = two_hot.encode(returns)
-        scale = self.config.slow_critic_regularization
-        if scale:
-            target = target + scale * two_hot.encode(slow_value)
-        return -(target * torch.log_softmax(logits, -1)).sum(-1)
+        targets = torch.stack((returns, slow_value), -1)
+        to_returns, to_slow = self.world_model.two_hot.losses(logits, targets).unbind(-1)
+        return to_returns + self.config.slow_critic_regularization * to_slow
 
     @torch.no_grad()
     def update_slow_critic(self) -> None:

@@ -36,6 +36,7 @@ from w2f_torchrl.trainers.config import ConfigError, RunConfig, config_to_dict, 
 from w2f_torchrl.trainers.evaluator import Evaluator, build_env
 from w2f_torchrl.trainers.learner import Learner
 from w2f_torchrl.utils.logging import MetricsLogger, ProgressBar, make_wandb_logger
+from w2f_torchrl.utils.memory import keep_freed_memory
 from w2f_torchrl.utils.plotting import plot_curves
 from w2f_torchrl.utils.seeding import derive_seed
 from w2f_torchrl.utils.video import panel
@@ -73,6 +74,7 @@ class Trainer:
             )
         torch.manual_seed(derive_seed(config.seed, "learner", 0))
         self.device = config.torch_device()
+        keep_freed_memory()
         self.action_size = self._action_size()
         self.learner = Learner.from_config(config, self.action_size)
         self.steps = 0

@@ -1,0 +1,117 @@
+"""Parts rewritten for speed: parity with TorchRL's in values and in gradients."""
+
+from __future__ import annotations
+
+import platform
+
+import pytest
+import torch
+from torch.nn import functional as F
+from torchrl.modules import DreamerV3ImageDecoder, DreamerV3ImageEncoder, SymExpTwoHot
+
+from w2f_torchrl.modules.convolution import ImageDecoder, ImageEncoder, subpixel_convolution
+from w2f_torchrl.modules.rssm import _draw_one_hot, sample_one_hot
+from w2f_torchrl.modules.two_hot import TwoHot
+from w2f_torchrl.utils.memory import keep_freed_memory
+
+
+def same(ours, theirs, *inputs):
+    """Values and gradients of two modules with the same weights, float64."""
+    ours.load_state_dict(theirs.state_dict())
+    for parameter, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.nn.init.normal_(other.data, std=0.3)  # biases and norms are constants at the start
+        parameter.data.copy_(other.data)
+    results = []
+    for module in (ours, theirs):
+        out = module(*inputs)
+        grads = torch.autograd.grad(
+            (out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum(),
+            [*module.parameters(), *(i for i in inputs if i.requires_grad)],
+        )
+        results.append((out, *grads))
+    for got, want in zip(*results, strict=True):
+        assert got.dtype == want.dtype
+        assert got.shape == want.shape
+        # TorchRL's norm is taken in float32 whatever the input.
+        torch.testing.assert_close(
+            got, want, rtol=1e-4, atol=1e-5 * float(want.detach().abs().max())
+        )
+
+
+@pytest.mark.parametrize("kernel", [1, 3, 5, 7])
+@pytest.mark.parametrize("kind", ["uint8", "float"])
+def test_encoder_equals_torchrls(kernel, kind):
+    torch.manual_seed(0)
+    kwargs = {"depth": 3, "mults": (1, 2), "kernel_size": kernel}
+    pixels = torch.randint(0, 256, (2, 3, 3, 16, 16), dtype=torch.uint8)
+    if kind == "float":
+        pixels = (pixels.double() / 255).requires_grad_()
+        ours, theirs = ImageEncoder(**kwargs).double(), DreamerV3ImageEncoder(**kwargs).double()
+    else:
+        ours, theirs = ImageEncoder(**kwargs), DreamerV3ImageEncoder(**kwargs)
+    same(ours, theirs, pixels)
+
+
+@pytest.mark.parametrize("kernel", [1, 3, 5, 7])
+@pytest.mark.parametrize("depth", [2, 20])  # narrow stages use subpixels, wide ones do not
+def test_decoder_equals_torchrls(kernel, depth):
+    torch.manual_seed(0)
+    kwargs = {"depth": depth, "mults": (1, 2), "kernel_size": kernel, "num_blocks": 2}
+    shape = (4, 16, 16)
+    ours = ImageDecoder(12, shape, **kwargs).double()
+    theirs = DreamerV3ImageDecoder(12, shape, **kwargs).double()
+    state = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
+    belief = torch.randn(2, 3, 8, dtype=torch.float64, requires_grad=True)
+    same(ours, theirs, belief, state)
+
+
+@pytest.mark.parametrize("kernel", [1, 3, 5])
+def test_subpixel_convolution_is_the_transposed_convolution(kernel):
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 5, 4, dtype=torch.float64)
+    weight = torch.randn(3, 2, kernel, kernel, dtype=torch.float64)
+    bias = torch.randn(2, dtype=torch.float64)
+    want = F.conv_transpose2d(x, weight, bias, stride=2, padding=kernel // 2, output_padding=1)
+    torch.testing.assert_close(subpixel_convolution(x, weight, bias), want)
+
+
+def test_autocast_leaves_the_layers_to_torch():
+    encoder = ImageEncoder(depth=4, mults=(1, 2))
+    pixels = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = encoder(pixels)
+    out.float().sum().backward()
+    assert out.dtype is torch.bfloat16
+    torch.testing.assert_close(out.float(), encoder(pixels), rtol=0.05, atol=0.05)
+
+
+def test_two_hot_equals_torchrls():
+    torch.manual_seed(0)
+    ours, theirs = TwoHot(255).double(), SymExpTwoHot(255).double()
+    logits = torch.randn(64, 255, dtype=torch.float64, requires_grad=True)
+    targets = torch.randn(64, 2, dtype=torch.float64).mul(4).sinh()
+    targets[:3, 0] = torch.tensor([0.0, 1e12, -1e12])  # a bin itself, and beyond the support
+    targets[3, 0] = theirs.bins[-1]
+    want = torch.stack([theirs.loss(logits, targets[:, i]) for i in range(2)], -1)
+    got = ours.losses(logits, targets)
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(ours.loss(logits, targets[:, :1]), want[:, 0])
+    for a, b in zip(*(torch.autograd.grad(v.sum(), logits) for v in (got, want)), strict=True):
+        torch.testing.assert_close(a, b)
+    torch.testing.assert_close(ours.decode(logits), theirs.decode(logits))
+    assert torch.equal(TwoHot(255).decode(torch.zeros(2, 3, 255)), torch.zeros(2, 3))
+
+
+@pytest.mark.parametrize("classes", [2, 4, 16])
+def test_draws_without_gradient_are_those_with(classes):
+    torch.manual_seed(0)
+    logits, uniform = 2 * torch.randn(50, 8, classes), torch.rand(50, 8)
+    want = sample_one_hot(logits, 0.01, uniform)
+    assert torch.equal(_draw_one_hot(logits, 0.01, uniform), want)
+    assert _draw_one_hot(logits[:1], 0.01, torch.full((1, 8), 1 - 1e-8)).sum() == 8
+
+
+def test_the_allocator_is_set_where_it_can_be():
+    glibc = platform.system() == "Linux" and platform.libc_ver()[0] == "glibc"
+    assert keep_freed_memory() is glibc
+    assert torch.ones(2**22).sum() == 2**22  # and it still allocates

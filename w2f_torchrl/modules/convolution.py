@@ -1,0 +1,157 @@
+"""TorchRL's image encoder and decoder with fewer passes over memory.
+
+The same parameters and results. Feature maps stay in the channels-last layout from end to end,
+and three things that are slow on a CPU are done otherwise there: normalisation with its
+activation, the gradient of a convolution's bias, and narrow transposed convolutions. On other
+devices, under autocast and in a compiled graph, whose compiler fuses by itself, only the layout
+differs. ``benchmarks/learner.py`` measures both.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchrl.modules import DreamerV3ImageDecoder, DreamerV3ImageEncoder
+
+#: Widest output for which a transposed convolution is faster as a plain one on subpixels (CPU).
+SUBPIXEL_CHANNELS = 16
+#: Largest kernel that a 3 x 3 kernel on subpixels covers at stride 2.
+SUBPIXEL_KERNEL = 5
+
+
+class _Convolution(torch.autograd.Function):
+    """A convolution of stride 2 whose bias has a cheap gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, transposed: bool) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.transposed = transposed
+        narrow = weight.shape[1] <= SUBPIXEL_CHANNELS and weight.shape[-1] <= SUBPIXEL_KERNEL
+        if transposed and narrow:
+            return subpixel_convolution(x, weight, bias)
+        return torch.convolution(x, weight, bias, **_geometry(weight, transposed))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        x, weight = ctx.saved_tensors
+        grad = grad.contiguous(memory_format=torch.channels_last)
+        geometry = _geometry(weight, ctx.transposed)
+        wanted = [ctx.needs_input_grad[0], True, False]
+        grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
+            grad, x, weight, None, *geometry.values(), wanted
+        )
+        return grad_x, grad_weight, grad.sum((0, 2, 3)), None
+
+
+def _geometry(weight: Tensor, transposed: bool) -> dict[str, Any]:
+    return {
+        "stride": [2, 2],
+        "padding": [weight.shape[-1] // 2] * 2,
+        "dilation": [1, 1],
+        "transposed": transposed,
+        "output_padding": [int(transposed)] * 2,
+        "groups": 1,
+    }
+
+
+def subpixel_convolution(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """A transposed convolution of stride 2 as a plain one that makes the four subpixels.
+
+    Row 2 q + p of the output takes the inputs q + d, d in {-1, 0, 1}, with the kernel's row
+    2 + p - 2 d (of a kernel of 5, zero beyond it): a 3 x 3 kernel for each of the four
+    subpixels (Shi et al. 2016, "Is the deconvolution layer the same as a convolutional layer?").
+
+    Args:
+        x: ``[N, C, H, W]``.
+        weight: ``[C, O, k, k]``, k odd and at most 5.
+        bias: ``[O]``.
+
+    Returns:
+        ``[N, O, 2 H, 2 W]``.
+    """
+    channels, out = weight.shape[:2]
+    margin = (SUBPIXEL_KERNEL - weight.shape[-1]) // 2
+    weight = F.pad(weight, (margin, margin + 1) * 2).view(channels, out, 3, 2, 3, 2)
+    weight = weight.flip(2, 4).permute(1, 3, 5, 0, 2, 4).reshape(4 * out, channels, 3, 3)
+    return F.pixel_shuffle(F.conv2d(x, weight, bias.repeat_interleave(4), padding=1), 2)
+
+
+class _NormActivation(torch.autograd.Function):
+    """``silu(weight * x / rms(x))`` over channels, dimension 1 of ``[N, C, H, W]``."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+        scale = norm.square_().div_(x.shape[1]).add_(eps).rsqrt_()
+        normed = x * scale
+        scaled = normed * weight.view(-1, 1, 1)
+        ctx.save_for_backward(normed, scaled, scale, weight)
+        return F.silu(scaled)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        normed, scaled, scale, weight = ctx.saved_tensors
+        grad = torch.ops.aten.silu_backward(grad, scaled)
+        product = grad * normed
+        # The part along x itself is the norm's own derivative.
+        share = F.conv2d(product, (weight / len(weight)).view(1, -1, 1, 1))
+        grad_weight = product.sum((0, 2, 3))
+        grad = grad.mul_(weight.view(-1, 1, 1)).addcmul_(normed, share, value=-1).mul_(scale)
+        return grad, grad_weight, None
+
+
+def _by_hand(x: Tensor) -> bool:
+    on_cpu = x.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
+    return on_cpu and not torch.compiler.is_compiling()
+
+
+def _convolve(x: Tensor, layer: nn.Conv2d | nn.ConvTranspose2d) -> Tensor:
+    if _by_hand(x):
+        transposed = isinstance(layer, nn.ConvTranspose2d)
+        return cast(Tensor, _Convolution.apply(x, layer.weight, layer.bias, transposed))
+    return cast(Tensor, layer(x))
+
+
+def _norm_activation(x: Tensor, norm: nn.Module) -> Tensor:
+    if _by_hand(x):
+        return cast(Tensor, _NormActivation.apply(x, norm.weight, norm.eps))
+    return F.silu(norm(x))
+
+
+class ImageEncoder(DreamerV3ImageEncoder):
+    """:class:`~torchrl.modules.DreamerV3ImageEncoder`, faster: same parameters and results."""
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Encode uint8 ``[..., C, H, W]``, or floats in [0, 1], to features ``[..., E]``."""
+        batch_shape = image.shape[:-3]
+        hidden = image.reshape(-1, *image.shape[-3:])
+        if hidden.is_floating_point():
+            hidden = hidden - 0.5
+        else:
+            dtype = self.layers[0].weight.dtype
+            hidden = hidden.to(dtype, memory_format=torch.channels_last).div_(255).sub_(0.5)
+        for convolution, norm in zip(self.layers[::3], self.layers[1::3], strict=True):
+            hidden = _norm_activation(_convolve(hidden, convolution), norm)
+        return hidden.contiguous().reshape(*batch_shape, -1)
+
+
+class ImageDecoder(DreamerV3ImageDecoder):
+    """:class:`~torchrl.modules.DreamerV3ImageDecoder`, faster: same parameters and results."""
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """Decode features ``[..., F]``, given in parts, to pictures ``[..., C, H, W]``."""
+        value = inputs[0] if len(inputs) == 1 else torch.cat(inputs, -1)
+        batch_shape = value.shape[:-1]
+        hidden = self.projection(value.reshape(-1, value.shape[-1]))
+        hidden = hidden.reshape(-1, *self.initial_shape)
+        hidden = hidden.contiguous(memory_format=torch.channels_last)
+        hidden = _norm_activation(hidden, self.projection_norm)
+        *stages, last = self.layers
+        for convolution, norm in zip(stages[::3], stages[1::3], strict=True):
+            hidden = _norm_activation(_convolve(hidden, convolution), norm)
+        # One picture after the other, as the losses and the masks have them.
+        image = _convolve(hidden, last).contiguous() + 0.5
+        return image.reshape(*batch_shape, *image.shape[-3:])
