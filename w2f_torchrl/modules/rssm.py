@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModule
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from torchrl.modules import RSSMPosteriorV3, RSSMPriorV3, RSSMRolloutV3
+
+from w2f_torchrl.modules.scan import ScanWeights, scan
 
 if TYPE_CHECKING:
     from w2f_torchrl.modules.actor_critic import GaussianActor
@@ -217,39 +219,91 @@ class RSSMRollout(RSSMRolloutV3):
         if belief is None:
             belief = embedding.new_zeros(batch, prior.rnn_hidden_dim)
         step = BlockGRUStep(prior)
-        action_inputs = step.action_input(torch.where(reset, 0, action)).unbind(1)
-        first, rest = self._posterior_layers(posterior)
-        width = prior.rnn_hidden_dim
-        embedded = F.linear(embedding, first.weight[:, width:], first.bias).unbind(1)
-        belief_weight = first.weight[:, :width].t()
-        keep = (~reset).to(embedding.dtype).unbind(1)
+        action_input = step.action_input(torch.where(reset, 0, action))
+        first = posterior.obs_rnn_to_post_projector[0]
+        embedded = F.linear(embedding, first.weight[:, prior.rnn_hidden_dim :], first.bias)
+        keep = (~reset).to(embedding.dtype)
         # TorchRL draws the prior's uniforms too; drawing them in the same call costs nothing and
         # keeps the random stream equal to its rollout's.
-        uniforms = torch.rand(time, 2, batch, prior.num_categoricals, device=embedding.device)
+        uniform = torch.rand(time, 2, batch, prior.num_categoricals, device=embedding.device)[:, 1]
+        roll = self._scan if self._scan_applies(embedded) else self._roll
+        state, belief, logits = roll(step, state, belief, keep, action_input, embedded, uniform)
+        prior_logits = prior.rnn_to_prior_projector(belief)
+        categoricals = (prior.num_categoricals, -1)
+        return Unrolled(
+            state,
+            belief,
+            prior_logits.unflatten(-1, categoricals),
+            logits.unflatten(-1, categoricals),
+        )
 
+    def _scan_applies(self, embedded: Tensor) -> bool:
+        """Whether the backward pass is written out for these layers and this precision."""
+        prior, posterior = self.rssm_prior.module, self.rssm_posterior.module
+        one_layer = (len(prior.rnn.hidden_layers), len(posterior.obs_rnn_to_post_projector))
+        mixed = torch.is_autocast_enabled(embedded.device.type)
+        return one_layer == (3, 4) and not mixed
+
+    def _scan(
+        self,
+        step: BlockGRUStep,
+        state: Tensor,
+        belief: Tensor,
+        keep: Tensor,
+        action_input: Tensor,
+        embedded: Tensor,
+        uniform: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        core, posterior = step.core, self.rssm_posterior.module
+        first, posterior_norm, _, last = posterior.obs_rnn_to_post_projector
+        weights = ScanWeights(
+            belief=core.belief_projection[0].weight,
+            belief_bias=core.belief_projection[0].bias,
+            belief_norm=core.belief_projection[1].weight,
+            state=core.state_projection[0].weight,
+            state_bias=core.state_projection[0].bias,
+            state_norm=core.state_projection[1].weight,
+            features=step.feature_weight,
+            blocks=step.belief_weight,
+            hidden_norm=core.hidden_layers[1].weight,
+            gates=step.gate_weight,
+            gates_bias=step.gate_bias,
+            posterior=first.weight[:, : core.belief_dim],
+            posterior_norm=posterior_norm.weight,
+            logits=last.weight,
+            logits_bias=last.bias,
+        )
+        eps, unimix = core.hidden_layers[1].eps, posterior.unimix
+        return scan(
+            weights, state, belief, keep, action_input, embedded, uniform, unimix=unimix, eps=eps
+        )
+
+    def _roll(
+        self,
+        step: BlockGRUStep,
+        state: Tensor,
+        belief: Tensor,
+        keep: Tensor,
+        action_input: Tensor,
+        embedded: Tensor,
+        uniform: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        posterior = self.rssm_posterior.module
+        first, *rest = posterior.obs_rnn_to_post_projector
+        belief_weight = first.weight[:, : step.core.belief_dim].t()
         states, beliefs, logits = [], [], []
-        for t in range(time):
-            belief = step(state * keep[t], belief * keep[t], action_inputs[t])
-            hidden = torch.addmm(embedded[t], belief, belief_weight)
-            logit = rest(hidden).unflatten(-1, (posterior.num_categoricals, -1))
-            state = sample_one_hot(logit, posterior.unimix, uniforms[t, 1]).flatten(-2)
+        rows = zip(*(x.unbind(1) for x in (keep, action_input, embedded)), uniform, strict=True)
+        for keep_t, action_t, embedded_t, uniform_t in rows:
+            belief = step(state * keep_t, belief * keep_t, action_t)
+            logit = torch.addmm(embedded_t, belief, belief_weight)
+            for layer in rest:
+                logit = layer(logit)
+            grouped = logit.unflatten(-1, (posterior.num_categoricals, -1))
+            state = sample_one_hot(grouped, posterior.unimix, uniform_t).flatten(-2)
             states.append(state)
             beliefs.append(belief)
             logits.append(logit)
-
-        belief = torch.stack(beliefs, 1)
-        prior_logits = prior.rnn_to_prior_projector(belief)
-        return Unrolled(
-            torch.stack(states, 1),
-            belief,
-            prior_logits.unflatten(-1, (prior.num_categoricals, -1)),
-            torch.stack(logits, 1),
-        )
-
-    @staticmethod
-    def _posterior_layers(posterior: RSSMPosteriorV3) -> tuple[nn.Linear, nn.Sequential]:
-        layers = posterior.obs_rnn_to_post_projector
-        return layers[0], layers[1:]
+        return torch.stack(states, 1), torch.stack(beliefs, 1), torch.stack(logits, 1)
 
 
 def imagine(
