@@ -76,6 +76,7 @@ def main() -> None:
     parser.add_argument("--batch-length", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--modes", nargs="*", default=["compile"], help="beside eager")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     logging.getLogger("torchrl").setLevel(logging.WARNING)
@@ -87,14 +88,22 @@ def main() -> None:
         "torchrl_parts": (torchrl_update(args.model), bare)
     }
     for name in ("whole", "shared", "split", "foreground"):
-        learner = Learner(PRESETS[args.model], action_size=ACTION_SIZE, latent=name)
-        contenders["dreamer_v3" if name == "whole" else name] = (learner.update, sample)
+        for execution in ("eager", *args.modes):
+            learner = Learner(
+                PRESETS[args.model], action_size=ACTION_SIZE, latent=name, execution=execution
+            )
+            label = "dreamer_v3" if name == "whole" else name
+            label += "" if execution == "eager" else f", {execution}"
+            contenders[label] = (learner.update, sample)
+    compile_seconds: dict[str, float] = {}
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for turn in range(args.rounds + 2):
         for name, (update, data) in contenders.items():
-            begin = time.process_time()
+            begin, begin_wall = time.process_time(), time.perf_counter()
             update(data.clone())
-            if turn >= 2:  # the first two rounds allocate
+            if turn == 0 and ", " in name:
+                compile_seconds[name] = round(time.perf_counter() - begin_wall, 1)
+            if turn >= 2:  # the first two rounds allocate and compile
                 seconds[name].append(time.process_time() - begin)
     table = {
         name: {
@@ -115,7 +124,9 @@ def main() -> None:
     shape = f"{args.batch_size}x{args.batch_length}"
     out = args.out or Path(__file__).parent / "results" / f"learner_cpu_{args.model}_{shape}.json"
     settings = {k: v for k, v in vars(args).items() if k != "out"}
-    path = write_results(out, {"settings": settings, "update": table})
+    path = write_results(
+        out, {"settings": settings, "first_update_seconds": compile_seconds, "update": table}
+    )
     for name, row in table.items():
         print(f"{name:15s} {row}")
     print(path)

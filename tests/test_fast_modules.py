@@ -6,9 +6,11 @@ import platform
 
 import pytest
 import torch
+from test_objectives import SIZE, TINY
 from torch.nn import functional as F
 from torchrl.modules import DreamerV3ImageDecoder, DreamerV3ImageEncoder, SymExpTwoHot
 
+from w2f_torchrl.modules import build_world_model
 from w2f_torchrl.modules.convolution import ImageDecoder, ImageEncoder, subpixel_convolution
 from w2f_torchrl.modules.rssm import _draw_one_hot, sample_one_hot
 from w2f_torchrl.modules.two_hot import TwoHot
@@ -83,6 +85,27 @@ def test_autocast_leaves_the_layers_to_torch():
     out.float().sum().backward()
     assert out.dtype is torch.bfloat16
     torch.testing.assert_close(out.float(), encoder(pixels), rtol=0.05, atol=0.05)
+
+
+def test_scan_under_autocast_keeps_states_in_float32_and_agrees_with_the_loop():
+    world_model = build_world_model(TINY, action_size=2, image_size=SIZE, latent="whole")
+    rollout = world_model.rollout
+    first = rollout.rssm_posterior.module.obs_rnn_to_post_projector[0]
+    embedding = torch.randn(3, 6, first.in_features - TINY.belief_size)
+    reset = torch.zeros(3, 6, 1, dtype=torch.bool)
+    results = []
+    for roll in (rollout._scan, rollout._roll):
+        rollout._has_one_layer_each = lambda roll=roll: roll == rollout._scan
+        torch.manual_seed(1)
+        with torch.autocast("cpu", torch.bfloat16):
+            out = rollout.unroll(embedding, torch.ones(3, 6, 2), reset)
+        loss = out.belief.float().square().sum() + out.posterior_logits.float().square().mean()
+        grads = torch.autograd.grad(loss, list(rollout.parameters()), allow_unused=True)
+        results.append((out, torch.cat([g.flatten() for g in grads if g is not None])))
+    (out, grads), (want, want_grads) = results
+    assert out.belief.dtype is out.state.dtype is torch.float32
+    torch.testing.assert_close(out.belief[:, 0], want.belief.float()[:, 0], rtol=0.05, atol=0.02)
+    assert torch.cosine_similarity(grads, want_grads, dim=0) > 0.98
 
 
 def test_two_hot_equals_torchrls():

@@ -10,7 +10,14 @@ from w2f_torchrl.modules.actor_critic import (
 )
 from w2f_torchrl.modules.config import LATENTS, PRESETS, ModelConfig
 from w2f_torchrl.modules.dual_decoder import DualImageDecoder, compose
-from w2f_torchrl.modules.rssm import BlockGRUStep, RSSMRollout, Unrolled, imagine, sample_one_hot
+from w2f_torchrl.modules.rssm import (
+    BlockGRUStep,
+    RSSMRollout,
+    Unrolled,
+    imagine,
+    imagine_step,
+    sample_one_hot,
+)
 from w2f_torchrl.modules.world_model import WorldModel, build_world_model
 
 __all__ = [
@@ -30,6 +37,7 @@ __all__ = [
     "build_world_model",
     "compose",
     "imagine",
+    "imagine_step",
     "latent_sizes",
     "sample_one_hot",
 ]

@@ -5,6 +5,7 @@ Shape letters: B batch, T time, D belief, S = K x classes state, G blocks of the
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchrl.modules import RSSMPosteriorV3, RSSMPriorV3, RSSMRolloutV3
 
-from w2f_torchrl.modules.scan import ScanWeights, scan
+from w2f_torchrl.modules.scan import ScanWeights, scan, step_backward, step_forward
 
 if TYPE_CHECKING:
     from w2f_torchrl.modules.actor_critic import GaussianActor
@@ -118,7 +119,8 @@ class BlockGRUStep:
         hidden = hidden.unflatten(-1, (blocks, -1)).transpose(0, 1)
         # In place, because a broadcast bias is first copied to the product's size otherwise.
         gates = torch.bmm(hidden, self.gate_weight).add_(self.gate_bias)
-        reset, candidate, update = gates.chunk(3, -1)
+        # The belief stays in its own precision, also under autocast.
+        reset, candidate, update = gates.to(belief.dtype).chunk(3, -1)
         candidate = (reset.sigmoid() * candidate).tanh()
         grouped = torch.lerp(grouped, candidate, update.sigmoid())
         return grouped.transpose(0, 1).flatten(1)
@@ -158,6 +160,8 @@ class RSSMRollout(RSSMRolloutV3):
             )
         if not isinstance(posterior, RSSMPosteriorV3):
             raise ValueError("rssm_posterior must hold an RSSMPosteriorV3.")
+        self.steps = (step_forward, step_backward)
+        """A step of the recurrence and a step back; the learner may compile them."""
         self.has_action = action_key is not None
         self.state_key, self.belief_key = rssm_prior.in_keys[:2]
         self.embedding_key = rssm_posterior.in_keys[1]
@@ -226,7 +230,7 @@ class RSSMRollout(RSSMRolloutV3):
         # TorchRL draws the prior's uniforms too; drawing them in the same call costs nothing and
         # keeps the random stream equal to its rollout's.
         uniform = torch.rand(time, 2, batch, prior.num_categoricals, device=embedding.device)[:, 1]
-        roll = self._scan if self._scan_applies(embedded) else self._roll
+        roll = self._scan if self._has_one_layer_each() else self._roll
         state, belief, logits = roll(step, state, belief, keep, action_input, embedded, uniform)
         prior_logits = prior.rnn_to_prior_projector(belief)
         categoricals = (prior.num_categoricals, -1)
@@ -237,12 +241,10 @@ class RSSMRollout(RSSMRolloutV3):
             logits.unflatten(-1, categoricals),
         )
 
-    def _scan_applies(self, embedded: Tensor) -> bool:
-        """Whether the backward pass is written out for these layers and this precision."""
+    def _has_one_layer_each(self) -> bool:
+        """Whether the layers are those, all presets', whose backward pass is written out."""
         prior, posterior = self.rssm_prior.module, self.rssm_posterior.module
-        one_layer = (len(prior.rnn.hidden_layers), len(posterior.obs_rnn_to_post_projector))
-        mixed = torch.is_autocast_enabled(embedded.device.type)
-        return one_layer == (3, 4) and not mixed
+        return (len(prior.rnn.hidden_layers), len(posterior.obs_rnn_to_post_projector)) == (3, 4)
 
     def _scan(
         self,
@@ -275,7 +277,16 @@ class RSSMRollout(RSSMRolloutV3):
         )
         eps, unimix = core.hidden_layers[1].eps, posterior.unimix
         return scan(
-            weights, state, belief, keep, action_input, embedded, uniform, unimix=unimix, eps=eps
+            weights,
+            state,
+            belief,
+            keep,
+            action_input,
+            embedded,
+            uniform,
+            unimix=unimix,
+            eps=eps,
+            steps=self.steps,
         )
 
     def _roll(
@@ -306,8 +317,44 @@ class RSSMRollout(RSSMRolloutV3):
         return torch.stack(states, 1), torch.stack(beliefs, 1), torch.stack(logits, 1)
 
 
+def imagine_step(
+    step: BlockGRUStep,
+    prior: RSSMPriorV3,
+    actor: GaussianActor,
+    features: Tensor,
+    noise: Tensor,
+    uniform: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """One imagined step, without gradients.
+
+    Args:
+        step: The block GRU.
+        prior: The block-GRU prior.
+        actor: The policy's network.
+        features: Belief and state side by side ``[N, D + S]``.
+        noise: Standard normal draws ``[N, A]``.
+        uniform: Draws from U[0, 1) ``[N, K]``.
+
+    Returns:
+        The features after the step and the action that led there ``[N, A]``.
+    """
+    mean, std = actor.from_features(features)
+    action = mean + std * noise
+    belief, state = features.tensor_split((prior.rnn_hidden_dim,), -1)
+    belief = step(state, belief, step.action_input(action))
+    logits = prior.rnn_to_prior_projector(belief)
+    logits = logits.unflatten(-1, (prior.num_categoricals, -1))
+    state = _draw_one_hot(logits, prior.unimix, uniform).flatten(-2)
+    return torch.cat((belief, state), -1), action
+
+
 def imagine(
-    prior: RSSMPriorV3, actor: GaussianActor, state: Tensor, belief: Tensor, horizon: int
+    prior: RSSMPriorV3,
+    actor: GaussianActor,
+    state: Tensor,
+    belief: Tensor,
+    horizon: int,
+    one_step: Callable[..., tuple[Tensor, Tensor]] = imagine_step,
 ) -> tuple[Tensor, Tensor]:
     """Follow the policy in the model, without gradients.
 
@@ -321,6 +368,7 @@ def imagine(
         state: Start states ``[N, S]``.
         belief: Start beliefs ``[N, D]``.
         horizon: H, imagined steps.
+        one_step: :func:`imagine_step`, or the same compiled.
 
     Returns:
         Features of the latents, belief and state side by side ``[H + 1, N, D + S]``, the start
@@ -329,16 +377,11 @@ def imagine(
     with torch.no_grad():
         step = BlockGRUStep(prior)
         uniforms = torch.rand(horizon, len(state), prior.num_categoricals, device=state.device)
-        features = belief.new_empty(horizon + 1, len(state), belief.shape[1] + state.shape[1])
-        torch.cat((belief, state), -1, out=features[0])
-        actions = []
+        actions_shape = (horizon, len(state), *prior.action_shape)
+        noise = torch.randn_like(belief.new_empty(actions_shape))
+        features, actions = [torch.cat((belief, state), -1)], []
         for t in range(horizon):
-            mean, std = actor.from_features(features[t])
-            action = mean + std * torch.randn_like(mean)
-            belief = step(state, belief, step.action_input(action))
-            logits = prior.rnn_to_prior_projector(belief)
-            logits = logits.unflatten(-1, (prior.num_categoricals, -1))
-            state = _draw_one_hot(logits, prior.unimix, uniforms[t]).flatten(-2)
-            torch.cat((belief, state), -1, out=features[t + 1])
+            following, action = one_step(step, prior, actor, features[-1], noise[t], uniforms[t])
+            features.append(following)
             actions.append(action)
-        return features, torch.stack(actions)
+        return torch.stack(features), torch.stack(actions)

@@ -9,7 +9,7 @@ Shape letters: B batch, T time, D belief, S state, H hidden, G blocks, w = D / G
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -103,6 +103,7 @@ def scan(
     uniform: Tensor,
     unimix: float,
     eps: float,
+    steps: tuple[Callable[..., Any], Callable[..., Any]] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Roll the posterior over a sequence.
 
@@ -116,13 +117,23 @@ def scan(
         uniform: Draws from U[0, 1) ``[T, B, K]``.
         unimix: Share of the uniform distribution in the posterior.
         eps: Of the norms.
+        steps: :func:`step_forward` and :func:`step_backward`, or the same compiled.
 
     Returns:
         States, one-hot with straight-through gradient ``[B, T, S]``, beliefs ``[B, T, D]`` and
         posterior logits ``[B, T, S]``.
     """
     result: tuple[Tensor, Tensor, Tensor] = _Scan.apply(
-        state, belief, keep, action_input, embedded, uniform, unimix, eps, *weights
+        state,
+        belief,
+        keep,
+        action_input,
+        embedded,
+        uniform,
+        unimix,
+        eps,
+        steps or (step_forward, step_backward),
+        *weights,
     )
     return result
 
@@ -139,13 +150,15 @@ class _Scan(torch.autograd.Function):
         uniform: Tensor,
         unimix: float,
         eps: float,
+        step_functions: tuple[Callable[..., Any], Callable[..., Any]],
         *tensors: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         weights = ScanWeights(*tensors)
+        forward_one, ctx.backward_one = step_functions
         steps, states, logits = [], [], []
         rows = zip(*(x.unbind(1) for x in (keep, action_input, embedded)), uniform, strict=True)
         for kept, action_t, embedded_t, uniform_t in rows:
-            state, belief, logit, saved = step_forward(
+            state, belief, logit, saved = forward_one(
                 weights, state, belief, kept, action_t, embedded_t, uniform_t, unimix, eps
             )
             steps.append(saved)
@@ -153,6 +166,12 @@ class _Scan(torch.autograd.Function):
             logits.append(logit)
         ctx.save_for_backward(keep, *weights)
         ctx.steps, ctx.unimix = steps, unimix
+        device = belief.device.type
+        ctx.autocast = (
+            device,
+            torch.get_autocast_dtype(device),
+            torch.is_autocast_enabled(device),
+        )
         beliefs = torch.stack([saved.belief for saved in steps], 1)
         return torch.stack(states, 1), beliefs, torch.stack(logits, 1)
 
@@ -166,17 +185,19 @@ class _Scan(torch.autograd.Function):
         state, belief = torch.zeros_like(grad_states[:, 0]), torch.zeros_like(grad_beliefs[:, 0])
         outer = [g.unbind(1) for g in (grad_states, grad_beliefs, grad_logits, keep)]
         grads: list[_Gradients] = []
-        for t in reversed(range(len(steps))):
-            gs, gb, gl, kept = (g[t] for g in outer)
-            grads.append(
-                step_backward(weights, steps[t], state, belief, gs, gb, gl, kept, ctx.unimix)
-            )
-            state, belief = grads[-1].state, grads[-1].belief
-        grads.reverse()
+        device, dtype, mixed = ctx.autocast
+        with torch.autocast(device, dtype, enabled=mixed):
+            for t in reversed(range(len(steps))):
+                gs, gb, gl, kept = (g[t] for g in outer)
+                grads.append(
+                    ctx.backward_one(weights, steps[t], state, belief, gs, gb, gl, kept, ctx.unimix)
+                )
+                state, belief = grads[-1].state, grads[-1].belief
+            grads.reverse()
+            of_weights = _weight_gradients(weights, steps, grads)
         action_input = torch.stack([g.hidden_input for g in grads], 1)
         embedded = torch.stack([g.posterior_input for g in grads], 1)
-        of_weights = _weight_gradients(weights, steps, grads)
-        return (state, belief, None, action_input, embedded, None, None, None, *of_weights)
+        return (state, belief, None, action_input, embedded, None, None, None, None, *of_weights)
 
 
 def step_forward(
@@ -203,14 +224,14 @@ def step_forward(
     hidden = torch.baddbmm(_blocks(shared, weights), grouped, weights.blocks)
     by_hidden, hidden = _norm(_flat(hidden), weights.hidden_norm, eps)
     gates = torch.baddbmm(weights.gates_bias, _blocks(hidden, weights), weights.gates)
-    reset, candidate_input, update = gates.chunk(3, -1)
+    reset, candidate_input, update = gates.to(belief.dtype).chunk(3, -1)
     reset, update = reset.sigmoid(), update.sigmoid()
     candidate = torch.tanh(reset * candidate_input)
     belief = _flat(torch.lerp(grouped, candidate, update))
 
     projected = torch.addmm(embedded, belief, weights.posterior.t())
     by_posterior, posterior = _norm(projected, weights.posterior_norm, eps)
-    logits = torch.addmm(weights.logits_bias, posterior, weights.logits.t())
+    logits = torch.addmm(weights.logits_bias, posterior, weights.logits.t()).to(belief.dtype)
     probs = torch.softmax(logits.unflatten(-1, (uniform.shape[-1], -1)), -1)
     state = draw(probs, unimix, uniform).flatten(-2)
     saved = _Saved(
@@ -262,7 +283,8 @@ def step_backward(
     posterior_input, posterior_scaled = _norm_backward(
         grad, saved.by_posterior, weights.posterior_norm
     )
-    belief = torch.addmm(belief + grad_belief, posterior_input, weights.posterior)
+    # Sums outside the products: under autocast they stay in float32.
+    belief = belief + grad_belief + posterior_input @ weights.posterior
 
     grouped = _blocks(belief, weights)
     difference = saved.candidate - _blocks(saved.belief_in, weights)
@@ -273,15 +295,14 @@ def step_backward(
     gates = torch.cat((reset, candidate * saved.reset, update), -1)  # [G, B, 3 w]
     grad = _flat(torch.bmm(gates, weights.gates.transpose(1, 2)))
     hidden_input, hidden_scaled = _norm_backward(grad, saved.by_hidden, weights.hidden_norm)
-    direct = torch.baddbmm(
-        grouped - through, _blocks(hidden_input, weights), weights.blocks.transpose(1, 2)
-    )
+    direct = torch.bmm(_blocks(hidden_input, weights), weights.blocks.transpose(1, 2))
+    direct = grouped - through + direct
     features = hidden_input @ weights.features.t()
     first, second = features.chunk(2, -1)
     belief_input, belief_scaled = _norm_backward(first, saved.by_belief, weights.belief_norm)
     state_input, state_scaled = _norm_backward(second, saved.by_state, weights.state_norm)
-    belief = torch.addmm(_flat(direct), belief_input, weights.belief) * keep
-    state = state_input @ weights.state * keep
+    belief = (_flat(direct) + belief_input @ weights.belief) * keep
+    state = (state_input @ weights.state).to(belief.dtype) * keep
     return _Gradients(
         state,
         belief,
@@ -341,6 +362,7 @@ def _weight_gradients(
 
 def _norm(x: Tensor, gain: Tensor, eps: float) -> tuple[_Normed, Tensor]:
     """``silu(gain * x / rms(x))`` and what its backward pass needs."""
+    x = x.to(gain.dtype)  # from an autocast product
     scale = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
     normed = x * scale
     scaled = normed * gain
@@ -349,7 +371,7 @@ def _norm(x: Tensor, gain: Tensor, eps: float) -> tuple[_Normed, Tensor]:
 
 def _norm_backward(grad: Tensor, saved: _Normed, gain: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of the norm's input and of its scaled output."""
-    scaled: Tensor = torch.ops.aten.silu_backward(grad, saved.scaled)
+    scaled: Tensor = torch.ops.aten.silu_backward(grad.to(gain.dtype), saved.scaled)
     normed = scaled * gain
     share = (normed * saved.normed).mean(-1, keepdim=True)
     return (normed - saved.normed * share) * saved.scale, scaled

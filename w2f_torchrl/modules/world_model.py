@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -55,6 +56,8 @@ class WorldModel(TensorDictModuleBase):
         )
         self.continuation = DreamerV3MLP(features, 1, config.head_layers, config.units)
         self.two_hot = TwoHot(config.num_bins)
+        self.compiled: dict[str, Callable[..., Tensor]] = {}
+        """Compiled forms of submodules that the acting policy shares and calls as they are."""
         self.in_keys = ["action", "is_init", ("next", "pixels")]
         self.out_keys = self._out_keys()
 
@@ -82,9 +85,8 @@ class WorldModel(TensorDictModuleBase):
 
     def infer(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Write the posterior latents only."""
-        tensordict.set(
-            ("next", "encoded_latents"), self.encoder(tensordict.get(("next", "pixels")))
-        )
+        encode = self.compiled.get("encoder", self.encoder)
+        tensordict.set(("next", "encoded_latents"), encode(tensordict.get(("next", "pixels"))))
         self.rollout(tensordict)
         if self.background_rollout is not None:
             self.background_rollout(tensordict)

@@ -15,7 +15,13 @@ from torch.nn import functional as F
 from torchrl.modules import DreamerV3MLP, PercentileValueNorm
 from torchrl.objectives import LossModule, categorical_kl_terms
 
-from w2f_torchrl.modules import GaussianActor, WorldModel, action_distribution, imagine
+from w2f_torchrl.modules import (
+    GaussianActor,
+    WorldModel,
+    action_distribution,
+    imagine,
+    imagine_step,
+)
 from w2f_torchrl.objectives import reconstruction
 from w2f_torchrl.objectives.reconstruction import FOREGROUND_TARGETS, ForegroundTarget
 from w2f_torchrl.objectives.returns import lambda_return
@@ -114,6 +120,8 @@ class World2FilterLoss(LossModule):
         names = ("reward", "terminated", "done")
         self.in_keys = [*world_model.in_keys, *(("next", name) for name in names), *masks]
         self.out_keys = self.loss_names()
+        self.imagine_step = imagine_step
+        """One imagined step; the learner may compile it."""
 
     def _forward_value_estimator_keys(self, **kwargs: object) -> None:
         """Nothing to forward: the returns are computed here."""
@@ -232,7 +240,9 @@ class World2FilterLoss(LossModule):
         """
         horizon = self.config.imagination_horizon
         # Time first: [H + 1, N, D + S] and [H, N, A].
-        features, actions = imagine(self.world_model.prior, self.actor, state, belief, horizon)
+        features, actions = imagine(
+            self.world_model.prior, self.actor, state, belief, horizon, self.imagine_step
+        )
         decode = self.world_model.two_hot.decode
         before = features[:-1]
         logits = self.critic(before).float()

@@ -18,6 +18,7 @@ ALGORITHMS = ("world2filter", "dreamer_v3")
 SEGMENTATIONS = ("simulator",)
 STORAGES = ("memory", "disk")
 PRECISIONS = ("float32", "bfloat16")
+EXECUTIONS = ("eager", "compile", "compile_all", "cuda_graph")
 
 
 class ConfigError(ValueError):
@@ -89,6 +90,9 @@ class TrainingConfig:
     """Replayed records per agent step; updates per agent step are this / (B x T)."""
     prefill_steps: int | None = None
     """Agent steps collected before the first update; null: B x T, and one sequence per env."""
+    execution: str = "eager"
+    """eager; compile (the core's pieces); compile_all (losses and time loop as one graph, slow to
+    compile); cuda_graph (compile, and the whole update replayed as one graph; CUDA only)."""
 
 
 @dataclass
@@ -258,8 +262,18 @@ def _validate_optimizer(optimizer: OptimizerConfig) -> None:
             raise ConfigError(f"optimizer.{name}={getattr(optimizer, name)} must be in [0, 1).")
 
 
+def _validate_execution(config: RunConfig) -> None:
+    _choice("training.execution", config.training.execution, EXECUTIONS)
+    if config.training.execution == "cuda_graph" and config.torch_device().type != "cuda":
+        raise ConfigError(
+            f"training.execution='cuda_graph' needs device=cuda, got device={config.device!r}; "
+            "on a CPU use eager or compile."
+        )
+
+
 def _validate_training(config: RunConfig) -> None:
     training, envs = config.training, config.environment.num_envs
+    _validate_execution(config)
     _at_least("training.total_frames", training.total_frames, 1)
     _at_least("training.batch_size", training.batch_size, 1)
     _at_least("training.batch_length", training.batch_length, 2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,6 +21,12 @@ from w2f_torchrl.modules import (
 from w2f_torchrl.objectives import LossConfig, World2FilterLoss
 from w2f_torchrl.trainers.checkpointing import CheckpointError
 from w2f_torchrl.trainers.config import OptimizerConfig, RunConfig
+from w2f_torchrl.trainers.execution import (
+    CapturableOptimizer,
+    GraphedUpdate,
+    Update,
+    compile_core,
+)
 
 
 class Learner(nn.Module):
@@ -33,6 +40,7 @@ class Learner(nn.Module):
         loss: Scales and constants of the losses.
         optimizer: Settings of the optimizer.
         device: Where the networks live.
+        execution: One of :data:`~w2f_torchrl.trainers.execution.MODES`.
     """
 
     def __init__(
@@ -45,6 +53,7 @@ class Learner(nn.Module):
         loss: LossConfig | None = None,
         optimizer: OptimizerConfig | None = None,
         device: torch.device | str = "cpu",
+        execution: str = "eager",
     ):
         super().__init__()
         settings = optimizer or OptimizerConfig()
@@ -62,7 +71,8 @@ class Learner(nn.Module):
         self.device_type = torch.device(device).type
         self.mixed_precision = settings.precision == "bfloat16"
         self.parameters_trained = [p for p in self.loss.parameters() if p.requires_grad]
-        self.optimizer = DreamerV3Optimizer(
+        optimizer_class = CapturableOptimizer if execution == "cuda_graph" else DreamerV3Optimizer
+        self.optimizer = optimizer_class(
             self.parameters_trained,
             lr=settings.lr,
             agc=settings.agc,
@@ -71,6 +81,10 @@ class Learner(nn.Module):
             eps=settings.eps,
             warmup_steps=settings.warmup_updates,
         )
+        self.execution = execution
+        self._losses: Callable[[TensorDictBase], TensorDictBase] = self.loss
+        self._update: Update = self._eager_update
+        self._choose_execution()
 
     @classmethod
     def from_config(cls, config: RunConfig, action_size: int) -> Learner:
@@ -83,7 +97,16 @@ class Learner(nn.Module):
             loss=config.loss,
             optimizer=config.optimizer,
             device=config.torch_device(),
+            execution=config.training.execution,
         )
+
+    def _choose_execution(self) -> None:
+        if self.execution in ("compile", "cuda_graph"):
+            compile_core(self.loss)
+        if self.execution == "compile_all":
+            self._losses = torch.compile(self.loss.forward)
+        if self.execution == "cuda_graph":
+            self._update = GraphedUpdate(self._eager_update, self.loss, self.optimizer)
 
     @property
     def world_model(self) -> WorldModel:
@@ -100,8 +123,11 @@ class Learner(nn.Module):
             Detached scalars on the device, nothing read by the host: every ``loss_*`` and the
             metrics, ``wm/grad_norm`` included (before clipping).
         """
+        return self._update(sample)
+
+    def _eager_update(self, sample: TensorDictBase) -> TensorDictBase:
         with torch.autocast(self.device_type, torch.bfloat16, enabled=self.mixed_precision):
-            losses = self.loss(sample)
+            losses = self._losses(sample)
             total: Tensor = sum(losses[name] for name in self.loss.out_keys)
         self.optimizer.zero_grad()
         total.backward()
@@ -130,3 +156,5 @@ class Learner(nn.Module):
                 f"The checkpoint is of another model: {lines[min(1, len(lines) - 1)].strip()}"
             ) from error
         self.optimizer.load_state_dict(checkpoint["optimizer"])
+        if isinstance(self._update, GraphedUpdate):  # it holds the old moments' addresses
+            self._update = GraphedUpdate(self._eager_update, self.loss, self.optimizer)
