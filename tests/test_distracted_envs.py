@@ -268,13 +268,15 @@ def test_the_reference_shows_the_frame_on_the_sky_box(domain_task: tuple[str, st
     env = make(*domain_task, image_size=64, distraction=config, render="reference")
     plain = suite.load(*domain_task, task_kwargs={"random": 3})
     model = plain.physics.model
-    model.vis.quality.offsamples, model.vis.quality.shadowsize = 0, 512
+    quality = model.vis.quality
+    quality.offsamples, quality.shadowsize = 0, 512
+    quality.numslices, quality.numstacks = 16, 10
     [sky] = [i for i in range(model.ntex) if model.id2name(i, "texture") == "skybox"]
     pixels = env.reset()["pixels"].permute(1, 2, 0).numpy()
     frame = env.distractor.frame
-    assert frame.shape == (160, 160, 3)
+    assert frame.shape == (200, 200, 3)
     model.tex_data[model.tex_adr[sky] : model.tex_adr[sky] + frame.size] = frame.ravel()
-    model.tex_width[sky] = model.tex_height[sky] = 160
+    model.tex_width[sky] = model.tex_height[sky] = 200
     model.mat_rgba[model.name2id("grid", "material"), 3] = 0.3
     plain.reset()
     expected = plain.physics.render(64, 64, 0)
