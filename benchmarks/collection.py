@@ -41,7 +41,7 @@ def create_env(environment: EnvironmentConfig, index: int, seed: int) -> object:
 
 def measure(environment: EnvironmentConfig, workers: int, steps: int, batches: int) -> dict:
     """Collect and count."""
-    config = PRESETS["size1m"]()
+    config = PRESETS["size1m"]
     probe = build_env(environment, 0)
     actions = int(probe.action_spec.shape[-1])
     probe.close()

@@ -14,8 +14,8 @@ and uploaded, no mask.
 The sky box of ``render="reference"`` is compared with it picture by picture: same state, camera,
 colours and frame; mean absolute difference in grey levels of 255.
 
-The memory of an env's clips is what is private to its process: that is measured in processes of
-their own, one with 60 mapped clips and one without.
+The memory of a further env's clips is what becomes private to its process as it maps and reads 60
+clips that another process has mapped too.
 """
 
 from __future__ import annotations
@@ -198,6 +198,8 @@ print(private() - before, sum(clip.nbytes for clip in clips) // 1024)
 
 def memory(clips: int) -> dict[str, float]:
     """Private memory that the clips of one more process take, and the size of their files, MB."""
+    mine = load_clips(None, "train", clips, SIZE)  # the first process, which stays
+    assert all(clip.any() for clip in mine)
     done = subprocess.run(
         [sys.executable, "-c", PRIVATE, str(clips)], capture_output=True, text=True, check=True
     )
