@@ -16,7 +16,8 @@ def keep_freed_memory() -> bool:
     """Let the process keep the memory that it frees, instead of giving it back at once.
 
     An update on a CPU frees and asks for the same arrays of many megabytes every time. By default
-    glibc maps and unmaps each of them, and the kernel clears every page anew. The process's peak stays what it is; it is not given back in between.
+    glibc maps and unmaps each of them, and the kernel clears every page anew. The
+    process's peak stays what it is; it is not given back in between.
 
     Returns:
         Whether it took effect: on Linux with glibc only.
