@@ -30,7 +30,9 @@ and pass checkpoint=checkpoints/sam3.pt (segmentation.checkpoint=checkpoints/sam
 line). Without the weights, segmentation=student learns from a few labelled frames."""
 
 
-def missing_requirement(checkpoint: str | Path | None, vocabulary: str | Path | None) -> str | None:
+def missing_requirement(
+    checkpoint: str | Path | None, vocabulary: str | Path | None, *, download: bool = False
+) -> str | None:
     """Say what SAM3 lacks on this machine, and which commands get it; None if all is there.
 
     Nothing is downloaded and the package is not imported.
@@ -38,11 +40,12 @@ def missing_requirement(checkpoint: str | Path | None, vocabulary: str | Path | 
     Args:
         checkpoint: Path of the weights; None for those that Hugging Face's cache holds.
         vocabulary: Path of the tokenizer's vocabulary; None for open_clip's.
+        download: Whether weights that are not in the cache may still be downloaded later.
     """
     try:
         require_package()
         find_vocabulary(vocabulary)
-        if checkpoint is None and _cached_weights() is None:
+        if checkpoint is None and not download and _cached_weights() is None:
             return WEIGHTS.format(missing=f"{REPOSITORY} is not in Hugging Face's cache")
         if checkpoint is not None:
             _require_file(checkpoint)

@@ -93,7 +93,7 @@ class Sam3Segmenter:
             vision = self.model.backbone.vision_backbone
             vision.trunk.forward = torch.compile(vision.trunk.forward, fullgraph=True)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def __call__(self, pixels: Tensor) -> Tensor:
         """Find the foreground.
 
@@ -119,7 +119,7 @@ class Sam3Segmenter:
                 continue
             out[start:stop] = logits.sigmoid() if self.confidence else logits > 0
             start = stop
-        return out.clone()  # not an inference tensor, which autograd refuses
+        return out
 
     def _mask_logits(self, pixels: Tensor) -> Tensor:
         """The highest mask logit among the detections: float32 ``[N, 1, H, W]``, -inf for none."""
@@ -140,7 +140,7 @@ class Sam3Segmenter:
         features: dict[str, Any] = self.model.backbone.forward_image(images / 127.5 - 1)
         return features
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def _encode_text(self) -> dict[str, Tensor]:
         """Encode the prompts, then let the text tower go: 354 of 840 million parameters."""
         with self._autocast():
@@ -148,7 +148,7 @@ class Sam3Segmenter:
         self.model.backbone.language_backbone = None
         return {name: text[name].clone() for name in ("language_features", "language_mask")}
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def _append_examples(self, frames: Tensor, masks: Tensor) -> None:
         """Show the examples with every prompt: their tokens follow the text's."""
         check_pixels(frames)
