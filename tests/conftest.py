@@ -44,6 +44,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason=reason))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def background_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where background clips are kept while the tests run; worker processes inherit it."""
+    path = tmp_path_factory.mktemp("cache")
+    os.environ["W2F_CACHE"] = str(path)
+    return path
+
+
 @pytest.fixture
 def run_dir(tmp_path: Path) -> Path:
     """An empty directory for the outputs of one run."""

@@ -9,16 +9,26 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from dm_control import suite
+from dm_control.mujoco import Physics
 from dm_control.rl.control import Environment
 from dm_env import TimeStep
 from tensordict import TensorDict, TensorDictBase
 from torchrl.data import Bounded, Categorical, Composite, Unbounded
 from torchrl.envs import DMControlEnv
 
+from w2f_torchrl.envs.backgrounds import load_clips
+from w2f_torchrl.envs.distracted_rendering import (
+    Renderer,
+    frame_size,
+    make_distracted_renderer,
+)
+from w2f_torchrl.envs.distractions import Distraction, DistractionConfig
+from w2f_torchrl.envs.distractor import Distractor
 from w2f_torchrl.envs.rendering import RenderMode, SceneRenderer
 from w2f_torchrl.envs.tasks import (
     default_camera,
     validate_camera,
+    validate_distraction,
     validate_pixel_settings,
     validate_task,
 )
@@ -44,7 +54,10 @@ class PixelDMControlEnv(DMControlEnv):
       task declares, with a discount below 1, terminates. An episode that ends within a repeat cuts
       the repeat short.
 
-    ``env.physics`` is the simulation, and ``env.physics.render`` draws it at any size.
+    ``env.physics`` is the simulation, and ``env.physics.render`` draws it at any size, without
+    distractions. Distractions change pictures only: states and rewards are those of the task.
+    ``env.distractor`` is what walks them, None without; its ``state_dict`` and ``load_state_dict``
+    let them go on from where they were.
 
     Args:
         env_name: Domain, ``"walker"`` say.
@@ -54,11 +67,16 @@ class PixelDMControlEnv(DMControlEnv):
             for the quadruped's and the dog's fetch task.
         action_repeat: Control steps per agent step, at least 1.
         render: ``"fast"`` (no multisampling, shadows or reflections) or ``"reference"``
-            (dm_control's own picture).
+            (dm_control's own picture; with distractions, the same without multisampling).
+        distraction: ``"none"``, ``"easy"``, ``"medium"``, ``"hard"``, or a
+            :class:`~w2f_torchrl.envs.DistractionConfig`.
+        background_source: Where its videos are from, see
+            :func:`~w2f_torchrl.envs.backgrounds.list_clips`; None for the procedural clips.
+        background_split: ``"train"`` or ``"val"``: which of them.
         foreground_mask: Whether to make ``foreground_mask``.
         state_observations: Whether to add the suite's own observations (``position``, ``velocity``,
             ...) as float32 entries; scalars become [1].
-        seed: Seed of the task's randomness; None draws one.
+        seed: Seed of the task's and the distractions' randomness; None draws one.
         device: Device of the tensors.
 
     Raises:
@@ -76,6 +94,9 @@ class PixelDMControlEnv(DMControlEnv):
         camera_id: int | None = None,
         action_repeat: int = 2,
         render: RenderMode = "fast",
+        distraction: Distraction = "none",
+        background_source: str | None = None,
+        background_split: str = "train",
         foreground_mask: bool = True,
         state_observations: bool = False,
         seed: int | None = None,
@@ -83,12 +104,15 @@ class PixelDMControlEnv(DMControlEnv):
     ) -> None:
         validate_task(env_name, task_name)
         validate_pixel_settings(image_size, action_repeat, render)
+        distractions = validate_distraction(distraction, background_source, background_split)
         super().__init__(
             env_name,
             task_name,
             image_size=image_size,
             camera_id=default_camera(env_name, task_name) if camera_id is None else camera_id,
             render=render,
+            distractions=distractions,
+            backgrounds=(background_source, background_split),
             foreground_mask=foreground_mask,
             state_observations=state_observations,
             _seed=seed,
@@ -107,6 +131,8 @@ class PixelDMControlEnv(DMControlEnv):
         image_size: int,
         camera_id: int,
         render: RenderMode,
+        distractions: DistractionConfig | None,
+        backgrounds: tuple[str | None, str],
         foreground_mask: bool,
         state_observations: bool,
         _seed: int | None,
@@ -117,13 +143,30 @@ class PixelDMControlEnv(DMControlEnv):
         self._episode_over = True
         env = suite.load(env_name, task_name, task_kwargs={"random": _seed})
         validate_camera(env_name, camera_id, env.physics.model.ncam)
-        self._renderer = SceneRenderer(
-            env.physics,
-            image_size=image_size,
-            camera_id=camera_id,
-            render=render,
-            foreground_mask=foreground_mask,
-        )
+        drawing: dict[str, Any] = {
+            "image_size": image_size,
+            "camera_id": camera_id,
+            "render": render,
+            "foreground_mask": foreground_mask,
+        }
+        self.distractor: Distractor | None = None
+        self._renderer: Renderer
+        if distractions is None:
+            self._renderer = SceneRenderer(env.physics, **drawing)
+        else:
+            self.distractor = make_distractor(
+                distractions,
+                env.physics,
+                backgrounds,
+                image_size=image_size,
+                camera_id=camera_id,
+                render=render,
+                seed=_seed,
+            )
+            self._renderer = make_distracted_renderer(
+                env.physics, self.distractor, domain=env_name, **drawing
+            )
+        self._distracts_each = distractions.step_unit if distractions is not None else None
         self._action_map = _ActionMap(env)
         return env
 
@@ -154,18 +197,22 @@ class PixelDMControlEnv(DMControlEnv):
         )
 
     def _set_seed(self, seed: int | None) -> None:
-        """Seed the task; the next reset starts the stream.
+        """Seed the task and the distractions; the next reset starts the streams.
 
         Unlike :class:`~torchrl.envs.DMControlEnv` this resets nothing, so that the first episode
         after a seed is the first of its stream.
         """
         if seed is not None:
             self._env.task._random = np.random.RandomState(seed)
+            if self.distractor is not None:
+                self.distractor.seed(seed)
 
     def _reset(self, tensordict: TensorDictBase | None = None, **kwargs: object) -> TensorDictBase:
         time_step = self._env.reset()
         self._episode_over = False
         self._renderer.upload_height_fields()
+        if self.distractor is not None:
+            self.distractor.reset()
         return self._tensordict(self._observe(time_step))
 
     def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
@@ -179,8 +226,12 @@ class PixelDMControlEnv(DMControlEnv):
         for _ in range(self.wrapper_frame_skip):
             time_step = self._env.step(control)
             reward += time_step.reward
+            if self._distracts_each == "control":
+                self._distract()
             if time_step.last():
                 break
+        if self._distracts_each == "agent":
+            self._distract()
         self._episode_over = time_step.last()
         terminated = self._episode_over and time_step.discount < 1.0
         output = self._observe(time_step)
@@ -189,6 +240,10 @@ class PixelDMControlEnv(DMControlEnv):
         output["truncated"] = torch.tensor([self._episode_over and not terminated])
         output["done"] = torch.tensor([self._episode_over])
         return self._tensordict(output)
+
+    def _distract(self) -> None:
+        assert self.distractor is not None, "a step unit comes with a distractor"
+        self.distractor.step()
 
     def _observe(self, time_step: TimeStep) -> dict[str, torch.Tensor]:
         pixels, mask = self._renderer.draw()
@@ -211,6 +266,39 @@ class PixelDMControlEnv(DMControlEnv):
         if not self.is_closed:
             self._renderer.close()
         super().close(raise_if_closed=raise_if_closed)
+
+
+def make_distractor(
+    config: DistractionConfig,
+    physics: Physics,
+    backgrounds: tuple[str | None, str],
+    *,
+    image_size: int,
+    camera_id: int,
+    render: RenderMode,
+    seed: int | None,
+) -> Distractor:
+    """Make the distractions of an env, and decode their videos if nobody has yet.
+
+    Args:
+        config: What distracts.
+        physics: The simulation.
+        backgrounds: ``background_source`` and ``background_split``.
+        image_size: Height and width of the env's pictures, pixels.
+        camera_id: Index of the model's camera.
+        render: How the env draws.
+        seed: The env's seed; None draws one.
+
+    Raises:
+        ValueError: If a video can't be read, or the camera can't wander.
+    """
+    clips: list[npt.NDArray[np.uint8]] = []
+    if config.background is not None:
+        size = frame_size(physics, image_size=image_size, camera_id=camera_id, render=render)
+        clips = load_clips(*backgrounds, config.background.num_videos, size)
+    if seed is None:
+        seed = int(np.random.SeedSequence().generate_state(1)[0])
+    return Distractor(config, physics, camera_id=camera_id, clips=clips, seed=seed)
 
 
 class _ActionMap:

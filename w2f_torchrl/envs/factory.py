@@ -17,41 +17,47 @@ from torchrl.envs import (
 )
 
 from w2f_torchrl.envs._gl import require_gl_backend
-from w2f_torchrl.envs.dm_control import PixelDMControlEnv
+from w2f_torchrl.envs.distractions import Distraction, DistractionConfig
+from w2f_torchrl.envs.dm_control import PixelDMControlEnv, make_distractor
 from w2f_torchrl.envs.rendering import RenderMode
 from w2f_torchrl.envs.tasks import (
+    default_camera,
     registered_factory,
     validate_camera,
+    validate_distraction,
     validate_integer,
     validate_pixel_settings,
     validate_task,
 )
 from w2f_torchrl.utils.seeding import derive_seed
 
-DISTRACTIONS = ("none",)
-SPLITS = ("train", "val")
 
-
-def _validate_distraction(distraction: str, source: str | None, split: str) -> None:
-    if distraction not in DISTRACTIONS:
-        raise ValueError(
-            f"distraction is {distraction!r}: must be {', '.join(DISTRACTIONS)} in this version. "
-            "The Distracting Control Suite's (easy, medium, hard) come with a later one."
-        )
-    if source is not None:
-        raise ValueError(
-            f"background_source is {source!r}: must be None, since distraction='none' shows the "
-            "simulator's own background."
-        )
-    if split not in SPLITS:
-        raise ValueError(f"background_split is {split!r}: must be one of {', '.join(SPLITS)}.")
-
-
-def _validate_simulation(domain: str, task: str, camera_id: int | None) -> None:
-    """Raise here what workers would raise seconds later, from processes of their own."""
+def _validate_simulation(
+    domain: str,
+    task: str,
+    distractions: DistractionConfig | None,
+    backgrounds: tuple[str | None, str],
+    *,
+    camera_id: int | None,
+    image_size: int,
+    render: RenderMode,
+) -> None:
+    """Raise here what workers would raise seconds later, and decode videos once for all of them."""
     require_gl_backend()
-    if camera_id is not None:
-        validate_camera(domain, camera_id, suite.load(domain, task).physics.model.ncam)
+    if camera_id is None and distractions is None:
+        return
+    physics = suite.load(domain, task).physics
+    validate_camera(domain, camera_id, physics.model.ncam)
+    if distractions is not None:
+        make_distractor(
+            distractions,
+            physics,
+            backgrounds,
+            image_size=image_size,
+            camera_id=default_camera(domain, task) if camera_id is None else camera_id,
+            render=render,
+            seed=0,
+        )
 
 
 def make_env(
@@ -60,7 +66,7 @@ def make_env(
     *,
     image_size: int = 64,
     action_repeat: int = 2,
-    distraction: str = "none",
+    distraction: Distraction = "none",
     num_envs: int = 1,
     seed: int = 0,
     render: RenderMode = "fast",
@@ -80,12 +86,15 @@ def make_env(
         task: Task of the domain.
         image_size: Height H and width W in pixels, at least 16.
         action_repeat: Control steps per agent step, at least 1.
-        distraction: ``"none"``; this version has no other.
+        distraction: ``"none"``; ``"easy"``, ``"medium"`` or ``"hard"``, as the Distracting Control
+            Suite has them; or a :class:`~w2f_torchrl.envs.DistractionConfig`.
         num_envs: B, the number of envs. 1 gives an env without a batch dimension.
         seed: Non-negative seed of the batch.
         render: ``"fast"`` or ``"reference"``, see :class:`PixelDMControlEnv`.
-        background_source: None; needs a distraction.
-        background_split: ``"train"`` or ``"val"``: which backgrounds a distraction would use.
+        background_source: Where the distraction's videos are from: a folder, ``"davis"``,
+            ``"procedural"`` or ``"procedural:SEED"`` (see
+            :func:`~w2f_torchrl.envs.backgrounds.list_clips`); None for procedural.
+        background_split: ``"train"`` or ``"val"``: which of them.
         device: Device of the tensors.
         camera_id: Index of the model's camera, None for the domain's usual one.
         foreground_mask: Whether to make ``foreground_mask``.
@@ -102,12 +111,8 @@ def make_env(
     validate_pixel_settings(image_size, action_repeat, render)
     validate_integer("num_envs", num_envs, 1)
     validate_integer("seed", seed, 0)
-    _validate_distraction(distraction, background_source, background_split)
+    distractions = validate_distraction(distraction, background_source, background_split)
     validate_task(domain, task)
-    factory = registered_factory(domain)
-    if factory is None:
-        _validate_simulation(domain, task, camera_id)
-        factory = partial(PixelDMControlEnv, domain)
     settings: dict[str, Any] = {
         "image_size": image_size,
         "action_repeat": action_repeat,
@@ -115,6 +120,29 @@ def make_env(
         "camera_id": camera_id,
         "foreground_mask": foreground_mask,
     }
+    factory = registered_factory(domain)
+    if factory is None:
+        _validate_simulation(
+            domain,
+            task,
+            distractions,
+            (background_source, background_split),
+            camera_id=camera_id,
+            image_size=image_size,
+            render=render,
+        )
+        factory = partial(PixelDMControlEnv, domain)
+        if distractions is not None:
+            settings |= {
+                "distraction": distractions,
+                "background_source": background_source,
+                "background_split": background_split,
+            }
+    elif distractions is not None:
+        raise ValueError(
+            f"distraction is {distraction!r}: must be 'none' for the registered domain {domain!r}, "
+            "whose factory draws its own pictures."
+        )
     seeds = [{"seed": derive_seed(seed, "env", index)} for index in range(num_envs)]
     make_one = partial(factory, task, **settings)
     if num_envs == 1:

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dm_control import suite
 from torchrl.envs import EnvBase
 
+from w2f_torchrl.envs.backgrounds import select_clips, validate_split
+from w2f_torchrl.envs.distractions import Distraction, DistractionConfig, parse_distraction
 from w2f_torchrl.envs.rendering import RENDER_MODES
 
 MIN_IMAGE_SIZE = 16
@@ -93,6 +95,34 @@ def validate_pixel_settings(image_size: int, action_repeat: int, render: str) ->
     validate_integer("action_repeat", action_repeat, 1)
     if render not in RENDER_MODES:
         raise ValueError(f"render is {render!r}: must be one of {', '.join(RENDER_MODES)}.")
+
+
+def validate_distraction(
+    distraction: Distraction, background_source: str | None, background_split: str
+) -> DistractionConfig | None:
+    """Check what distracts, and that there are videos enough. None is decoded.
+
+    Args:
+        distraction: As :func:`~w2f_torchrl.envs.distractions.parse_distraction` takes it.
+        background_source: Where the videos are from; None for the procedural ones.
+        background_split: ``"train"`` or ``"val"``.
+
+    Returns:
+        The distractions, None for none.
+
+    Raises:
+        ValueError: If a setting is not allowed; the message names it, its value and what is.
+    """
+    validate_split(background_split)
+    config = parse_distraction(distraction)
+    if config is not None and config.background is not None:
+        select_clips(background_source, background_split, config.background.num_videos)
+    elif background_source is not None:
+        raise ValueError(
+            f"background_source is {background_source!r}: must be None, since "
+            f"distraction={distraction!r} shows no video."
+        )
+    return config
 
 
 def validate_camera(domain: str, camera_id: int | None, cameras: int) -> None:

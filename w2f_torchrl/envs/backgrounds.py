@@ -1,0 +1,144 @@
+"""Which clips a background is drawn from: computed ones, DAVIS 2017, or a folder of the user's."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from w2f_torchrl.envs import davis
+from w2f_torchrl.envs.clip_cache import Clip, mapped_clip
+from w2f_torchrl.envs.clip_files import BackgroundError, FileClip, find_clips
+from w2f_torchrl.envs.procedural import ProceduralClip
+
+SPLITS = ("train", "val")
+PROCEDURAL = "procedural"
+DAVIS = "davis"
+NUM_PROCEDURAL = {"train": 60, "val": 30}
+"""As many as DAVIS 2017 has."""
+VAL_EVERY = 3
+"""Of a folder without splits every third clip, by name, is for validation."""
+
+_PROCEDURAL = re.compile(rf"{PROCEDURAL}(?::(\d+))?")
+
+UInt8Array = npt.NDArray[np.uint8]
+
+
+def validate_split(split: str) -> None:
+    """Check a split's name.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"background_split is {split!r}: must be one of {', '.join(SPLITS)}.")
+
+
+def list_clips(source: str | None, split: str) -> Sequence[Clip]:
+    """List the clips of a source's split, in a fixed order. Nothing is decoded.
+
+    The two splits of a source never share a clip:
+
+    - ``"procedural"`` (and None) and ``"procedural:7"``: computed clips of seed 0, or 7;
+    - ``"davis"``: DAVIS 2017 where ``download_davis.py`` put it;
+    - a folder in the layout of DAVIS 2017 (``JPEGImages/480p``): its fixed lists;
+    - a folder with the subfolders ``train`` and ``val``: their clips;
+    - another folder: its clips by name; every third is for validation.
+
+    Args:
+        source: One of these.
+        split: ``"train"`` or ``"val"``.
+
+    Returns:
+        At least one clip.
+
+    Raises:
+        BackgroundError: If there is no such source, or it has no clip; the message names it.
+    """
+    validate_split(split)
+    matched = _PROCEDURAL.fullmatch(PROCEDURAL if source is None else source)
+    if matched:
+        seed = int(matched[1] or 0)
+        return [ProceduralClip(seed, split, index) for index in range(NUM_PROCEDURAL[split])]
+    assert source is not None, "None is procedural"
+    folder = davis.default_directory() if source == DAVIS else Path(source).expanduser()
+    if not folder.is_dir():
+        raise BackgroundError(_missing(source, folder))
+    frames = davis.frames_directory(folder)
+    if frames is not None:
+        return [FileClip(path) for path in davis.clip_paths(frames, split)]
+    return _folder_split(folder, split)
+
+
+def _missing(source: str, folder: Path) -> str:
+    if source == DAVIS:
+        return f"background_source is 'davis', and {folder} is not there. {davis.HOW_TO_GET_IT}"
+    return (
+        f"background_source is {source!r}: no such folder. It must be a folder of clips, 'davis', "
+        "'procedural', or 'procedural:SEED'."
+    )
+
+
+def _folder_split(folder: Path, split: str) -> list[FileClip]:
+    halves = {name: folder / name for name in SPLITS}
+    if all(half.is_dir() for half in halves.values()):
+        clips = {name: find_clips(half) for name, half in halves.items()}
+        resolved = [{clip.path.resolve() for clip in half} for half in clips.values()]
+        if shared := set.intersection(*resolved):
+            raise BackgroundError(
+                f"background_source {folder}: train and val share {sorted(shared)[0]}."
+            )
+        return clips[split]
+    found = find_clips(folder)
+    val = found[VAL_EVERY - 1 :: VAL_EVERY]
+    clips_of = {"val": val, "train": [clip for clip in found if clip not in val]}
+    if not clips_of[split]:
+        raise BackgroundError(
+            f"background_source {folder} has {len(found)} clips, and every third is for "
+            f"background_split='val': add clips, or make subfolders {' and '.join(SPLITS)}."
+        )
+    return clips_of[split]
+
+
+def select_clips(source: str | None, split: str, num_videos: int | None) -> Sequence[Clip]:
+    """The first clips of a split.
+
+    Args:
+        source: As :func:`list_clips` has it.
+        split: ``"train"`` or ``"val"``.
+        num_videos: How many; None for all.
+
+    Raises:
+        BackgroundError: If there are fewer, or no such source.
+    """
+    clips = list_clips(source, split)
+    if num_videos is not None and num_videos > len(clips):
+        raise BackgroundError(
+            f"the distraction's num_videos is {num_videos}: background_source "
+            f"{source or PROCEDURAL!r} has {len(clips)} clips for background_split={split!r}. Add "
+            "clips, or pass a DistractionConfig with fewer."
+        )
+    return clips[:num_videos]
+
+
+def load_clips(
+    source: str | None, split: str, num_videos: int | None, size: int
+) -> list[UInt8Array]:
+    """Map the clips of a background into memory, read-only, decoded once for all processes.
+
+    Args:
+        source: As :func:`list_clips` has it.
+        split: ``"train"`` or ``"val"``.
+        num_videos: How many, the first by name; None for all.
+        size: Side of the frames, pixels.
+
+    Returns:
+        Arrays uint8 [T, size, size, 3], one a clip, T at least 2.
+
+    Raises:
+        BackgroundError: If a clip can't be read, or there are too few; the message names it.
+    """
+    return [mapped_clip(clip, size) for clip in select_clips(source, split, num_videos)]

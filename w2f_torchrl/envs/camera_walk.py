@@ -1,0 +1,283 @@
+"""A camera that wanders around what it looks at, as in the Distracting Control Suite.
+
+The specification is that of Stone et al., "The Distracting Control Suite -- A Challenging Benchmark
+for Reinforcement Learning from Pixels" (2021), and of the code published with it: a position in
+spherical coordinates within a box around the start, a Gaussian walk of the velocity, and a camera
+that keeps looking at the point that it looked at first.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import mujoco
+import numpy as np
+import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from dm_control.mujoco import Physics
+
+FloatArray = npt.NDArray[np.float64]
+Vector = tuple[float, float, float]
+
+_RADIUS_OF_UNIT_SPEED = 4.0
+"""The specification's speeds are for this start radius, metres, and shrink with it."""
+_OVERHEAD = 0.1
+"""A camera that starts closer to the vertical than this, radians, may roll as it looks."""
+_AGENT = 1
+"""The first body after the world."""
+_FRONT = -math.pi / 2
+"""Azimuth of a camera that looks along the y axis, as most of the suite's do."""
+
+
+class CameraBox(NamedTuple):
+    """The limits of a camera's walk.
+
+    Attributes:
+        low: Least radius (metres), azimuth and polar angle (radians, from the vertical).
+        high: The greatest.
+        roll: Greatest roll to either side, radians.
+        speed: Start radius over 4 m; all velocities are multiplied by it.
+        upright: Whether the picture's horizon is level before the roll; False for a camera that
+            starts overhead, whose azimuth means nothing.
+    """
+
+    low: Vector
+    high: Vector
+    roll: float
+    speed: float
+    upright: bool
+
+
+def camera_box(start: Vector, scale: float) -> CameraBox:
+    """Limits around a start position.
+
+    Args:
+        start: The camera's position from the centre of the walk, metres.
+        scale: Intensity s in [0, 1]: angles reach pi/2 s to each side and the roll too, the radius
+            0.5 s inwards and 1.5 s outwards of itself.
+
+    Returns:
+        The box. A camera that doesn't start overhead stays above the horizon and on the side that
+        it starts from.
+    """
+    radius, azimuth, polar = to_sphere(start)
+    reach = math.pi / 2 * scale
+    azimuths = (azimuth - reach, azimuth + reach)
+    polars = (polar - reach, polar + reach)
+    upright = polar > _OVERHEAD
+    if upright:
+        centre = _FRONT if abs(azimuth - _FRONT) < math.pi / 4 else azimuth
+        azimuths = _within(azimuths, centre - math.pi / 2, centre + math.pi / 2)
+        polars = _within(polars, 0.0, math.pi / 2)
+    return CameraBox(
+        low=(radius * (1 - 0.5 * scale), azimuths[0], polars[0]),
+        high=(radius * (1 + 1.5 * scale), azimuths[1], polars[1]),
+        roll=reach,
+        speed=radius / _RADIUS_OF_UNIT_SPEED,
+        upright=upright,
+    )
+
+
+class CameraWalk:
+    """The position and roll of one wandering camera.
+
+    Args:
+        scale: Intensity s. In units of the box's ``speed``, the velocity's noise has standard
+            deviation 0.1 s and its norm is at most 0.4 s, metres per step; the roll's are pi/300 s
+            and pi/50 s, radians per step.
+        dynamic: Whether the camera moves after its start.
+    """
+
+    def __init__(self, scale: float, *, dynamic: bool = True) -> None:
+        self.scale = scale
+        self.dynamic = dynamic
+        self.box = CameraBox((0.0, 0.0, 0.0), (0.0, 0.0, 0.0), 0.0, 0.0, upright=True)
+        self.sphere: Vector = (0.0, 0.0, 0.0)
+        """Radius, azimuth and polar angle."""
+        self.velocity: Vector = (0.0, 0.0, 0.0)
+        self.roll = 0.0
+        self.roll_velocity = 0.0
+
+    def start(self, box: CameraBox, generator: np.random.Generator) -> None:
+        """Begin somewhere in the box, in a random direction."""
+        self.box = box
+        radius, azimuth, polar = generator.uniform(box.low, box.high).tolist()
+        self.sphere = (radius, azimuth, polar)
+        self.roll = generator.uniform(-box.roll, box.roll)
+        direction = generator.standard_normal(3)
+        speed = generator.uniform(0.0, 0.4 * self.scale) / math.sqrt(float(direction @ direction))
+        x, y, z = (direction * speed).tolist()
+        self.velocity = (x, y, z)
+        fastest = math.pi / 50 * self.scale
+        self.roll_velocity = generator.uniform(-fastest, fastest)
+
+    def step(self, generator: np.random.Generator) -> None:
+        """Move once, if the walk is dynamic."""
+        if not self.dynamic:
+            return
+        *noise, roll_noise = generator.standard_normal(4).tolist()
+        self._move(noise)
+        fastest = math.pi / 50 * self.scale
+        velocity = self.roll_velocity + math.pi / 300 * self.scale * roll_noise
+        roll = self.roll + _clip(velocity, -fastest, fastest)
+        roll = _clip(roll, -self.box.roll, self.box.roll)
+        self.roll, self.roll_velocity = roll, roll - self.roll
+
+    def _move(self, noise: list[float]) -> None:
+        box = self.box
+        deviation, fastest = 0.1 * self.scale * box.speed, 0.4 * self.scale * box.speed
+        velocity = [v + deviation * n for v, n in zip(self.velocity, noise, strict=True)]
+        norm = math.hypot(*velocity)
+        shrink = fastest / norm if norm > fastest else 1.0
+        x, y, z = self.position
+        move = [shrink * v for v in velocity]
+        radius, azimuth, polar = to_sphere((x + move[0], y + move[1], z + move[2]))
+        # The azimuth jumps by a turn where the walk crosses the negative x axis.
+        middle = (box.low[1] + box.high[1]) / 2
+        azimuth = middle + math.remainder(azimuth - middle, 2 * math.pi)
+        self.sphere = (
+            _clip(radius, box.low[0], box.high[0]),
+            _clip(azimuth, box.low[1], box.high[1]),
+            _clip(polar, box.low[2], box.high[2]),
+        )
+        after = self.position
+        # The velocity becomes the move that was made: at the box's wall it slides along.
+        self.velocity = (after[0] - x, after[1] - y, after[2] - z)
+
+    @property
+    def position(self) -> Vector:
+        """Position from the centre of the walk, metres."""
+        return to_cartesian(self.sphere)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the next steps depend on, but for the generator."""
+        return {
+            "box": self.box._asdict(),
+            "sphere": self.sphere,
+            "velocity": self.velocity,
+            "roll": self.roll,
+            "roll_velocity": self.roll_velocity,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what :meth:`state_dict` returned."""
+        self.box = CameraBox(**state["box"])
+        self.sphere = state["sphere"]
+        self.velocity = state["velocity"]
+        self.roll = state["roll"]
+        self.roll_velocity = state["roll_velocity"]
+
+
+class CameraPose:
+    """Where a camera is and looks, as the simulation's centre of mass moves along.
+
+    Args:
+        physics: The simulation.
+        camera_id: A camera that is fixed in the world, or one that tracks a centre of mass.
+
+    Raises:
+        ValueError: If the camera is of another kind.
+    """
+
+    def __init__(self, physics: Physics, camera_id: int) -> None:
+        model = physics.model
+        mode, self._body = int(model.cam_mode[camera_id]), int(model.cam_bodyid[camera_id])
+        self._tracks = mode == mujoco.mjtCamLight.mjCAMLIGHT_TRACKCOM
+        fixed = mode == mujoco.mjtCamLight.mjCAMLIGHT_FIXED and model.body_weldid[self._body] == 0
+        if not (self._tracks or fixed):
+            raise ValueError(
+                f"camera_id is {camera_id}: the camera distraction moves cameras that are fixed in "
+                "the world or track a centre of mass, and this one does neither."
+            )
+        self._physics, self._camera_id = physics, camera_id
+        self._look_at: FloatArray = np.zeros(3)
+
+    def start(self) -> Vector:
+        """Note what the camera looks at, and return its position from the walk's centre.
+
+        The point lies in the viewing direction, as far away as the agent's centre of mass.
+        """
+        data = self._physics.data
+        position = data.cam_xpos[self._camera_id]
+        agent = data.subtree_com[_AGENT]
+        forward = -data.cam_xmat[self._camera_id].reshape(3, 3)[:, 2]
+        self._look_at = position + float(np.linalg.norm(position - agent)) * forward
+        self._look_at = self._look_at - self._centre()
+        x, y, z = (position - self._centre()).tolist()
+        return x, y, z
+
+    def _centre(self) -> FloatArray:
+        """The point that the walk goes around: the world's origin, or the centre of mass."""
+        if not self._tracks:
+            return np.zeros(3)
+        return np.array(self._physics.data.subtree_com[self._body])
+
+    def apply(self, walk: CameraWalk) -> None:
+        """Put the simulation's camera where the walk is."""
+        position = walk.position
+        look_at = self._look_at.tolist()
+        direction = (look_at[0] - position[0], look_at[1] - position[1], look_at[2] - position[2])
+        frame = look_along(direction, walk.roll, upright=walk.box.upright)
+        data = self._physics.data
+        data.cam_xpos[self._camera_id] = self._centre() + position
+        data.cam_xmat[self._camera_id] = frame
+
+    def state_dict(self) -> dict[str, Any]:
+        """The point that the camera looks at, from the walk's centre."""
+        return {"look_at": self._look_at.tolist()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what :meth:`state_dict` returned."""
+        self._look_at = np.asarray(state["look_at"], dtype=np.float64)
+
+
+def look_along(direction: Vector, roll: float, *, upright: bool) -> list[float]:
+    """The orientation of a camera, row by row [9]: its axes right, up and backwards are columns.
+
+    Args:
+        direction: Where it looks; any length.
+        roll: Turn about the viewing direction, radians.
+        upright: Whether the horizon is level at zero roll. Otherwise the camera is turned from
+            looking straight down by the shortest way.
+    """
+    norm = math.hypot(*direction)
+    x, y, z = direction[0] / norm, direction[1] / norm, direction[2] / norm
+    if upright:
+        level = math.hypot(x, y)
+        east, north = (x / level, y / level) if level > 0.0 else (0.0, 1.0)
+        right = (north, -east, 0.0)
+        up = (-east * z, -north * z, level)
+    else:
+        # Rodrigues' formula for the rotation that takes (0, 0, -1) to the direction.
+        share = 1.0 / (1.0 - z) if z < 1.0 else 0.0
+        right = (1.0 - x * x * share, -x * y * share, x)
+        up = (-x * y * share, 1.0 - y * y * share, y)
+    cosine, sine = math.cos(roll), math.sin(roll)
+    frame = []
+    for r, u, forward in zip(right, up, (x, y, z), strict=True):
+        frame += [cosine * r + sine * u, cosine * u - sine * r, -forward]
+    return frame
+
+
+def to_sphere(position: Vector) -> Vector:
+    """Radius, azimuth in (-pi, pi] and polar angle in [0, pi] of a position."""
+    x, y, z = position
+    level = math.hypot(x, y)
+    return math.hypot(level, z), math.atan2(y, x), math.atan2(level, z)
+
+
+def to_cartesian(sphere: Vector) -> Vector:
+    """The position of a radius, an azimuth and a polar angle; negative angles are allowed."""
+    radius, azimuth, polar = sphere
+    level = radius * math.sin(polar)
+    return level * math.cos(azimuth), level * math.sin(azimuth), radius * math.cos(polar)
+
+
+def _within(limits: tuple[float, float], low: float, high: float) -> tuple[float, float]:
+    return _clip(limits[0], low, high), _clip(limits[1], low, high)
+
+
+def _clip(value: float, low: float, high: float) -> float:
+    return min(max(value, low), high)

@@ -1,0 +1,99 @@
+"""Clips on disk, decoded or computed once, and mapped into every process that shows them."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+FORMAT = 1
+VARIABLE = "W2F_CACHE"
+
+UInt8Array = npt.NDArray[np.uint8]
+
+
+class Clip(Protocol):
+    """Frames from somewhere."""
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+
+    def key(self) -> list[object]:
+        """What tells it from every other clip: plain values."""
+
+    def read(self, size: int) -> UInt8Array:
+        """Make the frames, uint8 [T, size, size, 3]."""
+
+
+def cache_directory() -> Path:
+    """Where clips are kept: ``$W2F_CACHE``, or ``w2f_torchrl`` in the user's cache directory."""
+    chosen = os.environ.get(VARIABLE)
+    if chosen:
+        return Path(chosen)
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "w2f_torchrl"
+
+
+def cached_path(clip: Clip, size: int) -> Path:
+    """The file that holds a clip at a size, whether it is there or not."""
+    text = json.dumps([FORMAT, size, clip.key()])
+    digest = hashlib.sha256(text.encode()).hexdigest()[:32]
+    return cache_directory() / "backgrounds" / f"{digest}.npy"
+
+
+def mapped_clip(clip: Clip, size: int) -> UInt8Array:
+    """Map a clip's frames into memory, read-only; make the file first if there is none.
+
+    The file takes its name when it is whole, and processes that want the same clip at once wait for
+    the one that makes it. The pages are shared by all processes.
+
+    Args:
+        clip: The clip.
+        size: Side of the frames, pixels.
+
+    Returns:
+        uint8 [T, size, size, 3].
+
+    Raises:
+        BackgroundError: If the clip can't be read.
+        OSError: If the cache can't be written; ``W2F_CACHE`` names another place.
+    """
+    path = cached_path(clip, size)
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _only_one(path.with_suffix(".lock")):
+            if not path.exists():
+                _write(path, clip.read(size))
+    frames: UInt8Array = np.load(path, mmap_mode="r", allow_pickle=False)
+    return frames
+
+
+def _write(path: Path, frames: UInt8Array) -> None:
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".tmp")
+    try:
+        with os.fdopen(descriptor, "wb") as stream:
+            np.save(stream, frames, allow_pickle=False)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def _only_one(lock: Path) -> Iterator[None]:
+    """Let one process at a time in."""
+    with lock.open("w") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        yield

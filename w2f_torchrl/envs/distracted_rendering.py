@@ -1,0 +1,302 @@
+"""Pictures of a distracted simulation, with a mask that is exact to the pixel."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, Protocol
+
+import mujoco
+import numpy as np
+import numpy.typing as npt
+
+from w2f_torchrl.envs._gl import require_gl_backend
+from w2f_torchrl.envs.distractor import Distractor
+from w2f_torchrl.envs.foreground import BoolArray, StaticTargets
+from w2f_torchrl.envs.rendering import RenderMode, SceneRenderer
+from w2f_torchrl.envs.scene import (
+    ALL,
+    FAST,
+    SHARP,
+    STATIC,
+    FloatArray,
+    RenderContext,
+    SceneView,
+    UInt8Array,
+)
+
+if TYPE_CHECKING:
+    from dm_control.mujoco import Physics
+
+FLOOR_MATERIAL = "grid"
+BACKDROP_MATERIAL = "background"
+"""A wall that would hide the sky."""
+
+_HIDDEN_GROUP = 5
+
+
+class Renderer(Protocol):
+    """What draws an environment."""
+
+    image_size: int
+    foreground_mask: bool
+
+    def draw(self) -> tuple[UInt8Array, BoolArray | None]:
+        """The picture uint8 [3, H, W], and the mask bool [1, H, W] if there is to be one."""
+
+    def upload_height_fields(self) -> None:
+        """Hand terrain to OpenGL."""
+
+    def close(self) -> None:
+        """Free what OpenGL holds."""
+
+
+def frame_size(physics: Physics, *, image_size: int, camera_id: int, render: RenderMode) -> int:
+    """The side of a background's frames, pixels: what a picture can show of them.
+
+    A composite shows a frame as it is. The sky box stretches it over 90 degrees, of which the
+    camera sees its field of view.
+    """
+    if render == "fast":
+        return image_size
+    field_of_view = math.radians(float(physics.model.cam_fovy[camera_id]))
+    needed = image_size / math.tan(field_of_view / 2)
+    return min(math.ceil(needed / 32) * 32, _largest_frame(physics))
+
+
+def _largest_frame(physics: Physics) -> int:
+    index = _sky_texture(physics)
+    return int(physics.model.tex_width[index])
+
+
+def make_distracted_renderer(
+    physics: Physics,
+    distractor: Distractor,
+    *,
+    image_size: int,
+    camera_id: int,
+    domain: str,
+    render: RenderMode,
+    foreground_mask: bool,
+) -> Renderer:
+    """Make what draws a simulation with its distractions.
+
+    Args:
+        physics: The simulation.
+        distractor: Its distractions.
+        image_size: Height and width in pixels.
+        camera_id: Index of the model's camera.
+        domain: The suite's domain, which decides how opaque the floor is.
+        render: ``"fast"`` lays the agent over the video's frame; ``"reference"`` puts the frame on
+            the sky box and draws shadows and reflections. Neither multisamples, so that the mask is
+            exact.
+        foreground_mask: Whether the mask is made too.
+    """
+    settings: dict[str, Any] = {"image_size": image_size, "camera_id": camera_id}
+    background = distractor.config.background
+    if background is not None and render == "fast":
+        alpha = background.alpha(domain)
+        return CompositeRenderer(physics, distractor, alpha, foreground_mask, **settings)
+    quality = FAST if render == "fast" else SHARP
+    scene = SceneRenderer(physics, foreground_mask=foreground_mask, quality=quality, **settings)
+    if background is None:
+        return DistractedRenderer(scene, distractor)
+    return SkyBoxRenderer(scene, distractor, physics, background.alpha(domain))
+
+
+class DistractedRenderer:
+    """A scene with another camera and other colours.
+
+    Args:
+        scene: Draws the scene.
+        distractor: Changes it.
+    """
+
+    def __init__(self, scene: SceneRenderer, distractor: Distractor) -> None:
+        self.image_size, self.foreground_mask = scene.image_size, scene.foreground_mask
+        self._scene, self._distractor = scene, distractor
+
+    def draw(self) -> tuple[UInt8Array, BoolArray | None]:
+        """The picture and the mask, as :class:`SceneRenderer` makes them."""
+        with self._distractor.applied():
+            return self._scene.draw()
+
+    def upload_height_fields(self) -> None:
+        """Hand terrain to OpenGL."""
+        self._scene.upload_height_fields()
+
+    def close(self) -> None:
+        """Free what OpenGL holds."""
+        self._scene.close()
+
+
+class SkyBoxRenderer(DistractedRenderer):
+    """A scene whose sky box shows the video, the same frame on its six faces.
+
+    Args:
+        scene: Draws the scene.
+        distractor: Changes it.
+        physics: The simulation.
+        ground_alpha: How opaque the floor is; a backdrop that hides the sky is left out.
+    """
+
+    def __init__(
+        self, scene: SceneRenderer, distractor: Distractor, physics: Physics, ground_alpha: float
+    ) -> None:
+        super().__init__(scene, distractor)
+        self._model = physics.model
+        self._texture = _sky_texture(physics)
+        self._shown: tuple[int, int] | None = None
+        names = [physics.model.id2name(i, "material") for i in range(physics.model.nmat)]
+        self._alphas = [
+            (names.index(name), alpha)
+            for name, alpha in ((FLOOR_MATERIAL, ground_alpha), (BACKDROP_MATERIAL, 0.0))
+            if name in names
+        ]
+
+    def draw(self) -> tuple[UInt8Array, BoolArray | None]:
+        """The picture and the mask."""
+        video = self._distractor.video
+        assert video is not None, "made only with a background"
+        if self._shown != (video.clip, video.frame):
+            self._upload(self._distractor.frame)
+            self._shown = (video.clip, video.frame)
+        with self._distractor.applied():  # puts the alphas back as well
+            for material, alpha in self._alphas:
+                self._model.mat_rgba[material, 3] = alpha
+            return self._scene.draw()
+
+    def _upload(self, frame: UInt8Array) -> None:
+        """Hand a frame to OpenGL by way of the model's texture, which stays as it was."""
+        model, index = self._model, self._texture
+        start = int(model.tex_adr[index])
+        texels = slice(start, start + frame.size)
+        saved = model.tex_data[texels].copy(), model.tex_height[index], model.tex_width[index]
+        model.tex_data[texels] = frame.reshape(-1)
+        model.tex_height[index], model.tex_width[index] = frame.shape[:2]
+        try:
+            self._scene.context.upload_texture(index)
+        finally:
+            model.tex_data[texels], model.tex_height[index], model.tex_width[index] = saved
+
+
+def _sky_texture(physics: Physics) -> int:
+    types = np.asarray(physics.model.tex_type)
+    return int(np.flatnonzero(types == mujoco.mjtTexture.mjTEXTURE_SKYBOX)[0])
+
+
+class CompositeRenderer:
+    """A video's frame, the floor blended over it, and the foreground before both.
+
+    All other scenery (sky, rails, walls, bases) is left out: what isn't foreground is the frame's
+    pixel, or the floor's mixed with it. An opaque floor hides what is below it.
+
+    Args:
+        physics: The simulation.
+        distractor: Its distractions, with a background whose frames have the picture's size.
+        ground_alpha: How opaque the floor is, in [0, 1].
+        foreground_mask: Whether :meth:`draw` returns the mask.
+        image_size: Height and width in pixels.
+        camera_id: Index of the model's camera.
+    """
+
+    def __init__(
+        self,
+        physics: Physics,
+        distractor: Distractor,
+        ground_alpha: float,
+        foreground_mask: bool,
+        *,
+        image_size: int,
+        camera_id: int,
+    ) -> None:
+        require_gl_backend()
+        self.image_size, self.foreground_mask = image_size, foreground_mask
+        self._distractor, self._alpha = distractor, np.float32(ground_alpha)
+        self._model = physics.model
+        self._context = RenderContext(physics, image_size, FAST)
+        self._everything = self._view(physics, camera_id)
+        self._floor = self._view(physics, camera_id) if ground_alpha > 0 else None
+        self._targets = StaticTargets(physics)
+        self._scenery = _scenery(physics, self._targets, keep_floor=ground_alpha > 0)
+        self._pixels: UInt8Array = np.empty((image_size, image_size, 3), dtype=np.uint8)
+        self._nearness: FloatArray = np.empty((image_size, image_size), dtype=np.float32)
+        self._floor_nearness = np.zeros_like(self._nearness)
+
+    @staticmethod
+    def _view(physics: Physics, camera_id: int) -> SceneView:
+        view = SceneView(physics, camera_id, FAST, hidden_group=_HIDDEN_GROUP)
+        view.leave_out_sky()
+        return view
+
+    def draw(self) -> tuple[UInt8Array, BoolArray | None]:
+        """The picture and the mask."""
+        with self._distractor.applied(), self._scenery_hidden():
+            self._everything.update(ALL)
+            self._context.draw(self._everything.scene, self._pixels, self._nearness)
+            if self._floor is not None:
+                self._floor.update(STATIC)
+                self._floor.hide(self._targets)
+                self._context.draw(self._floor.scene, None, self._floor_nearness)
+        # OpenGL's first row is the bottom one. Without a floor its nearness is 0, the far end.
+        pixels, floor = self._pixels[::-1], self._floor_nearness[::-1]
+        mask = self._nearness[::-1] > floor
+        picture = np.array(self._distractor.frame)
+        if self._floor is not None:
+            shows_floor = (floor > 0) & ~mask
+            if self._alpha < 1:
+                blend = self._alpha * pixels + (1 - self._alpha) * picture
+                pixels = np.where(mask[..., None], pixels, np.rint(blend).astype(np.uint8))
+            np.copyto(picture, pixels, where=(mask | shows_floor)[..., None])
+        else:
+            np.copyto(picture, pixels, where=mask[..., None])
+        picture = np.ascontiguousarray(picture.transpose(2, 0, 1))
+        return picture, np.ascontiguousarray(mask[None]) if self.foreground_mask else None
+
+    @contextlib.contextmanager
+    def _scenery_hidden(self) -> Iterator[None]:
+        """Put the scenery into a group that isn't drawn, and back."""
+        geoms, sites = self._scenery
+        model = self._model
+        saved = model.geom_group[geoms].copy(), model.site_group[sites].copy()
+        model.geom_group[geoms], model.site_group[sites] = _HIDDEN_GROUP, _HIDDEN_GROUP
+        try:
+            yield
+        finally:
+            model.geom_group[geoms], model.site_group[sites] = saved
+
+    def upload_height_fields(self) -> None:
+        """Hand terrain to OpenGL."""
+        self._context.upload_height_fields()
+
+    def close(self) -> None:
+        """Free what OpenGL holds."""
+        self._context.close()
+
+
+IndexArray = npt.NDArray[np.intp]
+
+
+def _scenery(
+    physics: Physics, targets: StaticTargets, *, keep_floor: bool
+) -> tuple[IndexArray, IndexArray]:
+    """Indices of the geoms and sites that are neither foreground nor floor."""
+    model = physics.model
+    floors = (mujoco.mjtGeom.mjGEOM_PLANE, mujoco.mjtGeom.mjGEOM_HFIELD)
+    materials = [model.id2name(index, "material") for index in range(model.nmat)]
+
+    def is_floor(geom: int) -> bool:
+        if int(model.geom_type[geom]) not in floors:
+            return False
+        material = int(model.geom_matid[geom])
+        return material < 0 or materials[material] == FLOOR_MATERIAL
+
+    def hidden(kind: mujoco.mjtObj, bodies: npt.NDArray[np.int32]) -> list[int]:
+        still = np.flatnonzero(np.asarray(model.body_weldid)[bodies] == 0)
+        return [index for index in still.tolist() if not targets(int(kind), index)]
+
+    geoms = hidden(mujoco.mjtObj.mjOBJ_GEOM, np.asarray(model.geom_bodyid))
+    geoms = [index for index in geoms if not (keep_floor and is_floor(index))]
+    sites = hidden(mujoco.mjtObj.mjOBJ_SITE, np.asarray(model.site_bodyid))
+    return np.array(geoms, dtype=np.intp), np.array(sites, dtype=np.intp)

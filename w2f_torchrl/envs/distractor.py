@@ -1,0 +1,151 @@
+"""The distractions of one environment: their walks, their generators, and what they change."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from w2f_torchrl.envs.camera_walk import CameraPose, CameraWalk, camera_box
+from w2f_torchrl.envs.distractions import DistractionConfig
+from w2f_torchrl.envs.walks import ColorWalk, VideoWalk
+from w2f_torchrl.utils.seeding import derive_seed
+
+if TYPE_CHECKING:
+    from dm_control.mujoco import Physics
+
+UInt8Array = npt.NDArray[np.uint8]
+
+_STREAMS = ("background", "camera", "color")
+
+
+class Distractor:
+    """Walk all distractions of a simulation.
+
+    The simulation is changed only while a picture is drawn, within :meth:`applied`: states, rewards
+    and ``physics.render`` are those of the undistracted task.
+
+    Each distraction has a generator of its own, so that one of them is the same with and without
+    the others. Call :meth:`reset` after the task's reset, :meth:`step` once a step.
+
+    Args:
+        config: What distracts.
+        physics: The simulation.
+        camera_id: The camera that wanders.
+        clips: Backgrounds, arrays uint8 [T, S, S, 3]; needed if the configuration has one.
+        seed: Seed of all distractions.
+
+    Raises:
+        ValueError: If the camera can't wander.
+    """
+
+    def __init__(
+        self,
+        config: DistractionConfig,
+        physics: Physics,
+        *,
+        camera_id: int,
+        clips: Sequence[UInt8Array] = (),
+        seed: int = 0,
+    ) -> None:
+        self.config = config
+        self._model, self._data, self._camera_id = physics.model, physics.data, camera_id
+        self._clips = clips
+        self.video: VideoWalk | None = None
+        self.camera: CameraWalk | None = None
+        self.color: ColorWalk | None = None
+        if config.background is not None:
+            lengths = [len(clip) for clip in clips]
+            self.video = VideoWalk(lengths, dynamic=config.background.dynamic)
+        if config.camera is not None:
+            self.camera = CameraWalk(config.camera.scale, dynamic=config.camera.dynamic)
+            self._pose = CameraPose(physics, camera_id)
+        if config.color is not None:
+            original = np.array(self._model.mat_rgba[:, :3], dtype=np.float64)
+            self.color = ColorWalk(original, config.color.scale, dynamic=config.color.dynamic)
+        self.seed(seed)
+
+    def seed(self, seed: int) -> None:
+        """Start the generators again; the next reset begins their streams."""
+        self._generators = {
+            name: np.random.default_rng(derive_seed(seed, "distraction", name)) for name in _STREAMS
+        }
+
+    def reset(self) -> None:
+        """Begin an episode: a new clip, camera position and colours."""
+        if self.video is not None:
+            self.video.start(self._generators["background"])
+        if self.camera is not None:
+            box = camera_box(self._pose.start(), self.camera.scale)
+            self.camera.start(box, self._generators["camera"])
+        if self.color is not None:
+            self.color.start(self._generators["color"])
+
+    def step(self) -> None:
+        """Let each distraction take a step."""
+        if self.video is not None:
+            self.video.step()
+        if self.camera is not None:
+            self.camera.step(self._generators["camera"])
+        if self.color is not None:
+            self.color.step(self._generators["color"])
+
+    @property
+    def frame(self) -> UInt8Array:
+        """The background's present frame, uint8 [S, S, 3]."""
+        assert self.video is not None, "there is no background"
+        frame: UInt8Array = self._clips[self.video.clip][self.video.frame]
+        return frame
+
+    @contextlib.contextmanager
+    def applied(self) -> Iterator[None]:
+        """Change camera and colours of the simulation, and put them back."""
+        model, data, camera = self._model, self._data, self._camera_id
+        saved_position, saved_frame = data.cam_xpos[camera].copy(), data.cam_xmat[camera].copy()
+        saved_colors = model.mat_rgba.copy()
+        if self.camera is not None:
+            self._pose.apply(self.camera)
+        if self.color is not None:
+            model.mat_rgba[:, :3] = self.color.colors
+        try:
+            yield
+        finally:
+            data.cam_xpos[camera], data.cam_xmat[camera] = saved_position, saved_frame
+            model.mat_rgba[:] = saved_colors
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the coming pictures depend on beside the simulation: plain values."""
+        state: dict[str, Any] = {
+            "generators": {
+                name: generator.bit_generator.state for name, generator in self._generators.items()
+            }
+        }
+        for name, walk in self._walks().items():
+            state[name] = walk.state_dict()
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what :meth:`state_dict` returned, in a simulation in the same state.
+
+        Raises:
+            ValueError: If the state is of other distractions.
+        """
+        walks = self._walks()
+        if set(state) != {"generators", *walks}:
+            raise ValueError(
+                f"the state is of {sorted(set(state) - {'generators'})}, and the distractions are "
+                f"{sorted(walks)}."
+            )
+        for name, values in state["generators"].items():
+            self._generators[name].bit_generator.state = values
+        for name, walk in walks.items():
+            walk.load_state_dict(state[name])
+
+    def _walks(self) -> dict[str, Any]:
+        walks: dict[str, Any] = {"video": self.video, "camera": self.camera, "color": self.color}
+        if self.camera is not None:
+            walks["pose"] = self._pose
+        return {name: walk for name, walk in walks.items() if walk is not None}

@@ -1,0 +1,73 @@
+"""Named environments to evaluate in: which distractions, and which videos, seen or unseen."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from w2f_torchrl.envs.backgrounds import PROCEDURAL
+from w2f_torchrl.envs.distractions import DIFFICULTIES, DistractionConfig
+
+
+@dataclass(frozen=True)
+class EvaluationSet:
+    """One way to distract an agent at evaluation.
+
+    Attributes:
+        name: What settings, metrics and tables call it.
+        description: One line.
+        distraction: What distracts; None for nothing.
+        split: Which of the source's clips.
+        source: Where the clips are from; None for the run's own source.
+    """
+
+    name: str
+    description: str
+    distraction: DistractionConfig | None = None
+    split: str = "train"
+    source: str | None = None
+
+    def background_source(self, run_source: str | None) -> str | None:
+        """The ``background_source`` of an env of this set, None without a video."""
+        if self.distraction is None or self.distraction.background is None:
+            return None
+        return self.source or run_source
+
+
+def evaluation_sets() -> dict[str, EvaluationSet]:
+    """List the evaluation sets by name.
+
+    ``clean``, and for each difficulty (``easy``, ``medium``, ``hard``):
+
+    - ``train_videos_easy``: the background alone, with the clips that a run of this difficulty and
+      source is trained on;
+    - ``unseen_videos_easy``: the background alone, with the source's validation clips;
+    - ``unseen_procedural_easy``: the background alone, with procedural validation clips, whatever
+      the run's source;
+    - ``color_easy``, ``camera_easy``: one of these alone;
+    - ``all_easy``: background with validation clips, camera and colours.
+
+    Returns:
+        The sets, in this order. For a run with procedural clips ``unseen_videos`` and
+        ``unseen_procedural`` are the same clips.
+    """
+    sets = [EvaluationSet("clean", "the undistracted task")]
+    for difficulty in DIFFICULTIES:
+        sets += _sets_of(difficulty)
+    return {each.name: each for each in sets}
+
+
+def _sets_of(difficulty: str) -> list[EvaluationSet]:
+    video = DistractionConfig.of_difficulty(difficulty, camera=False, color=False)
+    color = DistractionConfig.of_difficulty(difficulty, background=False, camera=False)
+    camera = DistractionConfig.of_difficulty(difficulty, background=False, color=False)
+    everything = DistractionConfig.of_difficulty(difficulty)
+    return [
+        EvaluationSet(f"train_videos_{difficulty}", "training videos", video),
+        EvaluationSet(f"unseen_videos_{difficulty}", "unseen videos", video, "val"),
+        EvaluationSet(
+            f"unseen_procedural_{difficulty}", "unseen procedural clips", video, "val", PROCEDURAL
+        ),
+        EvaluationSet(f"color_{difficulty}", "other colours", color),
+        EvaluationSet(f"camera_{difficulty}", "a wandering camera", camera),
+        EvaluationSet(f"all_{difficulty}", "unseen videos, camera and colours", everything, "val"),
+    ]

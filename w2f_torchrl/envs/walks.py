@@ -1,0 +1,92 @@
+"""Colours that wander and videos that play to and fro, as in the Distracting Control Suite."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+FloatArray = npt.NDArray[np.float64]
+
+
+class ColorWalk:
+    """The colours of a model's materials.
+
+    Args:
+        original: The materials' own colours, float [M, 3] in [0, 1].
+        scale: Intensity s: colours stay within s of the original, and in [0, 1]. A step adds
+            Gaussian noise of standard deviation 0.03 s to each channel.
+        dynamic: Whether the colours change after their start.
+    """
+
+    def __init__(self, original: FloatArray, scale: float, *, dynamic: bool = True) -> None:
+        self.scale = scale
+        self.dynamic = dynamic
+        self.low: FloatArray = np.clip(original - scale, 0.0, 1.0)
+        self.high: FloatArray = np.clip(original + scale, 0.0, 1.0)
+        self.colors: FloatArray = original.astype(np.float64)
+        """Float64 [M, 3]."""
+
+    def start(self, generator: np.random.Generator) -> None:
+        """Draw each channel uniformly in its range."""
+        self.colors = generator.uniform(self.low, self.high)
+
+    def step(self, generator: np.random.Generator) -> None:
+        """Change every channel a little, if the walk is dynamic."""
+        if not self.dynamic:
+            return
+        noise = generator.standard_normal(self.colors.shape)
+        moved = self.colors + 0.03 * self.scale * noise
+        self.colors = np.minimum(np.maximum(moved, self.low), self.high)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the next steps depend on, but for the generator."""
+        return {"colors": self.colors.tolist()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what :meth:`state_dict` returned."""
+        self.colors = np.asarray(state["colors"], dtype=np.float64)
+
+
+class VideoWalk:
+    """Which frame of which clip shows.
+
+    Each episode draws a clip, a first frame and a direction; a dynamic walk then goes one frame a
+    step, and turns around at the clip's ends.
+
+    Args:
+        lengths: Frames of each clip, at least 2.
+        dynamic: Whether the frame changes after its start.
+    """
+
+    def __init__(self, lengths: Sequence[int], *, dynamic: bool = True) -> None:
+        self._lengths = list(lengths)
+        self.dynamic = dynamic
+        self.clip = 0
+        self.frame = 0
+        self.direction = 1
+
+    def start(self, generator: np.random.Generator) -> None:
+        """Draw clip, frame and direction, uniformly each."""
+        self.clip = int(generator.integers(len(self._lengths)))
+        self.frame = int(generator.integers(self._lengths[self.clip]))
+        self.direction = 1 if generator.integers(2) else -1
+
+    def step(self) -> None:
+        """Go on to the next frame, if the walk is dynamic."""
+        if not self.dynamic:
+            return
+        if not 0 <= self.frame + self.direction < self._lengths[self.clip]:
+            self.direction = -self.direction
+        self.frame += self.direction
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the next steps depend on."""
+        return {"clip": self.clip, "frame": self.frame, "direction": self.direction}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what :meth:`state_dict` returned."""
+        self.clip, self.frame = state["clip"], state["frame"]
+        self.direction = state["direction"]
