@@ -8,26 +8,26 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import interpolate, pad, pixel_shuffle, pixel_unshuffle
+from torch.nn.functional import interpolate, pad, pixel_shuffle
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from w2f_torchrl.segmenters.base import SegmenterUnavailableError, check_pixels
 
 #: Channels at a half, a quarter and an eighth of the resolution.
-WIDTHS = (12, 24, 48)
+WIDTHS = (16, 32, 32)
 FORMAT = "w2f_torchrl.student"
 
 
-def _block(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
-    convolution = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+def _block(inputs: int, outputs: int, *, stride: int = 1, side: int = 3) -> nn.Sequential:
+    convolution = nn.Conv2d(inputs, outputs, side, stride, (side - 1) // 2, bias=False)
     return nn.Sequential(convolution, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True))
 
 
 class StudentNetwork(nn.Module):
     """A U-Net that never works at full resolution.
 
-    Each 2 x 2 block of pixels becomes one cell of twelve channels on the way in, and four mask
-    logits leave each cell on the way out: nothing of the detail is lost, at a quarter of the cost.
+    A cell is 2 x 2 pixels. The first convolution sees 3 x 3 cells, 6 x 6 pixels, at a stride of one
+    cell, and four mask logits leave each cell at the end: detail stays, at a quarter of the cost.
 
     Args:
         widths: Channels at a half, a quarter and an eighth of the resolution.
@@ -36,16 +36,16 @@ class StudentNetwork(nn.Module):
     def __init__(self, widths: Sequence[int] = WIDTHS) -> None:
         super().__init__()
         fine, middle, coarse = self.widths = tuple(widths)
-        self.down_fine = _block(12, fine)
-        self.down_middle = nn.Sequential(_block(fine, middle, 2), _block(middle, middle))
+        self.down_fine = _block(3, fine, stride=2, side=6)
+        self.down_middle = nn.Sequential(_block(fine, middle, stride=2), _block(middle, middle))
         self.down_coarse = nn.Sequential(
-            _block(middle, coarse, 2), _block(coarse, coarse), _block(coarse, coarse)
+            _block(middle, coarse, stride=2), _block(coarse, coarse), _block(coarse, coarse)
         )
         self.to_middle = nn.Conv2d(coarse, middle, 1)
         self.up_middle = _block(middle, middle)
         self.to_fine = nn.Conv2d(middle, fine, 1)
         self.up_fine = _block(fine, fine)
-        self.head = nn.Conv2d(fine, 4, 3, padding=1)
+        self.head = nn.Conv2d(fine, 4, 1)
 
     def forward(self, images: Tensor) -> Tensor:
         """Images float ``[N, 3, H, W]`` around zero to mask logits ``[N, 1, H, W]``."""
@@ -53,7 +53,7 @@ class StudentNetwork(nn.Module):
         extra = (-width % 8, -height % 8)
         if any(extra):
             images = pad(images, (0, extra[0], 0, extra[1]), mode="replicate")
-        fine = self.down_fine(pixel_unshuffle(images, 2))  # [N, ., H / 2, W / 2]
+        fine = self.down_fine(images)  # [N, ., H / 2, W / 2]
         middle = self.down_middle(fine)
         coarse = self.down_coarse(middle)  # [N, ., H / 8, W / 8]
         middle = self.up_middle(middle + interpolate(self.to_middle(coarse), scale_factor=2.0))
@@ -65,8 +65,9 @@ class StudentNetwork(nn.Module):
 class StudentSegmenter:
     """A :class:`StudentNetwork` as a segmenter.
 
-    Made by :func:`~w2f_torchrl.segmenters.train_student` or :meth:`load`. Its default network takes
-    0.03 GFLOP for a frame of 64 x 64.
+    Made by :func:`~w2f_torchrl.segmenters.train_student` or :meth:`load`. It computes in bfloat16
+    on CPUs that have instructions for it, which halves its cost, and in float32 elsewhere;
+    parameters stay float32.
 
     Args:
         network: The network, trained or not.
@@ -95,6 +96,8 @@ class StudentSegmenter:
         self.confidence = confidence
         self.threshold = threshold
         self.batch_size = batch_size
+        native = self.device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+        self.dtype = torch.bfloat16 if native else torch.float32
         self._fast: nn.Module | None = None
 
     def __call__(self, pixels: Tensor) -> Tensor:
@@ -114,9 +117,9 @@ class StudentSegmenter:
         """How sure the student is of the foreground: uint8 to float32 ``[N, 1, H, W]``."""
         check_pixels(pixels)
         if self._fast is None:
-            self._fast = _fused(self.network)
+            self._fast = _fused(self.network).to(self.dtype)
         parts = [
-            self._fast(to_images(part.to(self.device))).sigmoid()
+            self._fast(to_images(part.to(self.device)).to(self.dtype)).float().sigmoid()
             for part in pixels.split(self.batch_size)
         ]
         empty = pixels.new_empty((0, 1, *pixels.shape[2:]), dtype=torch.float32)

@@ -22,9 +22,9 @@ def train_student(
     masks: Tensor,
     *,
     backgrounds: Tensor | None = None,
-    steps: int = 600,
-    batch_size: int = 32,
-    learning_rate: float = 4e-3,
+    steps: int = 500,
+    batch_size: int = 64,
+    learning_rate: float = 1e-2,
     paste: float = 0.5,
     moves: float = 0.0,
     widths: Sequence[int] = WIDTHS,
@@ -84,7 +84,9 @@ def train_student(
                 for new, old in zip(pasted, (frames, target), strict=True)
             )
         frames, target = vary(frames, target, generator)
-        loss = mask_loss(network(to_images(frames)), target)
+        with torch.autocast(student.device.type, torch.bfloat16, student.dtype is torch.bfloat16):
+            logits = network(to_images(frames))
+        loss = mask_loss(logits.float(), target)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -161,11 +161,12 @@ class TaughtSource(SegmentedSource):
     def label(self, records: TensorDictBase) -> TensorDictBase:
         """Segment all records with the student, and let the teacher label every k-th."""
         true_masks = records.get(MASK, None)
-        # Of the frames of this call, those whose number in the run is a multiple of k.
-        chosen = torch.arange(-self.frames % self.every if self.every else 0, len(records))
-        chosen = chosen[:: self.every] if self.every else chosen[:0]
+        chosen = torch.zeros(0, dtype=torch.int64)
+        if self.every:  # of the frames of this call those whose number in the run divides by k
+            first = -self.frames % self.every
+            chosen = torch.arange(len(records))[first :: self.every]
         records = super().label(records)
-        if len(chosen):
+        if chosen.numel():
             frames = records[PIXELS][chosen]
             start = time.perf_counter()
             taught = true_masks[chosen] if self.teacher is None else self.teacher(frames)
