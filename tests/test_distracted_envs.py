@@ -376,9 +376,7 @@ def test_distractions_go_on_from_saved_state(render: str) -> None:
     env, other = (make("walker", "walk", seed=seed, render=render) for seed in (3, 8))
     play(env)
     state = pickle.loads(pickle.dumps(env.distractor.state_dict()))
-    torch.testing.assert_close(
-        torch.tensor(state["video"]["frame"]), torch.tensor(env.distractor.video.frame)
-    )
+    torch.testing.assert_close(torch.tensor(state["video"]["frame"]), torch.tensor(env.distractor.video.frame))
     other.reset()
     other.distractor.load_state_dict(state)
     other.physics.set_state(env.physics.get_state())
