@@ -30,11 +30,11 @@ from torch import Tensor
 from torch.nn.functional import max_pool2d
 
 from w2f_torchrl.data import make_collector
-from w2f_torchrl.envs.backgrounds import load_clips
 from w2f_torchrl.modules import PRESETS, latent_sizes
 from w2f_torchrl.segmenters import StudentSegmenter, choose_diverse, mask_iou, train_student
 from w2f_torchrl.trainers import Learner
 from w2f_torchrl.trainers.config import to_run_config
+from w2f_torchrl.trainers.segmentation import load_backgrounds
 from w2f_torchrl.trainers.trainer import _create_env
 
 FEW = 10
@@ -59,12 +59,6 @@ def corrupted(masks: Tensor, seed: int) -> Tensor:
             if value is False or torch.rand(1, generator=generator) < 0.5:
                 wrong[index, :, top : top + side, left : left + side] = value
     return wrong
-
-
-def pictures(source: str) -> Tensor:
-    """Frames of a source's training clips, every fourth: uint8 [K, 3, 64, 64]."""
-    clips = load_clips(source, "train", None, 64)
-    return torch.cat([torch.from_numpy(clip[::4].copy()) for clip in clips]).permute(0, 3, 1, 2)
 
 
 def experiment(name: str, seed: int, backgrounds: Tensor, steps: int, few: bool) -> dict[str, Any]:
@@ -130,7 +124,8 @@ def main() -> None:
     )
     args = parser.parse_args()
     torch.set_num_threads(1)
-    backgrounds = pictures("procedural:1")
+    backgrounds = load_backgrounds("procedural:1", 64)
+    assert backgrounds is not None
     collection = collection_milliseconds()
     frame = cost(StudentSegmenter(), backgrounds)
     results: dict[str, Any] = {

@@ -367,7 +367,7 @@ def test_a_registered_env(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"seed": -1}, r"seed is -1: must be an integer of at least 0"),
         ({"camera_id": 9, "num_envs": 4}, r"camera_id is 9: walker has cameras 0 to 1"),
         ({"camera_id": -1}, r"camera_id is -1: walker has cameras 0 to 1"),
-        ({"distraction": "easy"}, r"distraction is 'easy': must be none in this version"),
+        ({"distraction": "easier"}, r"distraction is 'easier': must be one of none, easy"),
         ({"background_source": "clips"}, r"background_source is 'clips': must be None"),
         ({"background_split": "test"}, r"background_split is 'test': must be one of train, val"),
     ],

@@ -149,7 +149,8 @@ def test_an_env_without_masks_is_refused_as_their_source(tmp_path, settings):
         ({"threshold": 255}, r"segmentation.threshold=255 must be in \[0, 254\]"),
         ({"prompts": []}, r"segmentation.prompts=\[\]"),
         ({"labels": "nowhere.npz"}, "segmentation.labels=nowhere.npz is no file"),
-        ({"backgrounds": "nowhere.npz"}, "segmentation.backgrounds=nowhere.npz is no file"),
+        ({"source": "student", "backgrounds": "nowhere.npz"}, "nowhere.npz must be an .npz file"),
+        ({"source": "student", "backgrounds": "nowhere"}, "backgrounds=nowhere: .*no such folder"),
         ({"student_checkpoint": "nowhere.pt"}, "student_checkpoint=nowhere.pt is no file"),
         ({"source": "sam3", "checkpoint": "nowhere.pt"}, r"segmentation=sam3: (SAM3|There)"),
         (

@@ -229,6 +229,32 @@ def test_a_loaded_policy_plays_in_three_lines(tmp_path):
         bare.rollout(2, policy)
 
 
+@pytest.mark.render
+def test_a_distracted_run_is_evaluated_in_named_sets(tmp_path):
+    run = tmp_path / "run"
+    sets = ["clean", "color_hard", "unseen_videos_easy"]
+    distraction = {"background": {"num_videos": 1}, "camera": {"scale": 0.2}, "step_unit": "agent"}
+    config = tiny_run(
+        run,
+        environment={"distraction": distraction, "action_repeat": 4},
+        training={"total_frames": 512},
+        evaluation={"every_frames": 512, "sets": sets, "video": False},
+    )
+    Trainer(config).train()
+    [row] = [row for row in read_metrics(run) if "eval/return_mean" in row]
+    for name in sets:
+        of_set = {key for key in row if key.startswith(f"eval/{name}/")}
+        names = ("return_mean", "return_std", "length_mean", "mask_iou")
+        assert of_set == {f"eval/{name}/{last}" for last in names}
+    policy = load_policy(list_checkpoints(run / "checkpoints")[-1])
+    assert policy.make_env().base_env.distractor.config.camera.scale == 0.2
+    env = policy.make_env(seed=1, evaluation_set="color_hard")
+    assert env.base_env.distractor.config.color.scale == 0.3
+    assert env.rollout(3, policy)["action"].isfinite().all()
+    with pytest.raises(ValueError, match="evaluation_set is 'dirty': must be clean, train_videos"):
+        policy.make_env(evaluation_set="dirty")
+
+
 # ------------------------------------------------------------------ configuration
 
 
@@ -241,7 +267,22 @@ def test_a_loaded_policy_plays_in_three_lines(tmp_path):
         ({"environment": {"image_size": 8}}, "environment.image_size=8 must be at least 16"),
         ({"environment": {"num_envs": 0}}, "environment.num_envs=0"),
         ({"environment": {"render": "slow"}}, "environment.render='slow'.*fast, reference"),
-        ({"environment": {"distraction": "hard"}}, "environment.distraction='hard'"),
+        (
+            {"environment": {"distraction": "harder"}},
+            "environment.distraction='harder'.*must be one of none, easy, medium, hard",
+        ),
+        ({"environment": {"distraction": {"camera": {"scale": 2}}}}, "camera.scale is 2: must be"),
+        ({"environment": {"background_split": "test"}}, "background_split='test'.*train, val"),
+        ({"environment": {"background_source": "procedural"}}, "background_source is 'procedural'"),
+        (
+            {"environment": {"distraction": "easy", "background_source": "no/such"}},
+            "environment.distraction='easy': background_source is 'no/such': no such folder",
+        ),
+        ({"evaluation": {"sets": ["cleaner"]}}, "evaluation.sets='cleaner'.*clean, train_videos"),
+        (
+            {"environment": {"background_source": "no/such"}, "evaluation": {"sets": ["all_hard"]}},
+            "evaluation.sets=all_hard: background_source is 'no/such': no such folder",
+        ),
         ({"algo": {"latent": "both"}}, "algo.latent='both'.*split, shared, foreground"),
         ({"algo": {"name": "dreamer_v3"}}, "algo.latent='split' must be null"),
         ({"algo": {"name": "ppo"}}, "algo='ppo'.*world2filter, dreamer_v3"),

@@ -32,8 +32,8 @@ class BackgroundError(ValueError):
 class FileClip:
     """A clip in a folder of images or in a video file.
 
-    Frames are stretched to a square, whatever their size; within a clip sizes may differ. Images
-    play in the order of their names, with numbers compared as numbers.
+    Frames are stretched to a square, by means over areas where they shrink; within a clip sizes may
+    differ. Images play in the order of their names, with numbers compared as numbers.
 
     Args:
         path: A folder or a file.
@@ -108,8 +108,9 @@ def _images(folder: Path) -> list[Path]:
 
 
 def _resize(picture: Image.Image, size: int) -> UInt8Array:
-    resized = picture.convert("RGB").resize((size, size), Image.Resampling.BILINEAR)
-    return np.asarray(resized)
+    shrinks = min(picture.size) >= size
+    means = Image.Resampling.BOX if shrinks else Image.Resampling.BILINEAR
+    return np.asarray(picture.convert("RGB").resize((size, size), means))
 
 
 def _read_images(folder: Path) -> Iterator[Image.Image]:

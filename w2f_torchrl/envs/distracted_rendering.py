@@ -56,18 +56,17 @@ def frame_size(physics: Physics, *, image_size: int, camera_id: int, render: Ren
     """The side of a background's frames, pixels: what a picture can show of them.
 
     A composite shows a frame as it is. The sky box stretches it over 90 degrees, of which the
-    camera sees its field of view.
+    camera sees its field of view. OpenGL shows the reference's 800 x 800 texels halved as often as
+    a picture's pixels allow: the frame starts at that half.
     """
     if render == "fast":
         return image_size
     field_of_view = math.radians(float(physics.model.cam_fovy[camera_id]))
     needed = image_size / math.tan(field_of_view / 2)
-    return min(math.ceil(needed / 32) * 32, _largest_frame(physics))
-
-
-def _largest_frame(physics: Physics) -> int:
-    index = _sky_texture(physics)
-    return int(physics.model.tex_width[index])
+    size = int(physics.model.tex_width[_sky_texture(physics)])
+    while size % 2 == 0 and size // 2 >= needed:
+        size //= 2
+    return size
 
 
 def make_distracted_renderer(

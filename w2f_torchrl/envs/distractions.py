@@ -193,6 +193,12 @@ def parse_distraction(value: Distraction) -> DistractionConfig | None:
     return None if nothing else config
 
 
+def shows_video(value: Distraction) -> bool:
+    """Whether a ``distraction`` setting has a background video."""
+    config = parse_distraction(value)
+    return config is not None and config.background is not None
+
+
 def _from_mapping(value: Mapping[str, Any]) -> DistractionConfig:
     settings = dict(value)
     _check_keys("distraction", settings, DistractionConfig)

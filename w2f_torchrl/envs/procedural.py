@@ -165,7 +165,7 @@ def _paint_still(generator: np.random.Generator, palette: FloatArray, size: int)
         )
         coverage, colors = leaf.paint(*offsets, pixel)
         still[rows, columns] += coverage * (colors - still[rows, columns])
-    still += _texture(generator, size, side)
+    still += _texture(np.random.default_rng(generator.integers(2**32)), size, side)
     return still
 
 

@@ -33,18 +33,20 @@ class Quality:
         multisamples: Samples of a pixel. Only without (0) does each pixel show one object.
         shadow_map: Side of the shadow map, texels; 0 draws no shadows.
         reflections: Whether floors reflect.
+        slices: Corners around a round body, and along it.
     """
 
     multisamples: int | None = None
     shadow_map: int | None = None
     reflections: bool = True
+    slices: tuple[int, int] | None = None
 
 
 FULL = Quality()
 """dm_control's own picture."""
 FAST = Quality(multisamples=0, shadow_map=0, reflections=False)
-SHARP = Quality(multisamples=0, shadow_map=512)
-"""dm_control's picture but for its outlines, at a fifth of the price."""
+SHARP = Quality(multisamples=0, shadow_map=512, slices=(16, 10))
+"""dm_control's picture but for its smooth outlines, at a fraction of the price."""
 
 
 class SceneView:
@@ -168,12 +170,16 @@ def _context_settings(model: wrapper.MjModel, image_size: int, quality: Quality)
         visual_global.offheight,
         visual_quality.offsamples,
         visual_quality.shadowsize,
+        visual_quality.numslices,
+        visual_quality.numstacks,
     )
     visual_global.offwidth = visual_global.offheight = image_size
     if quality.multisamples is not None:
         visual_quality.offsamples = quality.multisamples
     if quality.shadow_map is not None:
         visual_quality.shadowsize = quality.shadow_map
+    if quality.slices is not None:
+        visual_quality.numslices, visual_quality.numstacks = quality.slices
     try:
         yield
     finally:
@@ -182,4 +188,6 @@ def _context_settings(model: wrapper.MjModel, image_size: int, quality: Quality)
             visual_global.offheight,
             visual_quality.offsamples,
             visual_quality.shadowsize,
+            visual_quality.numslices,
+            visual_quality.numstacks,
         ) = saved

@@ -10,7 +10,10 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from w2f_torchrl.envs import validate_task
+from w2f_torchrl.envs import evaluation_sets, validate_distraction, validate_task
+from w2f_torchrl.envs.backgrounds import SPLITS
+from w2f_torchrl.envs.distractions import Distraction, shows_video
+from w2f_torchrl.envs.tasks import registered_factory
 from w2f_torchrl.modules import LATENTS, ModelConfig
 from w2f_torchrl.objectives import LossConfig
 from w2f_torchrl.segmenters.sam3_requirements import missing_requirement
@@ -42,8 +45,13 @@ class EnvironmentConfig:
     """MuJoCo camera; null: 2 for quadruped, 0 otherwise."""
     render: str = "fast"
     """fast (no multisampling, shadows, reflections) or reference (dm_control's own picture)."""
-    distraction: str = "none"
+    distraction: Any = "none"
+    """none, easy, medium, hard (the Distracting Control Suite's), or the fields of a
+    DistractionConfig: {camera: {scale: 0.2}, step_unit: agent}."""
     background_source: str | None = None
+    """Videos: a folder, davis, procedural or procedural:SEED; null: procedural."""
+    background_split: str = "train"
+    """train or val: which of the source's clips."""
 
 
 @dataclass
@@ -84,7 +92,8 @@ class SegmentationConfig:
     labels: str | None = None
     """A few labelled frames for the student: .npz with pixels and masks; null: asks the teacher."""
     backgrounds: str | None = None
-    """Pictures that the student's foregrounds are pasted onto: .npz with pixels."""
+    """Pictures that the student's foregrounds are pasted onto: .npz with pixels, or clips as
+    environment.background_source names them (a folder, davis, procedural:SEED)."""
     teacher: str = "simulator"
     """simulator or sam3: whom the student learns from."""
     teacher_frames: int = 2000
@@ -164,6 +173,8 @@ class EvaluationConfig:
     """0: never; otherwise also at the end."""
     episodes: int = 2
     video: bool = True
+    sets: list[str] = field(default_factory=list)
+    """More evaluations by name, each with as many episodes: see envs.evaluation_sets."""
 
 
 @dataclass
@@ -273,6 +284,7 @@ def _validate(config: RunConfig) -> None:
     else:
         _choice("algo.latent", config.algo.latent, LATENTS)
     _validate_environment(config.environment)
+    _validate_distractions(config)
     _validate_segmentation(config)
     config.model.validate(config.environment.image_size)
     config.loss.validate()
@@ -302,7 +314,7 @@ def _validate_segmentation(config: RunConfig) -> None:
             f"segmentation.prompts={list(segmentation.prompts)} must be one text or more, "
             "segmentation.prompts=[robot] say."
         )
-    for name in ("student_checkpoint", "labels", "backgrounds"):
+    for name in ("student_checkpoint", "labels"):
         path = getattr(segmentation, name)
         if path is not None and not Path(path).is_file():
             raise ConfigError(f"segmentation.{name}={path} is no file.")
@@ -320,7 +332,45 @@ def _validate_environment(environment: EnvironmentConfig) -> None:
     _at_least("environment.action_repeat", environment.action_repeat, 1)
     _at_least("environment.image_size", environment.image_size, 16)
     _choice("environment.render", environment.render, ("fast", "reference"))
-    _choice("environment.distraction", environment.distraction, ("none",))
+    _choice("environment.background_split", environment.background_split, SPLITS)
+
+
+def _validate_distractions(config: RunConfig) -> None:
+    environment = config.environment
+    if registered_factory(environment.domain) and (
+        environment.distraction != "none" or config.evaluation.sets
+    ):
+        raise ConfigError(
+            f"environment.distraction={environment.distraction!r} must be none, and "
+            f"evaluation.sets={config.evaluation.sets} empty, for the registered domain "
+            f"{environment.domain!r}, whose factory draws its own pictures."
+        )
+    source, sets = environment.background_source, evaluation_sets()
+    for name in config.evaluation.sets:
+        _choice("evaluation.sets", name, tuple(sets))
+        wanted = sets[name].background_source(source)
+        _validate_distraction(
+            f"evaluation.sets={name}", sets[name].distraction, wanted, sets[name].split
+        )
+    # The videos may be for the evaluation only.
+    wanted_by_sets = {sets[name].background_source(source) for name in config.evaluation.sets}
+    if source in wanted_by_sets and not shows_video(environment.distraction):
+        source = None
+    _validate_distraction(
+        f"environment.distraction={environment.distraction!r}",
+        environment.distraction,
+        source,
+        environment.background_split,
+    )
+
+
+def _validate_distraction(
+    setting: str, distraction: Distraction | None, source: str | None, split: str
+) -> None:
+    try:
+        validate_distraction("none" if distraction is None else distraction, source, split)
+    except ValueError as error:
+        raise ConfigError(f"{setting}: {error}") from error
 
 
 def _validate_optimizer(optimizer: OptimizerConfig) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -15,16 +16,22 @@ from torchrl.envs import EnvBase, TensorDictPrimer, TransformedEnv
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from w2f_torchrl.data import records_from_rollout
-from w2f_torchrl.envs import make_env
+from w2f_torchrl.envs import EvaluationSet, evaluation_sets, make_env
+from w2f_torchrl.envs.distractions import shows_video
 from w2f_torchrl.modules import WorldModel, compose, latent_sizes
 from w2f_torchrl.segmenters import mask_iou
 from w2f_torchrl.trainers.checkpointing import load_checkpoint
 from w2f_torchrl.trainers.config import EnvironmentConfig, RunConfig, to_run_config
 from w2f_torchrl.trainers.learner import Learner
+from w2f_torchrl.utils.seeding import derive_seed
 
 
 def build_env(
-    environment: EnvironmentConfig, seed: int, *, foreground_mask: bool = True
+    environment: EnvironmentConfig,
+    seed: int,
+    *,
+    foreground_mask: bool = True,
+    evaluation_set: EvaluationSet | None = None,
 ) -> TransformedEnv:
     """Make one env of a run, on the CPU.
 
@@ -32,19 +39,36 @@ def build_env(
         environment: The run's settings; ``num_envs`` is not read.
         seed: The env's seed.
         foreground_mask: Whether the simulator's mask is drawn.
+        evaluation_set: In place of the run's own distraction.
     """
     return make_env(
         environment.domain,
         environment.task,
         image_size=environment.image_size,
         action_repeat=environment.action_repeat,
-        distraction=environment.distraction,
-        background_source=environment.background_source,
+        **_distraction_settings(environment, evaluation_set),
         render=environment.render,  # type: ignore[arg-type]
         camera_id=environment.camera_id,
         foreground_mask=foreground_mask,
         seed=seed,
     )
+
+
+def _distraction_settings(
+    environment: EnvironmentConfig, evaluation_set: EvaluationSet | None
+) -> dict[str, Any]:
+    if evaluation_set is not None:
+        return {
+            "distraction": evaluation_set.distraction or "none",
+            "background_source": evaluation_set.background_source(environment.background_source),
+            "background_split": evaluation_set.split,
+        }
+    videos = shows_video(environment.distraction)
+    return {
+        "distraction": environment.distraction,
+        "background_source": environment.background_source if videos else None,
+        "background_split": environment.background_split,
+    }
 
 
 class LoadedPolicy(TensorDictModuleBase):
@@ -81,9 +105,22 @@ class LoadedPolicy(TensorDictModuleBase):
         sizes = latent_sizes(self.config.model, self.action_size)
         return TensorDictPrimer({key: Unbounded((size,)) for key, size in sizes.items()})
 
-    def make_env(self, seed: int = 0) -> TransformedEnv:
-        """Make the env that the policy was trained in."""
-        env = build_env(self.config.environment, seed)
+    def make_env(self, seed: int = 0, evaluation_set: str | None = None) -> TransformedEnv:
+        """Make the env that the policy was trained in.
+
+        Args:
+            seed: The env's seed.
+            evaluation_set: With the distraction of one of
+                :func:`~w2f_torchrl.envs.evaluation_sets` in place of the run's own.
+
+        Raises:
+            ValueError: If there is no set of that name.
+        """
+        sets = evaluation_sets()
+        if evaluation_set is not None and evaluation_set not in sets:
+            raise ValueError(f"evaluation_set is {evaluation_set!r}: must be {', '.join(sets)}.")
+        chosen = None if evaluation_set is None else sets[evaluation_set]
+        env = build_env(self.config.environment, seed, evaluation_set=chosen)
         return env.append_transform(self.make_tensordict_primer())
 
 
@@ -116,7 +153,9 @@ class Evaluation:
     """What evaluation episodes gave."""
 
     metrics: dict[str, float]
-    """``eval/return_mean`` and ``_std``, ``eval/length_mean``, and ``wm/mask_iou`` with masks."""
+    """``eval/return_mean`` and ``_std``, ``eval/length_mean``, and ``wm/mask_iou`` with masks; of
+    each evaluation set ``eval/<set>/return_mean``, ``return_std``, ``length_mean``, ``mask_iou``.
+    """
     pixels: Tensor
     """First episode, uint8 ``[T, 3, H, W]``."""
     columns: dict[str, Tensor]
@@ -124,11 +163,11 @@ class Evaluation:
 
 
 class Evaluator:
-    """Plays episodes with the mode action in an env of its own.
+    """Plays episodes with the mode action, in an env of its own and one for each evaluation set.
 
     Args:
         config: The run's settings.
-        seed: Seed of the env.
+        seed: Seed of the envs.
         policy: The acting policy, shared with the learner.
         action_size: A.
         segment: Gives records their masks where the env draws none.
@@ -147,21 +186,47 @@ class Evaluator:
         self.policy = policy
         self.device = config.torch_device()
         sizes = latent_sizes(config.model, action_size)
-        primer = TensorDictPrimer({key: Unbounded((size,)) for key, size in sizes.items()})
-        env = build_env(config.environment, seed, foreground_mask=config.needs_masks)
-        self.env: EnvBase = env.append_transform(primer)
+        self._primers = {key: Unbounded((size,)) for key, size in sizes.items()}
+        self.env = self._make_env(seed)
+        sets = evaluation_sets()
+        self.set_envs = {
+            name: self._make_env(derive_seed(seed, "set", name), sets[name])
+            for name in config.evaluation.sets
+        }
+
+    def _make_env(self, seed: int, evaluation_set: EvaluationSet | None = None) -> EnvBase:
+        env = build_env(
+            self.config.environment,
+            seed,
+            foreground_mask=self.config.needs_masks,
+            evaluation_set=evaluation_set,
+        )
+        return env.append_transform(TensorDictPrimer(self._primers))
 
     def evaluate(self, world_model: WorldModel, episodes: int) -> Evaluation:
-        """Play episodes, and reconstruct each from the posterior.
+        """Play episodes in the run's own environment, then in those of the evaluation sets.
 
         Args:
             world_model: The world model that the policy acts with.
-            episodes: How many; their returns' standard deviation is over them.
+            episodes: How many in each; their returns' standard deviation is over them.
         """
+        metrics, pixels, columns = self._evaluate(self.env, world_model, episodes)
+        metrics = {f"eval/{name}": value for name, value in metrics.items()}
+        if "eval/mask_iou" in metrics:
+            metrics["wm/mask_iou"] = metrics.pop("eval/mask_iou")
+        for name, env in self.set_envs.items():
+            of_set = self._evaluate(env, world_model, episodes)[0]
+            metrics |= {f"eval/{name}/{key}": value for key, value in of_set.items()}
+        return Evaluation(metrics, pixels, columns)
+
+    def _evaluate(
+        self, env: EnvBase, world_model: WorldModel, episodes: int
+    ) -> tuple[dict[str, float], Tensor, dict[str, Tensor]]:
+        """Metrics by their last name; pixels and reconstruction of the first episode."""
         returns, lengths, ious = [], [], []
         first: tuple[Tensor, dict[str, Tensor]] | None = None
         for _ in range(episodes):
-            episode = self._play()
+            episode = self._play(env)
             returns.append(float(episode["next", "reward"].sum()))
             lengths.append(float(len(episode)))
             made = records_from_rollout(episode.unsqueeze(0))
@@ -175,18 +240,18 @@ class Evaluator:
         assert first is not None, "episodes is at least 1 (validated)"
         scores = torch.tensor(returns)
         metrics = {
-            "eval/return_mean": float(scores.mean()),
-            "eval/return_std": float(scores.std(unbiased=False)),
-            "eval/length_mean": sum(lengths) / len(lengths),
+            "return_mean": float(scores.mean()),
+            "return_std": float(scores.std(unbiased=False)),
+            "length_mean": sum(lengths) / len(lengths),
         }
         if ious:
-            metrics["wm/mask_iou"] = sum(ious) / len(ious)
-        return Evaluation(metrics, *first)
+            metrics["mask_iou"] = sum(ious) / len(ious)
+        return metrics, *first
 
-    def _play(self) -> TensorDictBase:
+    def _play(self, env: EnvBase) -> TensorDictBase:
         with torch.no_grad(), set_exploration_type(ExplorationType.MODE):
             # Longer than any episode of the Control Suite: the env ends it.
-            episode: TensorDictBase = self.env.rollout(100_000, self._act)
+            episode: TensorDictBase = env.rollout(100_000, self._act)
         return episode
 
     def _act(self, tensordict: TensorDictBase) -> TensorDictBase:
@@ -194,8 +259,9 @@ class Evaluator:
         return tensordict.update(acted.to("cpu"))
 
     def close(self) -> None:
-        """Close the env."""
-        self.env.close()
+        """Close the envs."""
+        for env in (self.env, *self.set_envs.values()):
+            env.close()
 
 
 @torch.no_grad()

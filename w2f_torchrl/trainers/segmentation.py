@@ -13,6 +13,8 @@ from tensordict import TensorDictBase
 from torch import Tensor
 from torchrl.envs import EnvBase
 
+from w2f_torchrl.envs import BackgroundError
+from w2f_torchrl.envs.backgrounds import load_clips
 from w2f_torchrl.segmenters import (
     MedianSegmenter,
     Sam3Segmenter,
@@ -109,6 +111,7 @@ def build_mask_source(config: RunConfig, source: str, env_has_mask: bool) -> Mas
             student = StudentSegmenter.load(path, device=config.torch_device())
         else:
             student = _new_student(config)
+        load_backgrounds(settings.backgrounds, config.environment.image_size)  # or say why not
         every = settings.teacher_every
         if settings.teacher == "simulator" and not env_has_mask:
             every = 0  # labels or a trained student, and nobody to ask
@@ -151,7 +154,7 @@ def prepare(source: MaskSource, config: RunConfig, make_env: MakeEnv) -> None:
             len(pixels),
             settings.train_steps,
         )
-        backgrounds = None if settings.backgrounds is None else load_pictures(settings.backgrounds)
+        backgrounds = load_backgrounds(settings.backgrounds, pixels.shape[-1])
         train_student(
             pixels,
             masks,
@@ -226,6 +229,32 @@ def load_pictures(path: str | Path) -> Tensor:
     pixels = _load_arrays(path, ("pixels",))["pixels"]
     _check_pictures(path, pixels)
     return pixels
+
+
+def load_backgrounds(source: str | None, size: int) -> Tensor | None:
+    """Pictures to paste foregrounds onto.
+
+    Args:
+        source: An ``.npz`` file with ``pixels``, or clips as ``environment.background_source`` has
+            them, of which every fourth frame of the training split is taken; None for none.
+        size: Side of the frames, pixels.
+
+    Returns:
+        uint8 ``[K, 3, H, W]``, or None.
+
+    Raises:
+        ConfigError: If there is no such source, or it can't be read.
+    """
+    if source is None:
+        return None
+    if source.endswith(".npz"):
+        return load_pictures(source)
+    try:
+        clips = load_clips(source, "train", None, size)
+    except BackgroundError as error:
+        raise ConfigError(f"segmentation.backgrounds={source}: {error}") from error
+    frames = torch.cat([torch.from_numpy(clip[::4].copy()) for clip in clips])  # [K, H, W, 3]
+    return frames.permute(0, 3, 1, 2)
 
 
 def _check_pictures(path: str | Path, pixels: Tensor) -> None:

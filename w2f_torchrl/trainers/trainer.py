@@ -24,6 +24,7 @@ from w2f_torchrl.data import (
     records_from_rollout,
     sync_policy_weights,
 )
+from w2f_torchrl.envs import evaluation_sets
 from w2f_torchrl.modules import latent_sizes
 from w2f_torchrl.trainers.checkpointing import (
     CheckpointError,
@@ -232,12 +233,22 @@ class Trainer:
     # ---------------------------------------------------------------- building and ending
 
     def _probe_env(self) -> tuple[int, bool]:
-        """The size of an action, and whether the env draws masks."""
+        """Build every kind of env once, so that what is wrong with one shows before any work.
+
+        Returns:
+            The size of an action, and whether the env draws masks.
+        """
         config = self.config
         try:
             env = build_env(config.environment, 0, foreground_mask=config.needs_masks)
-        except ValueError as error:  # what only the simulator knows, such as its cameras
+        except ValueError as error:  # a camera that the model lacks, a video that can't be read
             raise ConfigError(f"environment: {error}") from error
+        for name in self.config.evaluation.sets:
+            try:
+                chosen = evaluation_sets()[name]
+                build_env(self.config.environment, 0, evaluation_set=chosen).close()
+            except ValueError as error:
+                raise ConfigError(f"evaluation.sets={name}: {error}") from error
         size = int(env.action_spec.shape[-1])
         has_mask = "foreground_mask" in env.observation_spec.keys()
         env.close()
