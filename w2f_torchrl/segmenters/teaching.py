@@ -22,7 +22,7 @@ def train_student(
     masks: Tensor,
     *,
     backgrounds: Tensor | None = None,
-    steps: int = 500,
+    steps: int = 700,
     batch_size: int = 64,
     learning_rate: float = 1e-2,
     paste: float = 0.5,

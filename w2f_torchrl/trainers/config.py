@@ -100,7 +100,7 @@ class SegmentationConfig:
     """Frames of a random policy, chosen for diversity, that the student starts from."""
     teacher_every: int = 100
     """During collection the teacher labels every so many-th frame; 0: none."""
-    train_steps: int = 500
+    train_steps: int = 700
     """Gradient steps of the student at the start; a tenth after each 200 frames of the teacher."""
     threshold: int = 24
     """Colour difference that the median takes for foreground, in [0, 255)."""
