@@ -1,4 +1,4 @@
-"""What every segmenter is, and how masks are compared."""
+"""What every segmenter is, what it is given, and how masks are compared."""
 
 from __future__ import annotations
 
@@ -6,18 +6,56 @@ from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
+from torch.nn.functional import max_pool2d
+
+
+class SegmenterUnavailableError(RuntimeError):
+    """A segmenter lacks a package, a file or weights; the message has the commands that get it."""
 
 
 @runtime_checkable
 class Segmenter(Protocol):
     """Anything that finds the foreground: uint8 ``[N, 3, H, W]`` to bool ``[N, 1, H, W]``.
 
-    A confidence in [0, 1], float, is as good as a bool mask.
+    A confidence in [0, 1], float, is as good as a bool mask. One that returns confidences says so
+    with an attribute ``confidence = True``, which
+    :class:`~w2f_torchrl.transforms.ForegroundMaskTransform` reads to announce the right dtype.
+    Masks lie on the device that the pictures came from.
     """
 
     def __call__(self, pixels: Tensor) -> Tensor:
         """Return the masks of a batch of pictures."""
         ...
+
+
+def check_pixels(pixels: Tensor) -> None:
+    """Refuse what is not a batch of pictures.
+
+    Raises:
+        TypeError: If the dtype is not uint8: a range is never guessed.
+        ValueError: If the shape is not ``[N, 3, H, W]``.
+    """
+    if pixels.dtype is not torch.uint8:
+        raise TypeError(f"pixels must be uint8 in [0, 255], got {pixels.dtype}.")
+    if pixels.ndim != 4 or pixels.shape[1] != 3:
+        raise ValueError(f"pixels must have the shape [N, 3, H, W], got {tuple(pixels.shape)}.")
+
+
+def check_masks(masks: Tensor, pixels: Tensor) -> None:
+    """Refuse masks that don't belong to the pictures.
+
+    Raises:
+        TypeError: If the masks are neither bool nor floating point.
+        ValueError: If their shape is not ``[N, 1, H, W]`` of the pictures.
+    """
+    if masks.dtype is not torch.bool and not masks.is_floating_point():
+        raise TypeError(f"masks must be bool or confidences in [0, 1], got {masks.dtype}.")
+    wanted = (pixels.shape[0], 1, *pixels.shape[2:])
+    if tuple(masks.shape) != wanted:
+        raise ValueError(
+            f"masks of pixels {tuple(pixels.shape)} must have the shape {wanted}, got "
+            f"{tuple(masks.shape)}."
+        )
 
 
 def mask_iou(a: Tensor, b: Tensor) -> Tensor:
@@ -34,10 +72,53 @@ def mask_iou(a: Tensor, b: Tensor) -> Tensor:
         TypeError: If a mask is not bool.
         ValueError: If the shapes differ.
     """
+    _check_pair(a, b)
+    intersection = (a & b).sum((-1, -2, -3))
+    union = (a | b).sum((-1, -2, -3))
+    return torch.where(union > 0, intersection / union.clamp_min(1), 1.0)
+
+
+def boundary_error(a: Tensor, b: Tensor) -> Tensor:
+    """How far the outlines of two masks lie apart, picture by picture.
+
+    The mean over both outlines' pixels of the distance to the nearest pixel of the other outline
+    (average symmetric surface distance), in pixels, with the chessboard metric. An outline is made
+    of the mask's pixels that touch the outside, diagonals included.
+
+    Args:
+        a: bool ``[N, 1, H, W]``.
+        b: bool ``[N, 1, H, W]``.
+
+    Returns:
+        float32 ``[N]``; 0 where both masks are empty, the longer side where one is.
+
+    Raises:
+        TypeError: If a mask is not bool.
+        ValueError: If the shapes differ.
+    """
+    _check_pair(a, b)
+    longest = max(a.shape[-2:])
+    outlines = torch.stack([_outline(a), _outline(b)])  # [2, N, 1, H, W]
+    reached = outlines.flip(0).float()
+    distance = torch.where(reached.bool(), 0.0, float(longest))
+    for radius in range(1, longest):
+        grown = max_pool2d(reached.flatten(0, 1), 3, 1, 1).view_as(reached)
+        distance = torch.where((grown > 0) & (reached == 0), float(radius), distance)
+        if torch.equal(grown, reached):
+            break
+        reached = grown
+    count = outlines.sum((0, -1, -2, -3))
+    total = (distance * outlines).sum((0, -1, -2, -3))
+    return torch.where(count > 0, total / count.clamp_min(1), 0.0)
+
+
+def _outline(mask: Tensor) -> Tensor:
+    outside = torch.nn.functional.pad((~mask).float(), (1, 1, 1, 1), value=1.0)
+    return mask & (max_pool2d(outside, 3, 1) > 0)
+
+
+def _check_pair(a: Tensor, b: Tensor) -> None:
     if a.dtype is not torch.bool or b.dtype is not torch.bool:
         raise TypeError(f"masks must be bool, got {a.dtype} and {b.dtype}.")
     if a.shape != b.shape:
         raise ValueError(f"masks must have one shape, got {tuple(a.shape)} and {tuple(b.shape)}.")
-    intersection = (a & b).sum((-1, -2, -3))
-    union = (a | b).sum((-1, -2, -3))
-    return torch.where(union > 0, intersection / union.clamp_min(1), 1.0)

@@ -16,9 +16,11 @@ from w2f_torchrl.envs.distractions import Distraction, shows_video
 from w2f_torchrl.envs.tasks import registered_factory
 from w2f_torchrl.modules import LATENTS, ModelConfig
 from w2f_torchrl.objectives import LossConfig
+from w2f_torchrl.segmenters.sam3_requirements import missing_requirement
 
 ALGORITHMS = ("world2filter", "dreamer_v3")
-SEGMENTATIONS = ("simulator",)
+SEGMENTATIONS = ("simulator", "sam3", "student", "median", "auto")
+TEACHERS = ("simulator", "sam3")
 STORAGES = ("memory", "disk")
 PRECISIONS = ("float32", "bfloat16")
 EXECUTIONS = ("eager", "compile", "compile_all", "cuda_graph")
@@ -68,6 +70,48 @@ class SegmentationConfig:
     """Where the training masks come from."""
 
     source: str = "simulator"
+    """simulator, sam3, student, median, or auto: SAM3 if its package and weights are there, else
+    the simulator's mask, else a student if there is something to learn from, else the median."""
+    chosen: str | None = None
+    """What auto chose; written by the run, kept by a resume."""
+    checkpoint: str | None = None
+    """SAM3's weights (as source or as teacher); null: from Hugging Face."""
+    prompts: list[str] = field(default_factory=lambda: ["robot"])
+    """What SAM3 looks for; the masks of all are united."""
+    resolution: int | None = None
+    """Side of the picture that SAM3 sees, pixels: a multiple of 336; null: the weights' own."""
+    score_threshold: float = 0.5
+    """Least score of a detection of SAM3, in [0, 1]."""
+    batch_size: int = 32
+    """Most frames of a forward pass of SAM3."""
+    compile: bool = False
+    """Compile SAM3's vision trunk."""
+    vocabulary: str | None = None
+    """Vocabulary of SAM3's tokenizer; null: open_clip's."""
+    student_checkpoint: str | None = None
+    """A student that is trained already (a run's student.pt); null: it learns at the start."""
+    labels: str | None = None
+    """A few labelled frames for the student: .npz with pixels and masks; null: asks the teacher."""
+    backgrounds: str | None = None
+    """Pictures that the student's foregrounds are pasted onto: .npz with pixels, or clips as
+    environment.background_source names them (a folder, davis, procedural:SEED)."""
+    teacher: str = "simulator"
+    """simulator or sam3: whom the student learns from."""
+    teacher_frames: int = 2000
+    """Frames of a random policy, chosen for diversity, that the student starts from."""
+    teacher_every: int = 100
+    """During collection the teacher labels every so many-th frame; 0: none."""
+    train_steps: int = 700
+    """Gradient steps of the student at the start; a tenth after each 200 frames of the teacher."""
+    threshold: int = 24
+    """Colour difference that the median takes for foreground, in [0, 255)."""
+
+    @property
+    def needs_sam3(self) -> bool:
+        """Whether SAM3 is used, as the source or as the student's teacher."""
+        if self.source == "student":
+            return self.teacher == "sam3"
+        return self.source == "sam3"
 
 
 @dataclass
@@ -245,12 +289,45 @@ def _validate(config: RunConfig) -> None:
         _choice("algo.latent", config.algo.latent, LATENTS)
     _validate_environment(config.environment)
     _validate_distractions(config)
-    _choice("segmentation", config.segmentation.source, SEGMENTATIONS)
+    _validate_segmentation(config)
     config.model.validate(config.environment.image_size)
     config.loss.validate()
     _validate_optimizer(config.optimizer)
     _validate_training(config)
     _validate_device(config.device)
+
+
+def _validate_segmentation(config: RunConfig) -> None:
+    segmentation = config.segmentation
+    _choice("segmentation", segmentation.source, SEGMENTATIONS)
+    if not config.needs_masks and segmentation.source != "simulator":
+        raise ConfigError(
+            f"segmentation={segmentation.source!r} has no effect with algo=dreamer_v3, which has "
+            "no masks: leave it out."
+        )
+    _choice("segmentation.teacher", segmentation.teacher, TEACHERS)
+    for name in ("batch_size", "teacher_frames", "train_steps"):
+        _at_least(f"segmentation.{name}", getattr(segmentation, name), 1)
+    _at_least("segmentation.teacher_every", segmentation.teacher_every, 0)
+    for name, least, most in (("score_threshold", 0, 1), ("threshold", 0, 254)):
+        value = getattr(segmentation, name)
+        if not least <= value <= most:
+            raise ConfigError(f"segmentation.{name}={value} must be in [{least}, {most}].")
+    if not segmentation.prompts or not all(map(str.strip, segmentation.prompts)):
+        raise ConfigError(
+            f"segmentation.prompts={list(segmentation.prompts)} must be one text or more, "
+            "segmentation.prompts=[robot] say."
+        )
+    for name in ("student_checkpoint", "labels"):
+        path = getattr(segmentation, name)
+        if path is not None and not Path(path).is_file():
+            raise ConfigError(f"segmentation.{name}={path} is no file.")
+    if segmentation.needs_sam3:
+        missing = missing_requirement(
+            segmentation.checkpoint, segmentation.vocabulary, download=True
+        )
+        if missing is not None:
+            raise ConfigError(f"segmentation={segmentation.source}: {missing}")
 
 
 def _validate_environment(environment: EnvironmentConfig) -> None:

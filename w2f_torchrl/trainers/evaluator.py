@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -169,11 +170,18 @@ class Evaluator:
         seed: Seed of the envs.
         policy: The acting policy, shared with the learner.
         action_size: A.
+        segment: Gives records their masks where the env draws none.
     """
 
     def __init__(
-        self, config: RunConfig, seed: int, policy: TensorDictModuleBase, action_size: int
+        self,
+        config: RunConfig,
+        seed: int,
+        policy: TensorDictModuleBase,
+        action_size: int,
+        segment: Callable[[TensorDictBase], TensorDictBase] | None = None,
     ):
+        self.segment = segment
         self.config = config
         self.policy = policy
         self.device = config.torch_device()
@@ -221,7 +229,10 @@ class Evaluator:
             episode = self._play(env)
             returns.append(float(episode["next", "reward"].sum()))
             lengths.append(float(len(episode)))
-            records = records_from_rollout(episode.unsqueeze(0)).unsqueeze(0).to(self.device)
+            made = records_from_rollout(episode.unsqueeze(0))
+            if self.segment is not None and "foreground_mask" not in made["next"].keys():
+                made = self.segment(made)
+            records = made.unsqueeze(0).to(self.device)
             columns, iou = reconstruct(world_model, records)
             if iou is not None:
                 ious.append(iou)

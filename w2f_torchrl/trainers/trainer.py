@@ -36,6 +36,13 @@ from w2f_torchrl.trainers.checkpointing import (
 from w2f_torchrl.trainers.config import ConfigError, RunConfig, config_to_dict, save_config
 from w2f_torchrl.trainers.evaluator import Evaluator, build_env
 from w2f_torchrl.trainers.learner import Learner
+from w2f_torchrl.trainers.mask_source import TaughtSource
+from w2f_torchrl.trainers.segmentation import (
+    build_mask_source,
+    check_same_source,
+    choose_source,
+    prepare,
+)
 from w2f_torchrl.utils.logging import MetricsLogger, ProgressBar, make_wandb_logger
 from w2f_torchrl.utils.memory import keep_freed_memory
 from w2f_torchrl.utils.plotting import plot_curves
@@ -76,7 +83,12 @@ class Trainer:
         torch.manual_seed(derive_seed(config.seed, "learner", 0))
         self.device = config.torch_device()
         keep_freed_memory()
-        self.action_size = self._action_size()
+        self.action_size, env_has_mask = self._probe_env()
+        config.segmentation.chosen = self._chosen_before(checkpoint)
+        source = choose_source(config, env_has_mask)
+        self.masks = build_mask_source(config, source, env_has_mask)
+        if config.segmentation.source == "auto":
+            config.segmentation.chosen = source
         self.learner = Learner.from_config(config, self.action_size)
         self.steps = 0
         """Agent steps so far, over all envs."""
@@ -139,7 +151,7 @@ class Trainer:
 
     def _take(self, batch: TensorDictBase) -> None:
         """Store a batch of transitions ``[N, T]`` and log the episodes that ended in it."""
-        self.replay.extend(records_from_rollout(batch))
+        self.replay.extend(self.masks.label(records_from_rollout(batch)))
         following, before = batch["next"], self.steps
         # [T, N]: in the order of time, with the frames of the step that ended the episode.
         for column, row in following["done"].squeeze(-1).t().nonzero().tolist():
@@ -184,6 +196,8 @@ class Trainer:
         # The evaluation's IoU has the plain name; this one is of the training batches.
         if "wm/mask_iou" in row:
             row["train/mask_iou"] = row.pop("wm/mask_iou")
+        if self.config.needs_masks:
+            row |= self.masks.metrics()
         now = time.monotonic()
         if self._rate_mark is not None:
             then, frames, updates = self._rate_mark
@@ -220,10 +234,15 @@ class Trainer:
 
     # ---------------------------------------------------------------- building and ending
 
-    def _action_size(self) -> int:
-        """Build every kind of env once, so that what is wrong with one shows before any work."""
+    def _probe_env(self) -> tuple[int, bool]:
+        """Build every kind of env once, so that what is wrong with one shows before any work.
+
+        Returns:
+            The size of an action, and whether the env draws masks.
+        """
+        config = self.config
         try:
-            env = build_env(self.config.environment, 0, foreground_mask=False)
+            env = build_env(config.environment, 0, foreground_mask=config.needs_masks)
         except ValueError as error:  # a camera that the model lacks, a video that can't be read
             raise ConfigError(f"environment: {error}") from error
         for name in self.config.evaluation.sets:
@@ -233,8 +252,15 @@ class Trainer:
             except ValueError as error:
                 raise ConfigError(f"evaluation.sets={name}: {error}") from error
         size = int(env.action_spec.shape[-1])
+        has_mask = "foreground_mask" in env.observation_spec.keys()
         env.close()
-        return size
+        return size, has_mask
+
+    def _chosen_before(self, checkpoint: Path | None) -> str | None:
+        """What ``segmentation=auto`` chose before a resume: the choice is made once."""
+        if checkpoint is None or self.config.segmentation.source != "auto":
+            return None
+        return str(load_checkpoint(checkpoint).payload["segmentation"]["name"])
 
     def _loggers(self) -> list[Logger]:
         settings = self.config.logging
@@ -258,8 +284,14 @@ class Trainer:
         # After a resume the workers' noise must not be that of the run's beginning.
         seed = config.seed if self.steps == 0 else derive_seed(config.seed, "resume", self.steps)
         self.evaluator = Evaluator(
-            config, derive_seed(config.seed, "eval", 0), self.learner.policy, self.action_size
+            config,
+            derive_seed(config.seed, "eval", 0),
+            self.learner.policy,
+            self.action_size,
+            self.masks.segment,
         )
+        if self.steps == 0:
+            prepare(self.masks, config, partial(build_env, config.environment))
         self.replay = make_replay(
             capacity=config.replay.capacity,
             num_streams=envs,
@@ -306,6 +338,8 @@ class Trainer:
         self._flush()
         self.logger.sync()
         self._saved = self.updates
+        if isinstance(self.masks, TaughtSource):
+            self.masks.student.save(self.run_dir / "student.pt")
         return save_checkpoint(
             self.run_dir / "checkpoints",
             {
@@ -315,6 +349,7 @@ class Trainer:
                 "steps": self.steps,
                 "first_steps": self._first_steps,
                 "schedule": self.schedule.state_dict(),
+                "segmentation": self.masks.state_dict(),
             },
             updates=self.updates,
             frames=self.frames,
@@ -324,6 +359,8 @@ class Trainer:
     def _restore(self, path: Path) -> None:
         saved = load_checkpoint(path, self.device)
         self.learner.restore(saved.payload["learner"])
+        check_same_source(saved.payload["segmentation"], self.masks)
+        self.masks.load_state_dict(saved.payload["segmentation"])
         self.steps, self.updates = saved.payload["steps"], saved.updates
         self.schedule.load_state_dict(saved.payload["schedule"])
         # The replay is not in the checkpoint: it fills again before the first update, and the

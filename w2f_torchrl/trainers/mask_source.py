@@ -1,0 +1,224 @@
+"""Where a run's masks come from: records in, the same records with masks out, and what it cost."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any
+
+import torch
+from tensordict import TensorDictBase
+from torch import Tensor
+
+from w2f_torchrl.segmenters import (
+    MedianSegmenter,
+    Segmenter,
+    StudentSegmenter,
+    mask_iou,
+    train_student,
+)
+from w2f_torchrl.transforms import ForegroundMaskTransform
+
+logger = logging.getLogger(__name__)
+
+PIXELS = ("next", "pixels")
+MASK = ("next", "foreground_mask")
+REFIT_FRAMES = 200
+
+
+class MaskSource:
+    """The simulator's masks, as the env drew them; also the base of the others.
+
+    Metrics are means since they were last read: ``segmentation/iou`` with the simulator's mask,
+    where the env draws one; ``segmentation/milliseconds`` a frame; ``segmentation/frames``, all
+    that were segmented so far; and ``segmentation/source_<name>``, which is 1.
+
+    Args:
+        name: What ``segmentation`` chose.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.frames = 0
+        self._sums: dict[str, float] = {}
+        self._counts: dict[str, int] = {}
+
+    def label(self, records: TensorDictBase) -> TensorDictBase:
+        """Give records ``[M]`` their masks, bool ``[M, 1, H, W]`` under ``next``."""
+        self.frames += len(records)
+        return records
+
+    def segment(self, records: TensorDictBase) -> TensorDictBase:
+        """Give records that are no training data their masks; nothing is counted."""
+        return records
+
+    def metrics(self) -> dict[str, float]:
+        """The metrics since the last call."""
+        means = {
+            f"segmentation/{name}": total / self._counts[name] for name, total in self._sums.items()
+        }
+        self._sums, self._counts = {}, {}
+        return means | {
+            "segmentation/frames": float(self.frames),
+            f"segmentation/source_{self.name}": 1.0,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs, in plain Python types and tensors."""
+        return {"name": self.name, "frames": self.frames}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over a saved state of the same source."""
+        self.frames = state["frames"]
+
+    def _note(self, name: str, total: float, count: int) -> None:
+        if count:
+            self._sums[name] = self._sums.get(name, 0.0) + total
+            self._counts[name] = self._counts.get(name, 0) + count
+
+
+class SegmentedSource(MaskSource):
+    """Masks from a segmenter, each frame segmented once on its way into the replay.
+
+    Args:
+        name: What ``segmentation`` chose.
+        segmenter: Makes bool masks.
+    """
+
+    def __init__(self, name: str, segmenter: Segmenter) -> None:
+        super().__init__(name)
+        self.segmenter = segmenter
+        self._transform = ForegroundMaskTransform(segmenter, [PIXELS])
+
+    def label(self, records: TensorDictBase) -> TensorDictBase:
+        """Segment all records in one call, and compare with the simulator's masks."""
+        true_masks = records.get(MASK, None)
+        start = time.perf_counter()
+        records = self.segment(records)
+        self._note("milliseconds", 1e3 * (time.perf_counter() - start), len(records))
+        if true_masks is not None:
+            self._note("iou", float(mask_iou(records[MASK], true_masks).sum()), len(records))
+        return super().label(records)
+
+    def segment(self, records: TensorDictBase) -> TensorDictBase:
+        """Segment records in one call."""
+        return self._transform(records.copy())
+
+    def state_dict(self) -> dict[str, Any]:
+        """The counters, and a background that was learned."""
+        state = super().state_dict()
+        if isinstance(self.segmenter, MedianSegmenter):
+            state["background"] = self.segmenter.background
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over a saved state."""
+        super().load_state_dict(state)
+        if isinstance(self.segmenter, MedianSegmenter):
+            self.segmenter.background = state["background"].cpu()
+
+
+class TaughtSource(SegmentedSource):
+    """A student segments all frames; its teacher labels every k-th, and it learns from those.
+
+    Further metrics: ``segmentation/agreement``, the IoU of student and teacher on the frames that
+    the teacher labelled, before the student learned from them; ``segmentation/teacher_share`` of
+    all frames so far; ``segmentation/teacher_milliseconds`` a frame that it labels.
+
+    Args:
+        student: The student, trained.
+        teacher: Labels frames; None for the simulator's masks.
+        every: k; 0 for never.
+        refit_steps: Gradient steps after each 200 frames of the teacher's.
+        pool: Frames and masks the student has learned from so far, None for none.
+        capacity: Labelled frames that are kept; later ones take random places.
+        seed: Seed of the choice and of the training.
+    """
+
+    def __init__(
+        self,
+        student: StudentSegmenter,
+        *,
+        teacher: Segmenter | None,
+        every: int,
+        refit_steps: int,
+        pool: tuple[Tensor, Tensor] | None = None,
+        capacity: int = 4000,
+        seed: int = 0,
+    ) -> None:
+        super().__init__("student", student)
+        self.student = student
+        self.teacher = teacher
+        self.every = every
+        self.refit_steps = refit_steps
+        self.capacity = capacity
+        self.seed = seed
+        self.taught = 0
+        """Frames that the teacher labelled during the run."""
+        self.pool = pool
+        self._new = 0
+
+    def label(self, records: TensorDictBase) -> TensorDictBase:
+        """Segment all records with the student, and let the teacher label every k-th."""
+        true_masks = records.get(MASK, None)
+        chosen = torch.zeros(0, dtype=torch.int64)
+        if self.every:  # of the frames of this call those whose number in the run divides by k
+            first = -self.frames % self.every
+            chosen = torch.arange(len(records))[first :: self.every]
+        records = super().label(records)
+        if chosen.numel():
+            frames = records[PIXELS][chosen]
+            start = time.perf_counter()
+            taught = true_masks[chosen] if self.teacher is None else self.teacher(frames)
+            self._note("teacher_milliseconds", 1e3 * (time.perf_counter() - start), len(chosen))
+            agreement = mask_iou(records[MASK][chosen], taught)
+            self._note("agreement", float(agreement.sum()), len(chosen))
+            self._learn(frames, taught)
+        return records
+
+    def metrics(self) -> dict[str, float]:
+        """The metrics since the last call."""
+        share = self.taught / max(self.frames, 1)
+        return super().metrics() | {"segmentation/teacher_share": share}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The counters and the student; labelled frames are gathered again."""
+        network = {"widths": self.student.network.widths, "network": self.student.state_dict()}
+        return super().state_dict() | {"taught": self.taught} | network
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over a saved state."""
+        super().load_state_dict(state)
+        self.taught = state["taught"]
+        self.student.load_state_dict(state["network"])
+
+    def _learn(self, frames: Tensor, masks: Tensor) -> None:
+        self._keep(frames, masks)
+        self.taught += len(frames)
+        self._new += len(frames)
+        if self._new < REFIT_FRAMES:
+            return
+        self._new = 0
+        assert self.pool is not None
+        train_student(
+            *self.pool,
+            steps=self.refit_steps,
+            learning_rate=1e-3,
+            seed=self.seed + self.taught,
+            device=self.student.device,
+            student=self.student,
+        )
+
+    def _keep(self, frames: Tensor, masks: Tensor) -> None:
+        if self.pool is None:
+            self.pool = frames.clone(), masks.clone()
+            return
+        room = max(self.capacity - len(self.pool[0]), 0)
+        generator = torch.Generator().manual_seed(self.seed + self.taught)
+        places = torch.randperm(len(self.pool[0]), generator=generator)[: len(frames[room:])]
+        for old, new in zip(self.pool, (frames, masks), strict=True):
+            old[places] = new[room:][: len(places)]
+        self.pool = tuple(  # type: ignore[assignment]
+            torch.cat([old, new[:room]])
+            for old, new in zip(self.pool, (frames, masks), strict=True)
+        )
