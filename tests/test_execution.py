@@ -42,15 +42,16 @@ def unique_graphs() -> int:
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
-def test_compiled_core_learns_as_eager_does_and_compiles_once():
-    eager, compiled = make_learner("eager"), make_learner("compile")
+@pytest.mark.parametrize("latent", ["whole", pytest.param("split", marks=pytest.mark.slow)])
+def test_compiled_core_learns_as_eager_does_and_compiles_once(latent):
+    eager, compiled = make_learner("eager", latent), make_learner("compile", latent)
     names = list(eager.state_dict())
     assert list(compiled.state_dict()) == names  # a checkpoint has no trace of the mode
     want = losses_over(eager, 20)
     losses_over(compiled, 2)
     after_warmup = unique_graphs()
     assert after_warmup > 0
-    compiled.restore(make_learner("eager").checkpoint())
+    compiled.restore(make_learner("eager", latent).checkpoint())
     got = losses_over(compiled, 20)
     assert unique_graphs() == after_warmup
     torch.testing.assert_close(got[:5], want[:5], rtol=1e-4, atol=1e-4)
