@@ -1,7 +1,7 @@
 # World2Filter on TorchRL. `make help` lists the targets; `make train` and `make test` need nothing
 # but a Debian or Ubuntu machine with Python 3.11 or newer.
 .DEFAULT_GOAL := help
-.PHONY: help train smoke test test-all lint format lock extras setup clean gl
+.PHONY: help train smoke test test-all lint format lock extras dist setup clean gl
 
 VENV_PYTHON := .venv/bin/python
 EXPERIMENT ?= demo
@@ -49,11 +49,16 @@ COMPILE = $(VENV_PYTHON) -m uv pip compile pyproject.toml --quiet --universal --
 
 lock: $(STAMP)  ## Lock the requirements again; ARGS=--upgrade takes the newest versions.
 	$(COMPILE) --all-extras --output-file requirements/locked-extras.txt
-	$(COMPILE) --extra dev --constraints requirements/locked-extras.txt \
+	$(COMPILE) --extra dev --extra docs --constraints requirements/locked-extras.txt \
 		--output-file requirements/locked.txt
 
 extras: $(STAMP)  ## Add the locked packages of the extras sam3, wandb and slurm.
 	$(VENV_PYTHON) -m uv pip install --python $(VENV_PYTHON) --no-deps -r requirements/locked-extras.txt
+
+dist: $(STAMP)  ## Build wheel and sdist into dist/, and check what they say about themselves.
+	rm -rf dist
+	$(VENV_PYTHON) -m uv build --python $(VENV_PYTHON) --out-dir dist
+	$(VENV_PYTHON) -m uv tool run --from twine==6.2.0 twine check --strict dist/*
 
 setup: $(STAMP) gl  ## Only set up.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 from packaging.requirements import Requirement
 from packaging.version import Version
 
@@ -20,8 +22,8 @@ import w2f_torchrl
 
 ROOT = Path(__file__).resolve().parents[1]
 LOCKS = {
-    "locked.txt": ["dev"],
-    "locked-extras.txt": ["dev", "sam3", "wandb", "slurm"],
+    "locked.txt": ["dev", "docs"],
+    "locked-extras.txt": ["dev", "docs", "sam3", "wandb", "slurm"],
 }
 
 
@@ -58,6 +60,17 @@ def test_changelog_names_the_version():
     headings = re.findall(r"^## \[(.+?)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
     assert headings[0] in {"Unreleased", w2f_torchrl.__version__}
     assert w2f_torchrl.__version__ in headings or headings == ["Unreleased"]
+
+
+def test_citation_is_of_this_version_and_license():
+    citation = OmegaConf.load(ROOT / "CITATION.cff")
+    assert citation["cff-version"] == "1.2.0"
+    assert citation.version == w2f_torchrl.__version__
+    assert citation.license == project()["license"]
+    assert citation.title
+    assert [author.name for author in citation.authors] == [
+        author["name"] for author in project()["authors"]
+    ]
 
 
 @pytest.mark.parametrize("lock", LOCKS)
@@ -114,14 +127,53 @@ def package_files() -> set[str]:
     return {str(f.relative_to(ROOT)) for f in files if f.suffix in {".py", ".yaml", ".typed"}}
 
 
-def test_wheel_holds_the_package_and_its_license(tmp_path: Path):
-    copy_sources(tmp_path)
-    with zipfile.ZipFile(build("wheel", tmp_path)) as wheel:
-        names = set(wheel.namelist())
-    info = f"w2f_torchrl-{w2f_torchrl.__version__}.dist-info"
-    assert package_files() <= names
+def configuration_files() -> set[str]:
+    files = (ROOT / "sota_configs").rglob("*")
+    return {str(f.relative_to(ROOT)) for f in files if f.suffix in {".py", ".yaml"}}
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("wheel")
+    copy_sources(directory)
+    return build("wheel", directory)
+
+
+def test_wheel_holds_the_package_its_configuration_and_its_license(wheel: Path):
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+        info = f"w2f_torchrl-{w2f_torchrl.__version__}.dist-info"
+        scripts = archive.read(f"{info}/entry_points.txt").decode()
+    assert "w2f-train = sota_configs.world2filter:main" in scripts
+    assert configuration_files() >= {"sota_configs/config.yaml", "sota_configs/__init__.py"}
+    assert package_files() | configuration_files() <= names
     assert f"{info}/licenses/LICENSE" in names
-    assert not [name for name in names if not name.startswith(("w2f_torchrl/", info))]
+    allowed = ("w2f_torchrl/", "sota_configs/", info)
+    assert not [name for name in names if not name.startswith(allowed)]
+
+
+def test_an_unpacked_wheel_composes_and_checks_a_run(wheel: Path, tmp_path: Path):
+    # -P and an empty directory: neither the checkout nor the current directory can help.
+    site = tmp_path / "site"
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(site)
+    (tmp_path / "elsewhere").mkdir()
+    code = (
+        "import sys; sys.argv = ['w2f-train', 'experiment=smoke', '--cfg', 'job']\n"
+        "import sota_configs.world2filter as program; program.main()\n"
+        "print(program.__file__)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-P", "-c", code],
+        cwd=tmp_path / "elsewhere",
+        env=dict(os.environ) | {"PYTHONPATH": str(site)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "preset: size1m" in result.stdout
+    assert "run_dir: runs/smoke" in result.stdout
+    assert result.stdout.splitlines()[-1].startswith(str(site))
 
 
 def test_sdist_holds_what_a_checkout_needs(tmp_path: Path):
@@ -129,8 +181,6 @@ def test_sdist_holds_what_a_checkout_needs(tmp_path: Path):
     top = f"w2f_torchrl-{w2f_torchrl.__version__}"
     with tarfile.open(build("sdist", tmp_path)) as sdist:
         names = {name.removeprefix(f"{top}/") for name in sdist.getnames()}
-    configs = {str(f.relative_to(ROOT)) for f in (ROOT / "sota_configs").rglob("*.yaml")}
-    assert configs
-    assert package_files() | configs <= names
+    assert package_files() | configuration_files() <= names
     assert {"LICENSE", "Makefile", "scripts/setup.sh", "requirements/locked.txt"} <= names
     assert {"sota_configs/world2filter.py", "tests/conftest.py"} <= names
