@@ -19,12 +19,13 @@ class ModelConfig:
     """
 
     preset: str = "size12m"
+    """Name of the preset that the sizes are from; only a label."""
     belief_size: int = 2048
     """D, features of the deterministic recurrent belief; a multiple of ``num_blocks``."""
     hidden_size: int = 256
     """Features of the RSSM's hidden layers."""
     num_categoricals: int = 32
-    """K, categorical variables of the stochastic state."""
+    """K, number of categorical variables of the stochastic state."""
     num_classes: int = 16
     """Classes of each categorical; the state has S = K x classes features."""
     cnn_depth: int = 16
@@ -32,7 +33,7 @@ class ModelConfig:
     units: int = 256
     """Units of each layer of reward, continuation, actor and critic."""
     background_belief_size: int = 512
-    """Belief of the background RSSM (latent ``split`` only)."""
+    """Features of the belief of the background RSSM (latent ``split`` only)."""
     background_hidden_size: int = 128
     """Hidden features of the background RSSM (latent ``split`` only)."""
     background_num_classes: int = 16
@@ -40,15 +41,25 @@ class ModelConfig:
     background_cnn_depth: int = 8
     """Base channels of the background decoder."""
     num_blocks: int = 8
+    """Blocks of the belief's recurrent layer, each with weights of its own."""
     dynamics_layers: int = 1
+    """Layers of the recurrence before its gates."""
     prior_layers: int = 2
+    """Layers of the prior, from the belief to the state."""
     posterior_layers: int = 1
+    """Layers of the posterior, from belief and embedding to the state."""
     head_layers: int = 1
+    """Layers of the reward's and of the continuation's head."""
     actor_critic_layers: int = 3
+    """Layers of actor and critic."""
     kernel_size: int = 5
+    """Side of the convolutions' kernels, pixels."""
     cnn_multipliers: tuple[int, ...] = (2, 3, 4, 4)
+    """Factors of the base channels, one for each stage that halves the picture."""
     unimix: float = 0.01
+    """Share of the uniform distribution in every categorical, in [0, 1)."""
     num_bins: int = 255
+    """Bins of the two-hot distributions of reward and value; an odd number."""
 
     @property
     def state_size(self) -> int:

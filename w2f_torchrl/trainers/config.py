@@ -35,7 +35,9 @@ class EnvironmentConfig:
     """The task and how it is seen."""
 
     domain: str = "walker"
+    """A domain of the Control Suite, or one that `register_env` added."""
     task: str = "walk"
+    """One of the domain's tasks."""
     num_envs: int = 4
     """Environments that are stepped together."""
     image_size: int = 64
@@ -119,11 +121,17 @@ class OptimizerConfig:
     """LaProp with adaptive gradient clipping, as the paper has it."""
 
     lr: float = 4e-5
+    """Learning rate after the warm-up."""
     warmup_updates: int = 1000
+    """Updates over which the learning rate rises linearly from 0."""
     agc: float = 0.3
+    """Largest norm of a gradient, as a share of its parameter's norm; 0: no clipping."""
     beta1: float = 0.9
+    """Rate at which the momentum of the scaled gradients decays, in [0, 1)."""
     beta2: float = 0.999
+    """Rate at which the mean of the squared gradients decays, in [0, 1)."""
     eps: float = 1e-20
+    """A plain number added to the root of that mean; at least 0."""
     precision: str = "float32"
     """float32, or bfloat16 (autocast; parameters and optimizer stay in float32)."""
 
@@ -174,9 +182,11 @@ class EvaluationConfig:
     """Episodes with the mode action, in an env of their own."""
 
     every_frames: int = 10_000
-    """0: never; otherwise also at the end."""
+    """Frames between two evaluations, and one at the end; 0: never."""
     episodes: int = 2
+    """Episodes of each evaluation."""
     video: bool = True
+    """Write videos of each evaluation's first episode."""
     sets: list[str] = field(default_factory=list)
     """More evaluations by name, each with as many episodes: see envs.evaluation_sets."""
 
@@ -186,7 +196,9 @@ class CheckpointConfig:
     """When checkpoints are written; one is always written at the end."""
 
     every_updates: int = 2_000
+    """Updates between two checkpoints."""
     keep: int = 3
+    """Checkpoints that are kept, the newest ones."""
 
 
 @dataclass
@@ -217,9 +229,11 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     seed: int = 0
+    """The seed that all others are derived from; at least 0."""
     device: str = "auto"
     """Where the model learns and acts: auto (cuda if there is one), cpu, cuda, cuda:1, ..."""
     run_dir: str = "runs/latest"
+    """Where the run writes: config.yaml, metrics.jsonl, checkpoints/, videos/, curves.png."""
     resume: str | None = None
     """null: a new run in an empty directory; auto: go on if there is a checkpoint; or a path."""
 
