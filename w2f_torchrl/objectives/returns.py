@@ -1,9 +1,35 @@
-"""Lambda-returns, along imagined and replayed sequences."""
+"""Lambda-returns, along imagined and replayed sequences, and their scale."""
 
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torchrl.modules import PercentileValueNorm
+
+
+class ReturnNorm(PercentileValueNorm):
+    """TorchRL's percentile normaliser, over the returns of all ranks.
+
+    The percentiles are exact, those of all ranks' values together, and every rank holds the same:
+    with its own each rank would scale the actor's gradient differently. The same state dict.
+    """
+
+    shared = False
+    """Whether the default process group's ranks take part; then all must call :meth:`update`."""
+
+    @torch.no_grad()
+    def update(self, value_target: Tensor) -> None:
+        """Move the running percentiles towards those of the values ``[..., 1]``.
+
+        Args:
+            value_target: Values; with ``shared``, of the same shape on every rank.
+        """
+        if self.shared:
+            own = value_target.detach().reshape(-1, *self.shape)
+            value_target = own.new_empty((dist.get_world_size() * len(own), *self.shape))
+            dist.all_gather_into_tensor(value_target, own)
+        super().update(value_target)
 
 
 def lambda_return(

@@ -12,7 +12,7 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 from torch.nn import functional as F
-from torchrl.modules import DreamerV3MLP, PercentileValueNorm
+from torchrl.modules import DreamerV3MLP
 from torchrl.objectives import LossModule, categorical_kl_terms
 
 from w2f_torchrl.modules import (
@@ -24,7 +24,7 @@ from w2f_torchrl.modules import (
 )
 from w2f_torchrl.objectives import reconstruction
 from w2f_torchrl.objectives.reconstruction import FOREGROUND_TARGETS, ForegroundTarget
-from w2f_torchrl.objectives.returns import lambda_return
+from w2f_torchrl.objectives.returns import ReturnNorm, lambda_return
 from w2f_torchrl.segmenters import mask_iou
 
 
@@ -115,7 +115,7 @@ class World2FilterLoss(LossModule):
         self.actor = actor
         self.critic = critic
         self.slow_critic = copy.deepcopy(critic).requires_grad_(False)
-        self.return_norm = PercentileValueNorm(rate=self.config.return_rate)
+        self.return_norm = ReturnNorm(rate=self.config.return_rate)
         masks = [] if world_model.latent == "whole" else [("next", "foreground_mask")]
         names = ("reward", "terminated", "done")
         self.in_keys = [*world_model.in_keys, *(("next", name) for name in names), *masks]

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from tensordict import TensorDictBase
-from torch import Tensor, nn
+from torch import nn
 from torchrl.trainers.algorithms import DreamerV3Optimizer
 
 from w2f_torchrl.modules import (
@@ -27,6 +26,7 @@ from w2f_torchrl.trainers.execution import (
     Update,
     compile_core,
 )
+from w2f_torchrl.trainers.gradients import ComposedLoss, Losses, SharedGradients, share_gradients
 
 
 class Learner(nn.Module):
@@ -41,6 +41,9 @@ class Learner(nn.Module):
         optimizer: Settings of the optimizer.
         device: Where the networks live.
         execution: One of :data:`~w2f_torchrl.trainers.execution.MODES`.
+        gradients: ``none``: this process learns alone. ``ddp`` (DistributedDataParallel) or
+            ``flat`` (one all-reduce of one buffer): they are averaged over the ranks of the
+            process group, which must be there; all ranks start from rank 0's networks.
     """
 
     def __init__(
@@ -54,6 +57,7 @@ class Learner(nn.Module):
         optimizer: OptimizerConfig | None = None,
         device: torch.device | str = "cpu",
         execution: str = "eager",
+        gradients: str = "none",
     ):
         super().__init__()
         settings = optimizer or OptimizerConfig()
@@ -82,12 +86,17 @@ class Learner(nn.Module):
             warmup_steps=settings.warmup_updates,
         )
         self.execution = execution
-        self._losses: Callable[[TensorDictBase], TensorDictBase] = self.loss
+        self._losses: Losses = self.loss.forward
         self._update: Update = self._eager_update
         self._choose_execution()
+        self._gradients: SharedGradients = share_gradients(
+            gradients, ComposedLoss(self.loss, self._losses), self.parameters_trained
+        )
 
     @classmethod
-    def from_config(cls, config: RunConfig, action_size: int) -> Learner:
+    def from_config(
+        cls, config: RunConfig, action_size: int, *, gradients: str = "none"
+    ) -> Learner:
         """Build the learner of a run."""
         return cls(
             config.model,
@@ -98,6 +107,7 @@ class Learner(nn.Module):
             optimizer=config.optimizer,
             device=config.torch_device(),
             execution=config.training.execution,
+            gradients=gradients,
         )
 
     def _choose_execution(self) -> None:
@@ -127,11 +137,10 @@ class Learner(nn.Module):
 
     def _eager_update(self, sample: TensorDictBase) -> TensorDictBase:
         with torch.autocast(self.device_type, torch.bfloat16, enabled=self.mixed_precision):
-            losses = self._losses(sample)
-            total: Tensor = sum(losses[name] for name in self.loss.out_keys)
+            total, metrics = self._gradients.composed(sample)
         self.optimizer.zero_grad()
         total.backward()
-        metrics = losses.detach()
+        self._gradients.average()
         grads = [p.grad for p in self.parameters_trained if p.grad is not None]
         metrics["wm/grad_norm"] = torch.nn.utils.get_total_norm(grads)
         self.optimizer.step()

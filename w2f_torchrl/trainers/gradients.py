@@ -1,0 +1,124 @@
+"""The same gradients on every rank: DistributedDataParallel, or one flat buffer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.distributed as dist
+from tensordict import TensorDictBase
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from w2f_torchrl.objectives import World2FilterLoss
+
+Losses = Callable[[TensorDictBase], TensorDictBase]
+Forward = Callable[[TensorDictBase], tuple[Tensor, TensorDictBase]]
+
+
+class ComposedLoss(nn.Module):
+    """The sum of all losses, through which gradients flow, and the detached metrics.
+
+    What DistributedDataParallel wraps: one forward pass, one backward pass, every parameter used.
+
+    Args:
+        loss: Holds the parameters.
+        losses: The forward pass of ``loss``, or the same compiled.
+    """
+
+    def __init__(self, loss: World2FilterLoss, losses: Losses):
+        super().__init__()
+        self.loss = loss
+        self._losses = losses
+
+    def forward(self, sample: TensorDictBase) -> tuple[Tensor, TensorDictBase]:
+        """Samples ``[B, T]`` to the scalar that is minimised and the scalars that are logged."""
+        losses = self._losses(sample)
+        total: Tensor = sum(losses[name] for name in self.loss.out_keys)
+        return total, losses.detach()
+
+
+class SharedGradients:
+    """How the ranks' gradients become their mean; this one is for one process, with no others.
+
+    Args:
+        composed: The forward pass.
+    """
+
+    def __init__(self, composed: ComposedLoss):
+        self.composed: Forward = composed.forward
+
+    def average(self) -> None:
+        """Called between the backward pass and the optimizer's step."""
+
+
+class DDPGradients(SharedGradients):
+    """Averages bucket by bucket during the backward pass.
+
+    Buffers are sent once, at the start. Later they change on every rank in the same way: the
+    return statistics see all ranks' returns, the slow critic follows equal critics.
+
+    Args:
+        composed: The forward pass; takes rank 0's parameters and buffers.
+    """
+
+    def __init__(self, composed: ComposedLoss):
+        parallel = DistributedDataParallel(composed, gradient_as_bucket_view=True)
+        parallel.broadcast_buffers = False
+        self.composed = parallel.__call__
+
+
+class FlatGradients(SharedGradients):
+    """Averages all gradients in one all-reduce of one buffer, after the backward pass.
+
+    One call to the network an update, at a fixed address, with nothing of it in the backward pass:
+    what a captured CUDA graph asks for.
+
+    Args:
+        composed: The forward pass; takes rank 0's parameters and buffers.
+        parameters: Those trained, all of one dtype.
+    """
+
+    def __init__(self, composed: ComposedLoss, parameters: Sequence[nn.Parameter]):
+        for tensor in composed.loss.state_dict().values():
+            dist.broadcast(tensor, 0)
+        super().__init__(composed)
+        self._parameters = parameters
+        sizes = [parameter.numel() for parameter in parameters]
+        self._buffer = parameters[0].detach().new_zeros(sum(sizes))
+        pieces = self._buffer.split(sizes)
+        self._views = [v.view_as(p) for v, p in zip(pieces, parameters, strict=True)]
+
+    @torch.no_grad()
+    def average(self) -> None:
+        """Replace every gradient by the mean over the ranks.
+
+        Raises:
+            RuntimeError: If a parameter got no gradient.
+        """
+        gradients = [parameter.grad for parameter in self._parameters]
+        if any(gradient is None for gradient in gradients):
+            raise RuntimeError("a parameter got no gradient; the ranks' buffers wouldn't match.")
+        torch._foreach_copy_(self._views, gradients)
+        dist.all_reduce(self._buffer)
+        self._buffer.div_(dist.get_world_size())
+        for parameter, view in zip(self._parameters, self._views, strict=True):
+            parameter.grad = view
+
+
+def share_gradients(
+    kind: str, composed: ComposedLoss, parameters: Sequence[nn.Parameter]
+) -> SharedGradients:
+    """Choose how gradients are shared, and share the return statistics too.
+
+    Args:
+        kind: ``none`` (one process), ``ddp`` or ``flat``; the latter two need a process group.
+        composed: The forward pass.
+        parameters: Those trained.
+    """
+    if kind == "none":
+        return SharedGradients(composed)
+    composed.loss.return_norm.shared = True
+    if kind == "ddp":
+        return DDPGradients(composed)
+    return FlatGradients(composed, parameters)
