@@ -96,8 +96,8 @@ class FlatGradients(SharedGradients):
         Raises:
             RuntimeError: If a parameter got no gradient.
         """
-        gradients = [parameter.grad for parameter in self._parameters]
-        if any(gradient is None for gradient in gradients):
+        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        if len(gradients) < len(self._views):
             raise RuntimeError("a parameter got no gradient; the ranks' buffers wouldn't match.")
         torch._foreach_copy_(self._views, gradients)
         dist.all_reduce(self._buffer)
