@@ -1,0 +1,58 @@
+"""Every program in examples/ runs; those on SAM3 and stored replays: test_masks_on_disk.py."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import own_env_and_segmenter
+import pytest
+import torch
+import train_without_hydra
+from torchrl.envs.utils import check_env_specs
+
+from w2f_torchrl.envs import make_env
+from w2f_torchrl.segmenters import mask_iou
+
+ROOT = Path(__file__).parents[1]
+TESTED = {"ppo_with_sam3": "test_masks_on_disk.py", "relabel_replay": "test_masks_on_disk.py"}
+
+
+def rows(run_dir: Path) -> list[dict]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_every_example_has_a_test():
+    for path in (ROOT / "examples").glob("*.py"):
+        tests = (ROOT / "tests" / TESTED.get(path.stem, Path(__file__).name)).read_text()
+        assert f"{path.stem}.main(" in tests, path.name
+
+
+@pytest.mark.render
+def test_training_from_python(tmp_path: Path):
+    checkpoint = train_without_hydra.main(["--run-dir", str(tmp_path / "run"), "--frames", "200"])
+    assert checkpoint.parent == tmp_path / "run" / "checkpoints"
+    assert rows(tmp_path / "run")[-1]["frames"] == 256
+    assert any("wm/fg_loss" in row for row in rows(tmp_path / "run"))
+
+
+def test_an_env_and_a_segmenter_of_ones_own(tmp_path: Path):
+    env = make_env("disc", "centre", image_size=32, seed=3)
+    check_env_specs(env)
+    frames = env.rollout(50, break_when_any_done=False)
+    masks = frames["foreground_mask"]
+    x, y = torch.meshgrid(env.grid, env.grid, indexing="xy")
+    shares = masks.float().mean((-1, -2))
+    expected = float(((x**2 + y**2) < 0.04).float().mean())
+    assert (shares - expected).abs().max() < 0.5 * expected
+    drawn = (frames["pixels"] == torch.tensor([229, 25, 25])[:, None, None]).all(-3, keepdim=True)
+    assert mask_iou(masks, drawn).min() == 1
+    with pytest.raises(ValueError, match="disc has centre"):
+        make_env("disc", "edge")
+
+    own_env_and_segmenter.main(["--run-dir", str(tmp_path / "run"), "--frames", "500"])
+    written = rows(tmp_path / "run")
+    last = [row for row in written if "eval/return_mean" in row][-1]
+    assert last["eval/length_mean"] == own_env_and_segmenter.EPISODE
+    errors = [row["wm/mask_loss"] for row in written if "wm/mask_loss" in row]
+    assert errors[-1] < 0.9 * errors[0]  # the masks reached the losses, and something is learned
