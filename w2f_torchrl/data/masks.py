@@ -22,6 +22,13 @@ def pack_mask(mask: Tensor) -> Tensor:
     Raises:
         TypeError: If the mask is not bool.
         ValueError: If it lacks the channel dimension or W is not a multiple of 8.
+
+    Examples:
+        >>> mask = torch.tensor([1, 0, 0, 0, 0, 0, 1, 1], dtype=torch.bool).view(1, 1, 8)
+        >>> pack_mask(mask)
+        tensor([[[131]]], dtype=torch.uint8)
+        >>> unpack_mask(pack_mask(mask)).equal(mask)
+        True
     """
     if mask.dtype != torch.bool:
         raise TypeError(f"pack_mask expects a bool mask, got {mask.dtype}.")

@@ -97,7 +97,7 @@ class StreamReplayBuffer(TensorDictReplayBuffer):
         return slots
 
     def add(self, data: TensorDictBase) -> int:
-        """Append one record (batch size ``[]``)."""
+        """Append one record, without batch size: ``pixels`` ``[3, H, W]`` and so on."""
         return int(self.extend(data.unsqueeze(0)))
 
     def _check_records(self, records: TensorDictBase) -> None:

@@ -49,6 +49,10 @@ def evaluation_sets() -> dict[str, EvaluationSet]:
     Returns:
         The sets, in this order. For a run with procedural clips ``unseen_videos`` and
         ``unseen_procedural`` are the same clips.
+
+    Examples:
+        >>> list(evaluation_sets())[:3]
+        ['clean', 'train_videos_easy', 'unseen_videos_easy']
     """
     sets = [EvaluationSet("clean", "the undistracted task")]
     for difficulty in DIFFICULTIES:

@@ -102,5 +102,10 @@ def compose(foreground: Tensor, mask_logits: Tensor, background: Tensor) -> Tens
 
     Returns:
         The composed picture ``[..., 3, H, W]``.
+
+    Examples:
+        >>> foreground, background = torch.ones(3, 1, 2), torch.zeros(3, 1, 2)
+        >>> compose(foreground, torch.tensor([[[-9.0, 9.0]]]), background)[0].round()
+        tensor([[0., 1.]])
     """
     return torch.lerp(background, foreground, torch.sigmoid(mask_logits))

@@ -84,7 +84,7 @@ class WorldModel(TensorDictModuleBase):
         return tensordict
 
     def infer(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Write the posterior latents only."""
+        """Write the posterior latents ``[B, T, ...]`` only."""
         encode = self.compiled.get("encoder", self.encoder)
         tensordict.set(("next", "encoded_latents"), encode(tensordict.get(("next", "pixels"))))
         self.rollout(tensordict)

@@ -55,6 +55,16 @@ def lambda_return(
 
     Returns:
         Returns of the states 0 to T - 2, ``[N, T - 1]``.
+
+    Examples:
+        Two rewards of 1, no discount, and a value of 5 at the end:
+
+        >>> reward = torch.tensor([[0.0, 1.0, 1.0]])
+        >>> value = torch.tensor([[9.0, 9.0, 5.0]])
+        >>> lambda_return(reward, torch.ones(1, 3), value, lmbda=1.0)
+        tensor([[7., 6.]])
+        >>> lambda_return(reward, torch.ones(1, 3), value, lmbda=0.0)
+        tensor([[10.,  6.]])
     """
     longer = torch.full_like(value, lmbda)
     if last is not None:

@@ -21,6 +21,12 @@ class MedianSegmenter:
 
     Raises:
         ValueError: If the threshold is out of range.
+
+    Examples:
+        >>> pixels = torch.zeros(5, 3, 4, 4, dtype=torch.uint8)
+        >>> pixels[2, :, 1, 3] = 200  # what is there in one picture of five
+        >>> MedianSegmenter().fit(pixels)(pixels).nonzero().tolist()
+        [[2, 0, 1, 3]]
     """
 
     confidence = False

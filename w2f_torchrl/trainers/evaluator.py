@@ -88,7 +88,7 @@ class LoadedPolicy(TensorDictModuleBase):
         self.out_keys = self.policy.out_keys
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Write ``action`` and what is carried to the next step.
+        """Write ``action`` ``[*B, A]`` and what is carried to the next step.
 
         Raises:
             KeyError: If the tensordict carries no latent.

@@ -50,6 +50,14 @@ class ForegroundMaskTransform(ObservationTransform):
     Raises:
         ValueError: If the numbers of keys differ.
         TypeError: On a call, if pixels are not uint8, or masks are of the other kind.
+
+    Examples:
+        >>> import torch
+        >>> from tensordict import TensorDict
+        >>> transform = ForegroundMaskTransform(lambda pixels: pixels[:, :1] > 127)
+        >>> pixels = torch.full((2, 5, 3, 8, 8), 200, dtype=torch.uint8)
+        >>> transform(TensorDict({"pixels": pixels}, [2, 5]))["foreground_mask"].shape
+        torch.Size([2, 5, 1, 8, 8])
     """
 
     def __init__(

@@ -28,6 +28,12 @@ def derive_seed(seed: int, *path: int | str) -> int:
 
     Raises:
         ValueError: If ``seed`` or an index is negative.
+
+    Examples:
+        >>> derive_seed(0, "env", 1) == derive_seed(0, "env", 1)
+        True
+        >>> derive_seed(0, "env", 1) == derive_seed(1, "env", 0)
+        False
     """
     words = [zlib.crc32(part.encode()) if isinstance(part, str) else part for part in path]
     if seed < 0 or any(word < 0 for word in words):
