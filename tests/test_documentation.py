@@ -1,0 +1,126 @@
+"""docs/: complete, and its links, pages and generated tables hold."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from _documents import ROOT, blocks, load_script, name_of, pages
+from omegaconf import OmegaConf
+
+from w2f_torchrl.trainers import RunConfig
+
+SCREEN = 75  # lines of a how-to page, at most
+
+
+settings_reference = load_script("settings_reference")
+docs_hooks = load_script("docs_hooks")
+SETTINGS = list(settings_reference.all_settings(settings_reference.read_dataclasses()))
+
+
+def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        nested = isinstance(value, dict)
+        flat |= flatten(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
+    return flat
+
+
+# ------------------------------------------------------------------ the settings
+
+
+def test_the_reference_has_every_setting_with_its_default():
+    running = flatten(OmegaConf.to_container(OmegaConf.structured(RunConfig)))
+    listed = {setting.name: OmegaConf.create(f"v: {setting.default}").v for setting in SETTINGS}
+    assert list(listed) == list(running)
+    for name, value in running.items():
+        assert listed[name] == value or float(listed[name]) == value, name
+    reference = settings_reference.reference()
+    assert all(f"| `{name}` |" in reference for name in running)
+
+
+LATER = ("loss.", "logging.")  # both are being moved
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [s for s in SETTINGS if not s.name.startswith(LATER)],
+    ids=lambda setting: setting.name,
+)
+def test_a_setting_has_a_help_and_a_number_its_unit(setting):
+    where = "its dataclass, as a string below the field"
+    assert setting.help, f"{setting.name} has no description: write one in {where}"
+    if setting.is_number:
+        assert setting.unit, (
+            f"the description of {setting.name}, {setting.help!r}, names no unit and no range: one "
+            f"of {', '.join(settings_reference.UNITS)}, or [least, most]"
+        )
+
+
+def test_the_fields_of_a_distraction_are_described():
+    classes = settings_reference.read_dataclasses()
+    fields = settings_reference.distraction_settings(classes)
+    assert {"background.num_videos", "camera.scale", "step_unit"} <= {f.name for f in fields}
+    assert all(field.help for field in fields)
+
+
+def test_the_reference_has_every_option_of_every_group():
+    reference = settings_reference.reference()
+    for path in (ROOT / "sota_configs").rglob("*.yaml"):
+        group = path.parent.relative_to(ROOT / "sota_configs").as_posix()
+        assert group == "." or f"`{group}={path.stem}`" in reference, path
+    assert "`model=size400m`" in reference
+
+
+# ------------------------------------------------------------------ pages
+
+
+def nav_pages(nav: list[Any]) -> list[str]:
+    found: list[str] = []
+    for entry in nav:
+        for value in entry.values() if isinstance(entry, dict) else [entry]:
+            found += nav_pages(value) if isinstance(value, list) else [value]
+    return found
+
+
+def test_the_navigation_has_every_page_once():
+    config = OmegaConf.to_container(OmegaConf.load(ROOT / "mkdocs.yml"))
+    listed = nav_pages(config["nav"])
+    docs = ROOT / "docs"
+    there = {path.relative_to(docs).as_posix() for path in docs.rglob("*.md")}
+    assert sorted(listed) == sorted(there | set(docs_hooks.PAGES))
+
+
+@pytest.mark.parametrize("page", pages(), ids=name_of)
+def test_the_links_of_a_page_lead_somewhere(page: Path):
+    text = docs_hooks.fill_in(page.read_text())
+    for link in docs_hooks.LINK.finditer(text):
+        docs_hooks.target_of(link, name_of(page))
+
+
+@pytest.mark.parametrize("page", [p for p in pages() if p.parent.name == "howto"], ids=name_of)
+def test_a_how_to_fits_on_a_screen_and_shows_how(page: Path):
+    assert len(page.read_text().splitlines()) <= SCREEN
+    assert list(blocks(page))
+
+
+def test_every_subpackage_has_a_page_of_the_reference():
+    packages = {path.parent.name for path in (ROOT / "w2f_torchrl").glob("*/__init__.py")}
+    assert {path.stem for path in (ROOT / "docs" / "api").glob("*.md")} == packages
+    for name in packages:
+        assert f"::: w2f_torchrl.{name}" in (ROOT / "docs" / "api" / f"{name}.md").read_text()
+
+
+def test_the_documentation_builds_without_a_warning(tmp_path: Path):
+    pytest.importorskip("mkdocs")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "WARNING -" not in result.stderr
+    classes = (tmp_path / "api" / "modules.html").read_text()
+    assert "DualImageDecoder" in classes
+    assert ":class:" not in classes
+    assert "training.train_ratio" in (tmp_path / "configuration.html").read_text()

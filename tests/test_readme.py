@@ -1,0 +1,287 @@
+"""Every command and every piece of Python in README.md and docs/ does what it says it does.
+
+Python blocks are run, those of a page one after the other. A command is treated by its first words:
+training commands are composed and checked by Hydra and the settings' validation (``slow``: trained
+for a few updates), other programs' arguments go through their own parser, targets of make must
+exist. What can't be run here is in NOT_RUN, with the reason. A command that nothing treats fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import runpy
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from _documents import ROOT, Block, commands, name_of, pages, python_blocks
+from hydra import compose, initialize_config_dir
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig, OmegaConf
+from test_trainers import tiny_run
+from torchrl.envs import SerialEnv
+
+from w2f_torchrl.trainers import Trainer, to_run_config
+from w2f_torchrl.trainers.config import ConfigError
+
+NOT_RUN = {
+    ". .venv/bin/activate": "changes the reader's shell",
+    "hf auth login": "asks for the reader's account",
+    "hf download": "gated weights",
+    "pip install .": "test_packaging.py builds the wheel and composes a run from it",
+    "pip install": "changes the environment that the tests run in",
+    "git clone": "needs a network",
+    "docker compose": "needs a container engine; test_containers.py checks both files",
+    "docker build": "needs a container engine; test_containers.py checks both files",
+    "docker run": "needs a container engine; test_containers.py checks both files",
+    "sudo apt-get": "changes the system",
+    "apt-get install": "changes the system",
+    "tensorboard": "serves until it is stopped",
+    "wandb": "needs an account",
+    "sbatch": "needs a SLURM cluster",
+    "srun": "needs a SLURM cluster",
+    ".ci/run": "runs these tests",
+    "cd": "changes the reader's shell",
+    "export": "changes the reader's shell",
+}
+"""First words of commands that aren't run, and why."""
+RUNNABLE = {"demo", "walker", "student", "cheetah"}
+"""Run directories that the pages read; each is a copy of one tiny run."""
+ANSWERED = {"davis": "download_davis", "cuda": "CUDA"}
+"""What a checked run may lack here, and what its error then has to say."""
+TRAINING = (
+    ("python", "sota_configs/world2filter.py"),
+    ("python", "-m", "sota_configs.world2filter"),
+    ("w2f-train",),
+)
+ALL_COMMANDS = [(name_of(page), command) for page in pages() for command in commands(page)]
+
+
+# ------------------------------------------------------------------ the workspace
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what the pages presuppose: runs, checkpoints, pictures, videos."""
+    from w2f_torchrl.utils.video import write_video
+
+    folder = tmp_path_factory.mktemp("reader")
+    trained = folder / "runs" / "trained"
+    settings = {
+        "environment": {"action_repeat": 8},
+        "training": {"total_frames": 2400, "train_ratio": 1},
+    }
+    Trainer(tiny_run(trained, evaluation={"every_frames": 0}, **settings)).train()
+    checkpoint = max((trained / "checkpoints").glob("*.pt"))
+    wanted = {f"runs/{name}" for name in RUNNABLE}
+    for name in wanted:
+        shutil.copytree(trained, folder / name)
+        config = OmegaConf.load(folder / name / "config.yaml")
+        OmegaConf.save(OmegaConf.merge(config, {"run_dir": name}), folder / name / "config.yaml")
+    texts = [block.text for page in pages() for block in python_blocks(page)]
+    for word in {
+        w for t in [*texts, *(c for _, c in ALL_COMMANDS)] for w in t.replace('"', " ").split()
+    }:
+        path = Path(word.partition("=")[2] or word)
+        if path.parts[:1] == ("runs",) and path.suffix == ".pt" and not (folder / path).exists():
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(checkpoint, folder / path)
+    for name in ("frames.npz", "data.npz", "checkpoints/sam3.pt"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(b"")
+    videos = folder / "my" / "videos"
+    videos.mkdir(parents=True)
+    frames = torch.arange(8, dtype=torch.uint8).mul(30).view(8, 1, 1, 1).expand(-1, 3, 64, 64)
+    for index in range(12):
+        write_video(videos / f"{index}.mp4", frames.roll(index, 0), fps=30)
+    return folder
+
+
+@pytest.fixture
+def reader(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The workspace as the current directory; batches of envs step in this process."""
+
+    def in_this_process(count: int, make: Any, **settings: Any) -> SerialEnv:
+        unused = ("mp_start_method", "daemon")
+        return SerialEnv(count, make, **{k: v for k, v in settings.items() if k not in unused})
+
+    monkeypatch.chdir(workspace)
+    monkeypatch.setattr("w2f_torchrl.envs.factory.ParallelEnv", in_this_process)
+    return workspace
+
+
+# ------------------------------------------------------------------ Python
+
+
+@pytest.mark.render
+@pytest.mark.parametrize("page", [p for p in pages() if python_blocks(p)], ids=name_of)
+def test_the_python_of_a_page_runs(page: Path, reader: Path):
+    namespace: dict[str, Any] = {"__name__": f"page_{page.stem}"}
+    module = type(sys)(namespace["__name__"])
+    sys.modules[module.__name__] = module  # dataclasses look themselves up
+    for block in python_blocks(page):
+        run_block(block, vars(module))
+
+
+def run_block(block: Block, namespace: dict[str, Any]) -> None:
+    # So that a failure's traceback has the page's own line numbers.
+    source = "\n" * (block.line - 1) + block.text
+    exec(compile(source, block.page, "exec", dont_inherit=True), namespace)
+
+
+# ------------------------------------------------------------------ commands
+
+
+def words_of_training(command: str) -> list[str] | None:
+    """The overrides of a training command, None for any other."""
+    words = shlex.split(command)
+    if words[0] in ("torchrun", "accelerate", "srun"):
+        scripts = [i for i, word in enumerate(words) if word.endswith("world2filter.py")]
+        return words[scripts[0] + 1 :] if scripts else None
+    for start in TRAINING:
+        if tuple(words[: len(start)]) == start:
+            return words[len(start) :]
+    return None
+
+
+def configs_of(words: list[str]) -> list[DictConfig]:
+    """Compose the runs that a training command asks for."""
+    importlib.import_module("sota_configs.world2filter")  # registers the typed settings
+    flags = {"--multirun", "-m", "--cfg", "job", "hydra", "all"}
+    overrides = [word for word in words if word not in flags]
+    if importlib.util.find_spec("hydra_plugins.hydra_submitit_launcher") is None:
+        overrides = [word for word in overrides if not word.startswith("hydra")]
+    jobs = [overrides]
+    if {"--multirun", "-m"} & set(words):
+        parsed = OverridesParser.create().parse_overrides(overrides)
+        jobs = [job for chunk in BasicSweeper.split_arguments(parsed, None) for job in chunk]
+    with initialize_config_dir(str(ROOT / "sota_configs"), version_base="1.3"):
+        return [compose("config", job) for job in jobs]
+
+
+def check_training(command: str) -> None:
+    """Compose and check; what this machine lacks has to be an error that says so."""
+    words = words_of_training(command)
+    assert words is not None
+    for config in configs_of(words):
+        try:
+            to_run_config(config).validate()
+        except ConfigError as error:
+            named = [text for word, text in ANSWERED.items() if word in command]
+            if not any(text in str(error) for text in named):
+                raise
+
+
+class ParsedError(Exception):
+    """The program's own parser took the arguments."""
+
+
+def check_arguments(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run a program up to the point where it has read its command line."""
+    program, script, *arguments = shlex.split(command)
+    assert program == "python", command
+    parse_args = argparse.ArgumentParser.parse_args
+
+    def parse(self: argparse.ArgumentParser, args: Any = None, namespace: Any = None) -> None:
+        parse_args(self, args, namespace)
+        raise ParsedError
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse)
+    monkeypatch.setattr(sys, "argv", [script, *arguments])
+    monkeypatch.syspath_prepend(str((ROOT / script).parent))
+    with pytest.raises((ParsedError, SystemExit)) as caught:
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    assert caught.type is ParsedError or "--help" in arguments or caught.value.code == 0
+
+
+def check_target(command: str) -> None:
+    """A target of make exists, and its recipe can be put together."""
+    subprocess.run([*shlex.split(command), "-n"], cwd=ROOT, check=True, capture_output=True)
+
+
+def treatment(command: str, monkeypatch: pytest.MonkeyPatch) -> Callable[[], object] | None:
+    """How a command is tested; None if nobody has said."""
+    command = command.removeprefix(".venv/bin/")
+    words = shlex.split(command)
+    if any(command == start or command.startswith(f"{start} ") for start in NOT_RUN):
+        return lambda: None
+    if words_of_training(command) is not None:
+        return lambda: check_training(command)
+    if words[0] == "make":
+        return lambda: check_target(command)
+    if words[:2] == ["python", "-m"]:
+        return lambda: importlib.util.find_spec(words[2]) or pytest.fail(f"no module {words[2]}")
+    if words[0] == "python" and words[1].endswith(".py"):
+        return lambda: check_arguments(command, monkeypatch)
+    return None
+
+
+@pytest.mark.render
+@pytest.mark.parametrize(
+    ("page", "command"), ALL_COMMANDS, ids=[f"{p}: {c}" for p, c in ALL_COMMANDS]
+)
+def test_a_command_can_be_run(page: str, command: str, reader: Path, monkeypatch):
+    # Whether SAM3 is installed is not the command's fault; that it says so is tested elsewhere.
+    monkeypatch.setattr("w2f_torchrl.trainers.config.missing_requirement", lambda *_, **__: None)
+    check = treatment(command, monkeypatch)
+    assert check is not None, f"{page}: nothing tests {command!r}: see {Path(__file__).name}"
+    check()
+
+
+def test_a_command_that_nothing_treats_is_noticed(monkeypatch):
+    assert treatment("frobnicate --now", monkeypatch) is None
+    with pytest.raises(ConfigError, match="domain is 'nowhere'"):
+        check_training("python sota_configs/world2filter.py environment.domain=nowhere")
+    with pytest.raises(BaseException, match="trainign"):
+        check_training("w2f-train trainign.total_frames=3")
+    with pytest.raises(AssertionError):
+        check_arguments("python benchmarks/render.py --no-such-option", monkeypatch)
+    with pytest.raises(subprocess.CalledProcessError):
+        check_target("make no-such-target")
+
+
+def test_a_reason_is_given_for_what_is_not_run():
+    assert all(NOT_RUN.values())
+
+
+# ------------------------------------------------------------------ training, shortened
+
+SHORT = {
+    "training": {"total_frames": 120, "batch_size": 2, "batch_length": 8, "prefill_steps": 40},
+    "collection": {"num_workers": 0, "steps_per_batch": 8},
+    "environment": {"num_envs": 2, "image_size": 16},
+    "evaluation": {"every_frames": 0},
+    "logging": {"use_wandb": False},
+    "device": "cpu",
+}
+TRAININGS = [
+    command
+    for page, command in ALL_COMMANDS
+    if page == "README.md" and words_of_training(command) is not None and "--cfg" not in command
+]
+
+
+@pytest.mark.slow
+@pytest.mark.render
+@pytest.mark.parametrize("command", dict.fromkeys(TRAININGS))
+def test_a_training_command_of_the_readme_trains(command: str, reader: Path, tmp_path: Path):
+    if any(word in command for word in ("sam3", "cuda", "labels=")):
+        pytest.skip("needs SAM3's weights, a GPU or the reader's own frames")
+    words = words_of_training(command)
+    assert words is not None
+    for index, config in enumerate(configs_of(words)):
+        model = vars(tiny_run(tmp_path).model)
+        learns = {"segmentation": {"teacher_frames": 20, "train_steps": 2}}
+        where = {"run_dir": str(tmp_path / str(index)), "resume": None}
+        short = OmegaConf.merge(config, SHORT, {"model": model}, learns, where)
+        Trainer(to_run_config(short)).train()
+        assert (tmp_path / str(index) / "checkpoints").is_dir()
