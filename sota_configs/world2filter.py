@@ -18,6 +18,7 @@ import w2f_torchrl  # noqa: F401  # before anything that may import dm_control
 from w2f_torchrl.modules import PRESETS
 from w2f_torchrl.trainers import ConfigError, RunConfig, Trainer, to_run_config
 from w2f_torchrl.trainers.checkpointing import CheckpointError
+from w2f_torchrl.trainers.distributed import RankError, Ranks, lost_ranks_explained
 
 # The typed settings and their defaults live in w2f_torchrl.trainers.config; the YAML groups beside
 # this file only choose among them.
@@ -30,15 +31,18 @@ for name, preset in PRESETS.items():
 @hydra.main(version_base="1.3", config_path=".", config_name="config")
 def main(config: DictConfig) -> None:
     """Check the settings, then train."""
-    logging.getLogger("torchrl").setLevel(logging.WARNING)
+    ranks = Ranks.from_environment()  # one, unless torchrun or submitit started several
+    quiet = "torchrl" if ranks.is_first else None  # the other ranks only warn
+    logging.getLogger(quiet).setLevel(logging.WARNING)
     try:
-        run = to_run_config(config)
-        trainer = Trainer(run)  # world model, losses, optimizer, logger
-    except (ConfigError, CheckpointError, ModuleNotFoundError) as error:
-        sys.exit(f"error: {error}")
-    # Workers step PixelDMControlEnv with the policy -> records -> replay -> slices [B, T] ->
-    # world model, imagination, one update of everything -> new weights to the workers.
-    trainer.train()
+        with lost_ranks_explained(ranks):
+            run = to_run_config(config)
+            trainer = Trainer(run)  # world model, losses, optimizer, logger
+            # Workers step PixelDMControlEnv with the policy -> records -> replay -> slices [B, T]
+            # -> world model, imagination, one update of everything -> new weights to the workers.
+            trainer.train()
+    except (ConfigError, CheckpointError, ModuleNotFoundError, RankError) as error:
+        sys.exit(f"error: {error}" if ranks.is_first or isinstance(error, RankError) else 1)
 
 
 if __name__ == "__main__":

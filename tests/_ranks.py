@@ -13,6 +13,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from w2f_torchrl.trainers.distributed import Ranks
+
 # One process imports all of this, once; the ranks are its forks.
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["w2f_torchrl.trainers", "torch.distributed"])
@@ -25,12 +27,12 @@ def free_port() -> int:
 
 
 def run_ranks(
-    size: int, function: Callable[..., Any], *args: Any, timeout: float = 240
+    size: int, function: Callable[..., Any], *args: Any, timeout: float = 600
 ) -> list[Any]:
     """Call ``function(rank, size, *args)`` on every rank; returns what they return, by rank.
 
-    The function must be at the top of a module. A rank's exception is raised here, with its
-    traceback in the message.
+    The function must be at the top of a module and return no tensors. A rank's exception is raised
+    here, with its traceback in the message.
     """
     port = free_port()
     pipes, processes = [], []
@@ -60,7 +62,7 @@ def _receive(pipe: Connection, rank: int, timeout: float) -> tuple[Any, str | No
         return None, f"no answer from rank {rank} in {timeout} s"
     try:
         return pipe.recv()
-    except EOFError:
+    except (EOFError, ConnectionResetError):
         return None, "the process died"
 
 
@@ -78,7 +80,7 @@ def _rank_main(
         "LOCAL_WORLD_SIZE": str(size),
     }
     try:
-        dist.init_process_group("gloo")
+        Ranks.from_environment().connect(torch.device("cpu"), timeout_minutes=5)
         sender.send((function(rank, size, *args), None))
         dist.barrier()  # nobody leaves while another still needs it
         dist.destroy_process_group()

@@ -18,7 +18,7 @@ from w2f_torchrl.objectives import LossConfig
 from w2f_torchrl.trainers import Learner
 from w2f_torchrl.trainers.config import OptimizerConfig
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
 
 PER_RANK = 2
 _rand, _randn_like = torch.rand, torch.randn_like

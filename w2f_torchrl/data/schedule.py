@@ -51,6 +51,8 @@ class UpdateSchedule:
         self.ratio = ratio / (batch_size * batch_length)
         self.start = start
         self.updates = 0
+        self._before = 0
+        """Updates granted with another ratio."""
 
     def __call__(self, steps: int) -> int:
         """Return the updates that are due now, and count them as done.
@@ -61,7 +63,10 @@ class UpdateSchedule:
         Raises:
             ValueError: If ``steps`` went back behind updates that were already granted.
         """
-        total = int(self.ratio * max(steps - self.start, 0))  # int() floors what is not negative
+        due_since = int(
+            self.ratio * max(steps - self.start, 0)
+        )  # int() floors what is not negative
+        total = self._before + due_since
         due = total - self.updates
         if due < 0:
             raise ValueError(
@@ -73,7 +78,24 @@ class UpdateSchedule:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the ratio (as "a/b"), the start and the updates granted."""
-        return {"ratio": str(self.ratio), "start": self.start, "updates": self.updates}
+        return {
+            "ratio": str(self.ratio),
+            "start": self.start,
+            "updates": self.updates,
+            "before": self._before,
+        }
+
+    def change_ratio(self, state_dict: dict[str, Any], steps: int) -> None:
+        """Continue a schedule with this one's ratio, as another number of ranks needs.
+
+        The updates that were granted stay; steps from now on count with the new ratio.
+
+        Args:
+            state_dict: The other schedule's.
+            steps: Agent steps so far.
+        """
+        self.start = max(state_dict["start"], steps)
+        self.updates = self._before = state_dict["updates"]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue a schedule.
@@ -88,3 +110,4 @@ class UpdateSchedule:
             )
         self.start = state_dict["start"]
         self.updates = state_dict["updates"]
+        self._before = state_dict.get("before", 0)

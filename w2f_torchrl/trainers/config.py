@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ TEACHERS = ("simulator", "sam3")
 STORAGES = ("memory", "disk")
 PRECISIONS = ("float32", "bfloat16")
 EXECUTIONS = ("eager", "compile", "compile_all", "cuda_graph")
+GRADIENTS = ("auto", "ddp", "flat")
 
 
 class ConfigError(ValueError):
@@ -141,18 +143,34 @@ class TrainingConfig:
     """How long, and on how much data."""
 
     total_frames: int = 1_000_000
-    """Environment frames (control steps) of the whole run."""
+    """Environment frames (control steps) of the whole run, over all ranks."""
     batch_size: int = 16
-    """B, sequences of an update."""
+    """B, sequences of an update, on each rank."""
     batch_length: int = 64
     """T, records of a sequence."""
     train_ratio: float = 512.0
-    """Replayed records per agent step; updates per agent step are this / (B x T)."""
+    """Replayed records per agent step, both over all ranks; updates per agent step are this /
+    (B x T x ranks)."""
     prefill_steps: int | None = None
-    """Agent steps collected before the first update; null: B x T, and one sequence per env."""
+    """Agent steps collected before the first update, over all ranks; null: B x T for each rank,
+    and one sequence per env."""
     execution: str = "eager"
     """eager; compile (the core's pieces); compile_all (losses and time loop as one graph, slow to
     compile); cuda_graph (compile, and the whole update replayed as one graph; CUDA only)."""
+
+
+@dataclass
+class DistributedConfig:
+    """Several processes that learn together: started by torchrun, or by submitit with tasks."""
+
+    ranks: int = 1
+    """How many there are; the run writes what the launcher says."""
+    gradients: str = "auto"
+    """ddp: DistributedDataParallel averages them during the backward pass; flat: one all-reduce of
+    one buffer after it; auto: flat with training.execution=cuda_graph, else ddp."""
+    timeout_minutes: float = 30.0
+    """How long a rank waits for one that is alive: while it compiles, evaluates or writes. One that
+    dies is noticed at once."""
 
 
 @dataclass
@@ -223,6 +241,7 @@ class RunConfig:
     loss: LossConfig = field(default_factory=LossConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
     collection: CollectionConfig = field(default_factory=CollectionConfig)
     replay: ReplayConfig = field(default_factory=ReplayConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
@@ -249,22 +268,35 @@ class RunConfig:
 
     @property
     def prefill_steps(self) -> int:
-        """Agent steps before the first update."""
+        """Agent steps before the first update, over all ranks."""
         if self.training.prefill_steps is not None:
             return self.training.prefill_steps
-        smallest = self.environment.num_envs * self.training.batch_length
-        return max(self.training.batch_size * self.training.batch_length, smallest)
+        most = max(self.training.batch_size, self.environment.num_envs)
+        return self.distributed.ranks * most * self.training.batch_length
 
     @property
-    def updates_per_step(self) -> float:
-        """Updates per agent step."""
-        return self.training.train_ratio / (self.training.batch_size * self.training.batch_length)
+    def effective_batch_size(self) -> int:
+        """Sequences of an update over all ranks."""
+        return self.distributed.ranks * self.training.batch_size
+
+    @property
+    def gradients(self) -> str:
+        """How ranks share gradients: ``none`` (one rank), ``ddp`` or ``flat``."""
+        if self.distributed.ranks == 1:
+            return "none"
+        if self.distributed.gradients == "auto":
+            return "flat" if self.training.execution == "cuda_graph" else "ddp"
+        return self.distributed.gradients
 
     def torch_device(self) -> torch.device:
-        """The device; ``auto`` resolved."""
+        """The device; ``auto`` resolved, and with several ranks to one GPU for each."""
         name = self.device
         if name == "auto":
             name = "cuda" if torch.cuda.is_available() else "cpu"
+        if name == "cuda" and self.distributed.ranks > 1:
+            # A launcher may show each rank all GPUs of its machine, or its own alone.
+            alone = torch.cuda.device_count() == 1
+            return torch.device("cuda", 0 if alone else int(os.environ.get("LOCAL_RANK", "0")))
         return torch.device(name)
 
     def validate(self) -> None:
@@ -309,6 +341,7 @@ def _validate(config: RunConfig) -> None:
     _validate_optimizer(config.optimizer)
     _validate_training(config)
     _validate_device(config.device)
+    _validate_distributed(config)
 
 
 def _validate_segmentation(config: RunConfig) -> None:
@@ -418,10 +451,12 @@ def _validate_training(config: RunConfig) -> None:
     _at_least("training.batch_size", training.batch_size, 1)
     _at_least("training.batch_length", training.batch_length, 2)
     _at_least("training.train_ratio", training.train_ratio, 0)
-    if config.prefill_steps < envs * training.batch_length:
+    least = config.distributed.ranks * envs * training.batch_length
+    if config.prefill_steps < least:
+        ranks = f"{config.distributed.ranks} ranks x " if config.distributed.ranks > 1 else ""
         raise ConfigError(
-            f"training.prefill_steps={training.prefill_steps} must be at least "
-            f"environment.num_envs x training.batch_length = {envs * training.batch_length}, so "
+            f"training.prefill_steps={training.prefill_steps} must be at least {ranks}"
+            f"environment.num_envs x training.batch_length = {least}, so "
             "that every env holds a sequence before the first update."
         )
     if config.replay.capacity < envs * (training.batch_length + 1):
@@ -458,6 +493,30 @@ def _validate_device(name: str) -> None:
     count = torch.cuda.device_count() if device.type == "cuda" else 1
     if device.type == "cuda" and (device.index or 0) >= count:
         raise ConfigError(f"device={name!r}: this machine has {count} CUDA devices.")
+
+
+def _validate_distributed(config: RunConfig) -> None:
+    distributed = config.distributed
+    _choice("distributed.gradients", distributed.gradients, GRADIENTS)
+    if distributed.timeout_minutes <= 0:
+        raise ConfigError(
+            f"distributed.timeout_minutes={distributed.timeout_minutes} must be above 0."
+        )
+    if distributed.gradients == "ddp" and config.training.execution == "cuda_graph":
+        raise ConfigError(
+            "distributed.gradients='ddp' hooks into the backward pass, which "
+            "training.execution='cuda_graph' replays without it; allowed there: auto, flat."
+        )
+    if distributed.ranks == 1 or config.torch_device().type == "cpu":
+        return
+    if config.device not in ("auto", "cuda"):
+        raise ConfigError(
+            f"device={config.device!r} is one GPU for {distributed.ranks} ranks; allowed: auto, "
+            "cuda, cpu."
+        )
+    count, index = torch.cuda.device_count(), config.torch_device().index
+    if index >= count:
+        raise ConfigError(f"local rank {index} has no GPU: this machine has {count}.")
 
 
 def to_run_config(config: DictConfig | dict[str, Any]) -> RunConfig:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from types import FrameType
+from typing import cast
 
 import torch
 from tensordict import TensorDictBase
@@ -34,9 +37,11 @@ from w2f_torchrl.trainers.checkpointing import (
     save_checkpoint,
 )
 from w2f_torchrl.trainers.config import ConfigError, RunConfig, config_to_dict, save_config
+from w2f_torchrl.trainers.distributed import Ranks, Silent
 from w2f_torchrl.trainers.evaluator import Evaluator, build_env
 from w2f_torchrl.trainers.learner import Learner
 from w2f_torchrl.trainers.mask_source import TaughtSource
+from w2f_torchrl.trainers.preemption import hand_over, is_restart, stop_signals
 from w2f_torchrl.trainers.segmentation import (
     build_mask_source,
     check_same_source,
@@ -59,7 +64,11 @@ def _create_env(config: RunConfig, index: int, seed: int) -> TransformedEnv:
 
 
 class Trainer:
-    """Trains one agent in one process, with worker processes that step the environments.
+    """Trains one agent, with worker processes that step the environments.
+
+    One process, or several that torchrun or submitit started: then every rank builds a Trainer and
+    calls :meth:`train`, rank 0 logs, evaluates and writes checkpoints, and ``steps``, ``frames``
+    and ``updates`` count what all ranks did together.
 
     Args:
         config: The run's settings.
@@ -71,31 +80,29 @@ class Trainer:
     """
 
     def __init__(self, config: RunConfig):
+        self.ranks = Ranks.from_environment()
+        config.distributed.ranks = self.ranks.size
         config.validate()
         self.config = config
         self.run_dir = Path(config.run_dir)
-        checkpoint = resolve_resume(config.resume, self.run_dir)
-        if config.resume is None and (self.run_dir / "metrics.jsonl").exists():
-            raise CheckpointError(
-                f"run_dir={self.run_dir} already holds a run and resume=null starts a new one. "
-                "Pass resume=auto to go on with it, or another run_dir."
-            )
-        torch.manual_seed(derive_seed(config.seed, "learner", 0))
         self.device = config.torch_device()
+        self.ranks.connect(self.device, config.distributed.timeout_minutes)
+        checkpoint = self.ranks.on_first(self._resolve_resume)
+        torch.manual_seed(derive_seed(config.seed, "learner", self.ranks.rank))
         keep_freed_memory()
         self.action_size, env_has_mask = self._probe_env()
         config.segmentation.chosen = self._chosen_before(checkpoint)
-        source = choose_source(config, env_has_mask)
+        source = self.ranks.on_first(partial(choose_source, config, env_has_mask))
         self.masks = build_mask_source(config, source, env_has_mask)
         if config.segmentation.source == "auto":
             config.segmentation.chosen = source
-        self.learner = Learner.from_config(config, self.action_size)
+        self.learner = Learner.from_config(config, self.action_size, gradients=config.gradients)
         self.steps = 0
-        """Agent steps so far, over all envs."""
+        """Agent steps so far, over all envs and ranks."""
         self.updates = 0
         self.schedule = UpdateSchedule(
             config.training.train_ratio,
-            config.training.batch_size,
+            config.effective_batch_size,
             config.training.batch_length,
             start=config.prefill_steps,
         )
@@ -106,13 +113,37 @@ class Trainer:
         self._summed = 0
         self._rate_mark: tuple[float, int, int] | None = None
         self.run_dir.mkdir(parents=True, exist_ok=True)
-        self.logger = MetricsLogger(self.run_dir, self._loggers())
+        self.logger = (
+            MetricsLogger(self.run_dir, self._loggers())
+            if self.ranks.is_first
+            else cast(MetricsLogger, Silent())
+        )
         if checkpoint is not None:
             self._restore(checkpoint)
         else:
             # resume=auto of a run that ended before its first checkpoint begins again.
             self.logger.truncate_after(-1)
-        save_config(config, self.run_dir / "config.yaml")
+        if self.ranks.is_first:
+            save_config(config, self.run_dir / "config.yaml")
+        if self.ranks.size > 1:
+            logger.info(
+                "%d ranks of %d sequences: an update's batch is %d sequences of %d records",
+                self.ranks.size,
+                config.training.batch_size,
+                config.effective_batch_size,
+                config.training.batch_length,
+            )
+
+    def _resolve_resume(self) -> Path | None:
+        # A launcher that starts a run again means to go on with it.
+        resume = self.config.resume or ("auto" if is_restart(self.run_dir) else None)
+        checkpoint = resolve_resume(resume, self.run_dir)
+        if resume is None and (self.run_dir / "metrics.jsonl").exists():
+            raise CheckpointError(
+                f"run_dir={self.run_dir} already holds a run and resume=null starts a new one. "
+                "Pass resume=auto to go on with it, or another run_dir."
+            )
+        return checkpoint
 
     @property
     def frames(self) -> int:
@@ -120,7 +151,11 @@ class Trainer:
         return self.steps * self.config.environment.action_repeat
 
     def train(self) -> None:
-        """Run to the last frame, or until Ctrl+C or SIGTERM; ends with a checkpoint either way."""
+        """Run to the last frame, or until Ctrl+C or SIGTERM; ends with a checkpoint either way.
+
+        Raises:
+            SystemExit: If the scheduler has asked for the machine, in a job that submitit started.
+        """
         config = self.config
         self._build_workers()
         try:
@@ -128,12 +163,13 @@ class Trainer:
                 for batch in self.collector:
                     self._take(batch)
                     self._learn(stopped)
-                    if stopped or self.frames >= config.training.total_frames:
+                    stop = self.ranks.agree(bool(stopped))
+                    if stop or self.frames >= config.training.total_frames:
                         break
                     sync_policy_weights(self.collector, self.learner.policy)
                     self._evaluate_if_due()
                     self._checkpoint_if_due()
-                if not stopped and config.evaluation.every_frames:
+                if not stop and config.evaluation.every_frames:
                     self.evaluate()
             self._flush()
         except FloatingPointError:
@@ -141,11 +177,14 @@ class Trainer:
             self._close()
             raise
         except BaseException:
-            self.save()
+            if self.ranks.size == 1:  # the other ranks may be elsewhere, or gone
+                self.save()
             self._close()
             raise
         logger.info("checkpoint: %s", self.save())
         self._close()
+        if stop:
+            hand_over(stopped, self.run_dir, is_first=self.ranks.is_first)
 
     # ---------------------------------------------------------------- parts of the loop
 
@@ -153,16 +192,23 @@ class Trainer:
         """Store a batch of transitions ``[N, T]`` and log the episodes that ended in it."""
         self.replay.extend(self.masks.label(records_from_rollout(batch)))
         following, before = batch["next"], self.steps
-        # [T, N]: in the order of time, with the frames of the step that ended the episode.
-        for column, row in following["done"].squeeze(-1).t().nonzero().tolist():
-            self._last_return = float(following["episode_reward"][row, column])
-            metrics = {
-                "episode/return": self._last_return,
-                "episode/length": float(following["step_count"][row, column]),
-            }
-            self.steps = before + (column + 1) * len(batch)
+        episodes = [
+            (
+                column,
+                float(following["episode_reward"][row, column]),
+                float(following["step_count"][row, column]),
+            )
+            for row, column in following["done"].squeeze(-1).nonzero().tolist()
+        ]
+        # In the order of time, with the frames of the step that ended the episode.
+        for column, episode_return, length in sorted(
+            self.ranks.gather(episodes), key=itemgetter(0)
+        ):
+            self._last_return = episode_return
+            self.steps = before + (column + 1) * len(batch) * self.ranks.size
+            metrics = {"episode/return": episode_return, "episode/length": length}
             self.logger.log(metrics, frames=self.frames, updates=self.updates)
-        self.steps = before + batch.numel()
+        self.steps = before + batch.numel() * self.ranks.size
         self.progress.update(
             frames=self.frames, updates=self.updates, last_return=self._last_return
         )
@@ -172,7 +218,7 @@ class Trainer:
         if self.steps < self._first_steps:
             return
         for done in range(due := self.schedule(self.steps)):
-            if stopped:
+            if self.ranks.agree(bool(stopped)):
                 # What was granted and not done is due again after a resume.
                 self.schedule.updates -= due - done
                 return
@@ -192,12 +238,17 @@ class Trainer:
         if self._sums is None:
             return
         means = (self._sums / self._summed).to("cpu")
-        row = {k: float(v) for k, v in means.items() if not k.startswith("loss_")}
+        row = {k: float(v) for k, v in means.items()}
+        if self.config.needs_masks:
+            row |= self.masks.metrics()
+        row = self.ranks.mean(row)
+        bad = sorted(name for name in means.keys() if not math.isfinite(row[name]))
+        row = {name: value for name, value in row.items() if not name.startswith("loss_")}
         # The evaluation's IoU has the plain name; this one is of the training batches.
         if "wm/mask_iou" in row:
             row["train/mask_iou"] = row.pop("wm/mask_iou")
-        if self.config.needs_masks:
-            row |= self.masks.metrics()
+        if "segmentation/frames" in row:
+            row["segmentation/frames"] *= self.ranks.size
         now = time.monotonic()
         if self._rate_mark is not None:
             then, frames, updates = self._rate_mark
@@ -206,8 +257,7 @@ class Trainer:
         self._rate_mark = (now, self.frames, self.updates)
         self.logger.log(row, frames=self.frames, updates=self.updates)
         self._sums, self._summed = None, 0
-        if not all(map(torch.isfinite, means.values())):
-            bad = sorted(k for k, v in means.items() if not torch.isfinite(v))
+        if bad:
             raise FloatingPointError(f"not finite at update {self.updates}: {', '.join(bad)}.")
 
     def _evaluate_if_due(self) -> None:
@@ -216,7 +266,10 @@ class Trainer:
             self.evaluate()
 
     def evaluate(self) -> dict[str, float]:
-        """Play evaluation episodes; log returns, videos and curves."""
+        """Play evaluation episodes; log returns, videos and curves. Only rank 0 does."""
+        if not self.ranks.is_first:  # it doesn't wait: it collects meanwhile
+            self._evaluated = self.frames
+            return {}
         evaluation = self.evaluator.evaluate(
             self.learner.world_model, self.config.evaluation.episodes
         )
@@ -280,27 +333,29 @@ class Trainer:
         envs, training = config.environment.num_envs, config.training
         workers = config.collection.num_workers
         if workers is None:
-            workers = _default_workers(envs)
+            workers = _default_workers(envs, self.ranks.local_size)
         # After a resume the workers' noise must not be that of the run's beginning.
         seed = config.seed if self.steps == 0 else derive_seed(config.seed, "resume", self.steps)
-        self.evaluator = Evaluator(
-            config,
-            derive_seed(config.seed, "eval", 0),
-            self.learner.policy,
-            self.action_size,
-            self.masks.segment,
-        )
+        if self.ranks.is_first:
+            self.evaluator = Evaluator(
+                config,
+                derive_seed(config.seed, "eval", 0),
+                self.learner.policy,
+                self.action_size,
+                self.masks.segment,
+            )
         if self.steps == 0:
             prepare(self.masks, config, partial(build_env, config.environment))
+            self._share_student()
         self.replay = make_replay(
             capacity=config.replay.capacity,
             num_streams=envs,
             batch_size=training.batch_size,
             batch_length=training.batch_length,
-            path=self.run_dir / "replay" if config.replay.storage == "disk" else None,
+            path=self._replay_folder() if config.replay.storage == "disk" else None,
             exist_ok=True,
             newest_first=config.replay.newest_first,
-            seed=derive_seed(seed, "replay", 0),
+            seed=derive_seed(seed, "replay", self.ranks.rank),
         )
         self.collector = make_collector(
             partial(_create_env, config),
@@ -310,10 +365,15 @@ class Trainer:
             num_workers=workers,
             frames_per_batch=envs * config.collection.steps_per_batch,
             seed=seed,
+            rank=self.ranks.rank,
             device=self.device,
         )
-        self.progress = ProgressBar(
-            training.total_frames, initial_frames=self.frames, initial_updates=self.updates
+        self.progress = (
+            ProgressBar(
+                training.total_frames, initial_frames=self.frames, initial_updates=self.updates
+            )
+            if self.ranks.is_first
+            else cast(ProgressBar, Silent())
         )
         self._evaluated = self.frames
         self._saved = self.updates
@@ -321,6 +381,8 @@ class Trainer:
     def _close(self) -> None:
         self.progress.close()
         self.collector.shutdown()
+        if not self.ranks.is_first:
+            return
         self.evaluator.close()
         if self.logger.path.stat().st_size:
             logger.info("curves: %s", plot_curves(self.run_dir))
@@ -333,11 +395,25 @@ class Trainer:
         if self.updates // every > self._saved // every:
             self.save()
 
+    def _replay_folder(self) -> Path:
+        return self.run_dir / ("replay" if self.ranks.is_first else f"replay_{self.ranks.rank}")
+
+    def _share_student(self) -> None:
+        """Let all ranks go on with the student that rank 0 saves."""
+        if isinstance(self.masks, TaughtSource):
+            self.ranks.copy_from_first(self.masks.student.state_dict().values())
+
     def save(self) -> Path:
-        """Write a checkpoint of the models, the optimizer and the counters."""
+        """Write a checkpoint of the models, the optimizer and the counters.
+
+        All ranks call it, and rank 0 writes: what it holds is equal on all of them.
+        """
         self._flush()
-        self.logger.sync()
         self._saved = self.updates
+        self._share_student()
+        if not self.ranks.is_first:
+            return self.run_dir / "checkpoints"
+        self.logger.sync()
         if isinstance(self.masks, TaughtSource):
             self.masks.student.save(self.run_dir / "student.pt")
         return save_checkpoint(
@@ -349,6 +425,7 @@ class Trainer:
                 "steps": self.steps,
                 "first_steps": self._first_steps,
                 "schedule": self.schedule.state_dict(),
+                "ranks": self.ranks.size,
                 "segmentation": self.masks.state_dict(),
             },
             updates=self.updates,
@@ -362,7 +439,10 @@ class Trainer:
         check_same_source(saved.payload["segmentation"], self.masks)
         self.masks.load_state_dict(saved.payload["segmentation"])
         self.steps, self.updates = saved.payload["steps"], saved.updates
-        self.schedule.load_state_dict(saved.payload["schedule"])
+        if saved.payload.get("ranks", 1) == self.ranks.size:
+            self.schedule.load_state_dict(saved.payload["schedule"])
+        else:
+            self.schedule.change_ratio(saved.payload["schedule"], self.steps)
         # The replay is not in the checkpoint: it fills again before the first update, and the
         # steps that this takes owe no updates. A run that ended while it filled has been spared a
         # whole filling already, of which only a part was used.
@@ -371,19 +451,20 @@ class Trainer:
         self.schedule.start += prefill - min(unused, prefill)
         self._first_steps = self.steps + prefill
         self.logger.truncate_after(saved.frames, saved.updates)
-        discard_checkpoints_after(self.run_dir / "checkpoints", saved.updates)
+        if self.ranks.is_first:
+            discard_checkpoints_after(self.run_dir / "checkpoints", saved.updates)
         logger.info("resumed %s at %d frames, %d updates", path, saved.frames, saved.updates)
 
 
-def _default_workers(num_envs: int) -> int:
-    """One worker per core, at most one per env, and a divisor of the number of envs."""
-    cores = len(os.sched_getaffinity(0))
+def _default_workers(num_envs: int, local_ranks: int) -> int:
+    """One worker per core of this rank, at most one per env, and a divisor of their number."""
+    cores = max(len(os.sched_getaffinity(0)) // local_ranks, 1)
     return max(n for n in range(1, min(cores, num_envs) + 1) if num_envs % n == 0)
 
 
 @contextmanager
 def _stop_on_signal() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM in a list, so that the loop can end between two updates."""
+    """Collect signals in a list, so that the loop can end between two updates."""
     received: list[int] = []
 
     def note(number: int, frame: FrameType | None) -> None:
@@ -393,7 +474,7 @@ def _stop_on_signal() -> Iterator[list[int]]:
         received.append(number)
         logger.warning("stopping after this update; a second Ctrl+C stops at once")
 
-    previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {number: signal.signal(number, note) for number in stop_signals()}
     try:
         yield received
     finally:

@@ -1,0 +1,205 @@
+"""The processes of one run: who they are, and what they tell each other beside gradients.
+
+torchrun, or submitit with several tasks, starts the same program once for each rank. A run of one
+process is the same code with one rank: nothing below then communicates.
+"""
+
+from __future__ import annotations
+
+import atexit
+import importlib.util
+import itertools
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+class RankError(RuntimeError):
+    """Another rank of the run has stopped, or can't be reached."""
+
+
+@dataclass
+class Ranks:
+    """This process's place among the run's processes.
+
+    Every method must be called by all ranks, in the same order, from the main thread. Messages are
+    small and travel between the hosts (gloo), so that none of them waits for a device.
+    """
+
+    rank: int = 0
+    """This process, in [0, size)."""
+    size: int = 1
+    local_rank: int = 0
+    """This process among those of its machine."""
+    local_size: int = 1
+    _pending: tuple[Any, torch.Tensor] | None = field(default=None, repr=False)
+    _agreed: bool = field(default=False, repr=False)
+
+    @classmethod
+    def from_environment(cls) -> Ranks:
+        """Read what torchrun (or submitit) exported; one process if there is nothing.
+
+        Raises:
+            ValueError: If the variables contradict each other.
+        """
+        _export_submitit_tasks()
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+        rank, size, local_rank, local_size = (
+            int(os.environ.get(name, default)) for name, default in zip(names, "0101", strict=True)
+        )
+        if not 0 <= rank < size:
+            raise ValueError(f"RANK={rank} must be in [0, WORLD_SIZE={size}).")
+        return cls(rank, size, local_rank, local_size)
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this rank logs, evaluates and writes checkpoints."""
+        return self.rank == 0
+
+    def connect(self, device: torch.device, timeout_minutes: float) -> None:
+        """Join the process group, once in a process: gloo between hosts, NCCL between GPUs.
+
+        Args:
+            device: Where this rank learns.
+            timeout_minutes: How long one rank waits for another that is alive: it covers
+                compilation, and rank 0's evaluations and checkpoints. A rank that dies is noticed
+                at once, since its connections close.
+        """
+        if self.size == 1:
+            return
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        if dist.is_initialized():  # the runs of a sweep in one process share the group
+            return
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+            timeout=timedelta(minutes=timeout_minutes),
+        )
+        atexit.register(_leave)
+
+    def on_first(self, function: Callable[[], T]) -> T:
+        """Call a function on rank 0 only, and give every rank its result.
+
+        Raises:
+            Exception: What the function raised, on every rank.
+        """
+        if self.size == 1:
+            return function()
+        result: T | None = None
+        error: Exception | None = None
+        if self.is_first:
+            try:
+                result = function()
+            except Exception as raised:  # noqa: BLE001  # raised below, on every rank
+                error = raised
+        message: list[Any] = [result, error]
+        dist.broadcast_object_list(message, 0, device=torch.device("cpu"))
+        if message[1] is not None:
+            raise message[1] if error is None else error
+        return message[0]  # type: ignore[no-any-return]
+
+    def gather(self, items: Sequence[T]) -> list[T]:
+        """All ranks' items, on every rank; rank 0's first."""
+        if self.size == 1:
+            return list(items)
+        everyone: list[Any] = [None] * self.size
+        dist.all_gather_object(everyone, list(items))
+        return list(itertools.chain.from_iterable(everyone))
+
+    def mean(self, row: dict[str, float]) -> dict[str, float]:
+        """Average each metric over the ranks that have it."""
+        if self.size == 1:
+            return row
+        rows = self.gather([row])
+        names = dict.fromkeys(itertools.chain.from_iterable(rows))
+        values = {name: [other[name] for other in rows if name in other] for name in names}
+        return {name: sum(found) / len(found) for name, found in values.items()}
+
+    def agree(self, wish: bool) -> bool:
+        """Whether any rank wished it at the call before; once true it stays so.
+
+        The answer is one call late, so that no rank waits for another: the message goes round while
+        the ranks compute.
+        """
+        if self.size == 1:
+            return wish
+        if self._agreed:
+            return True
+        before = self._pending
+        flag = torch.tensor([int(wish)])
+        self._pending = (dist.all_reduce(flag, dist.ReduceOp.MAX, async_op=True), flag)
+        if before is not None:
+            before[0].wait()
+            self._agreed = bool(before[1])
+        return self._agreed
+
+    def copy_from_first(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Overwrite tensors of equal shapes with rank 0's."""
+        if self.size > 1:
+            for tensor in tensors:
+                dist.broadcast(tensor, 0)
+
+
+class Silent:
+    """Stands for a logger or a progress bar on the ranks that show nothing."""
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        """Any method; it does nothing."""
+        return _do_nothing
+
+
+@contextmanager
+def lost_ranks_explained(ranks: Ranks) -> Iterator[None]:
+    """Say what has happened when a collective fails because a rank has gone.
+
+    Raises:
+        RankError: In place of what the communication library raised, which is its cause.
+    """
+    try:
+        yield
+    except (RuntimeError, dist.DistError) as error:
+        if ranks.size == 1 or not _is_lost_rank(error):
+            raise
+        raise RankError(
+            f"rank {ranks.rank}: another of the {ranks.size} ranks has stopped, so this one ends "
+            f"too ({str(error).splitlines()[0]}). The launcher names the first that failed; "
+            "resume=auto goes on from the last checkpoint."
+        ) from error
+
+
+def _export_submitit_tasks() -> None:
+    """Export the rendezvous of a submitit job with several tasks, as torchrun would."""
+    if "RANK" in os.environ or "SUBMITIT_EXECUTOR" not in os.environ:
+        return
+    if importlib.util.find_spec("submitit") is None:
+        return
+    from submitit.helpers import TorchDistributedEnvironment
+
+    environment = TorchDistributedEnvironment()
+    if environment.world_size > 1:
+        environment.export(set_cuda_visible_devices=False)
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _is_lost_rank(error: BaseException) -> bool:
+    """Whether an exception says that a rank was lost, and not what is wrong with this one."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error) or "NCCL" in str(error)
+
+
+def _do_nothing(*args: Any, **kwargs: Any) -> None:
+    del args, kwargs

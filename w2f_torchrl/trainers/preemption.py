@@ -1,0 +1,67 @@
+"""A scheduler takes the machine away: checkpoint, hand the job back, go on where it starts again.
+
+The signals come before the end: submitit's own (SIGUSR2) when the time is up or the job is
+preempted, SIGTERM for ``scontrol requeue``. submitit's handlers would requeue at once, in the
+middle of an update; the trainer takes the signals instead, ends at an update's end with a
+checkpoint, and then lets submitit do its part.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+
+_MARK = ".requeued"
+_JOB_VARIABLES = ("SLURM_JOB_ID", "SUBMITIT_LOCAL_JOB_ID")
+_RESTART_COUNTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
+
+
+def stop_signals() -> tuple[signal.Signals, ...]:
+    """Signals at which a run ends with a checkpoint."""
+    return (signal.SIGINT, signal.SIGTERM, *_requeue_signals())
+
+
+def is_restart(run_dir: Path) -> bool:
+    """Whether a launcher starts this run again, and so means to go on with it.
+
+    torchrun does after a failure, SLURM after a requeue (both count), submitit on one machine after
+    its signal (then the run has left a mark).
+    """
+    if any(int(os.environ.get(name) or 0) > 0 for name in _RESTART_COUNTS):
+        return True
+    mark = run_dir / _MARK
+    return mark.exists() and mark.read_text() == _job_id()
+
+
+def hand_over(received: Sequence[int], run_dir: Path, *, is_first: bool) -> None:
+    """Give an unfinished submitit job back, its checkpoint being written. Elsewhere do nothing.
+
+    Args:
+        received: The signals that ended the run.
+        run_dir: The run's directory.
+        is_first: Whether this is rank 0, whose process requeues the job.
+
+    Raises:
+        SystemExit: Always, in a submitit job: returning would tell submitit that the job is done.
+    """
+    if "SUBMITIT_EXECUTOR" not in os.environ:
+        return
+    asked = [number for number in received if number in _requeue_signals()]
+    if is_first and asked:
+        (run_dir / _MARK).write_text(_job_id())
+        signal.raise_signal(asked[0])  # submitit's handler: requeues, and exits
+    # After SIGTERM it is the scheduler that starts the job again, or doesn't. Ranks that exit with
+    # an error could take rank 0 with them before it has requeued.
+    raise SystemExit(128 + signal.SIGTERM if is_first else 0)
+
+
+def _requeue_signals() -> tuple[signal.Signals, ...]:
+    if "SUBMITIT_EXECUTOR" not in os.environ:
+        return ()
+    return (signal.Signals[f"SIG{os.environ.get('SUBMITIT_PREEMPT_SIGNAL', 'USR2')}"],)
+
+
+def _job_id() -> str:
+    return next((os.environ[name] for name in _JOB_VARIABLES if name in os.environ), "")
