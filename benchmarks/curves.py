@@ -34,6 +34,7 @@ SETTINGS = (
     "loss",
     "optimizer",
     "training",
+    "distributed",
     "collection",
     "replay",
     "evaluation",
@@ -91,6 +92,29 @@ def load_run(run_dir: Path) -> Run:
         eval_std=metric_series(records, "eval/return_std"),
         last_frame=int(max(record["frames"] for record in records)),
     )
+
+
+def collect_runs(paths: Sequence[Path]) -> list[Path]:
+    """List the run directories that paths name.
+
+    Args:
+        paths: Run directories, and directories of sweeps (``hydra.sweep.dir``), which stand for all
+            runs below them.
+
+    Returns:
+        Run directories; a sweep's in the order of their names.
+
+    Raises:
+        FileNotFoundError: If a path is no run and holds none.
+    """
+    found: list[Path] = []
+    for path in paths:
+        below = sorted(config.parent for config in path.rglob("config.yaml"))
+        runs = [run for run in below if (run / "metrics.jsonl").exists()]
+        if not runs:
+            raise FileNotFoundError(f"{path} is no run directory and holds none.")
+        found += [path] if path in runs else runs
+    return found
 
 
 def bin_means(frames: Array, values: Array, edges: Array) -> list[dict[str, Any]]:
@@ -226,7 +250,7 @@ def draw(
 def main(arguments: Sequence[str] | None = None) -> None:
     """Read the runs, draw the picture and write the JSON file."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("run_dirs", type=Path, nargs="+")
+    parser.add_argument("run_dirs", type=Path, nargs="+", help="runs, or directories of sweeps")
     parser.add_argument("--task", required=True, help="<domain>_<task>")
     parser.add_argument(
         "--published", type=Path, default=HERE / "reference" / "dmc_vision_dreamerv3.csv"
@@ -238,7 +262,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     if args.bin_frames < 1:
         parser.error(f"--bin-frames must be at least 1, got {args.bin_frames}.")
-    runs = [load_run(path) for path in args.run_dirs]
+    runs = [load_run(path) for path in collect_runs(args.run_dirs)]
     if wrong := [run.name for run in runs if run.task != args.task]:
         parser.error(f"--task is {args.task}, and {wrong} ran another task.")
     default = HERE / "results" / f"random_policy_{args.task}.json"

@@ -157,6 +157,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         run_dir, log = Path(folder) / "run", Path(folder) / "log"
         run = Run(run_dir, log, args.kills - 1, 1_000_000, "null")
+        sys.stderr.write(f"log: {log}\n")
         for number in range(args.kills):
             kills.append(kill_a_rank(run, chosen))
             sys.stderr.write(f"{number + 1}/{args.kills}: {kills[-1]}\n")

@@ -12,6 +12,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import hydra
 from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
 import w2f_torchrl  # noqa: F401  # before anything that may import dm_control
@@ -28,6 +30,14 @@ for name, preset in PRESETS.items():
     store.store(group="model", name=name, node=preset)
 
 
+def run_directory(config: DictConfig) -> str:
+    """The run's directory; a sweep's runs get one each, unless the command line names them."""
+    job = HydraConfig.get()
+    named = any(override.lstrip("+").startswith("run_dir=") for override in job.overrides.task)
+    in_sweep = job.mode is RunMode.MULTIRUN and not named
+    return str(job.runtime.output_dir if in_sweep else config.run_dir)
+
+
 @hydra.main(version_base="1.3", config_path=".", config_name="config")
 def main(config: DictConfig) -> None:
     """Check the settings, then train."""
@@ -36,6 +46,7 @@ def main(config: DictConfig) -> None:
     logging.getLogger(quiet).setLevel(logging.WARNING)
     try:
         with lost_ranks_explained(ranks):
+            config.run_dir = run_directory(config)
             run = to_run_config(config)
             trainer = Trainer(run)  # world model, losses, optimizer, logger
             # Workers step PixelDMControlEnv with the policy -> records -> replay -> slices [B, T]

@@ -19,6 +19,8 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 logger = logging.getLogger(__name__)
 
@@ -82,9 +84,19 @@ class Ranks:
             torch.cuda.set_device(device)
         if dist.is_initialized():  # the runs of a sweep in one process share the group
             return
+        timeout = timedelta(minutes=timeout_minutes)
+        store, *_ = next(iter(rendezvous("env://", timeout=timeout)))
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":
+            # On one machine torchrun gives the ranks that it starts again the store of those before
+            # them, and with it the addresses where nobody listens any more.
+            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+            store = PrefixStore(f"attempt_{attempt}", store)
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-            timeout=timedelta(minutes=timeout_minutes),
+            store=store,
+            rank=self.rank,
+            world_size=self.size,
+            timeout=timeout,
         )
         atexit.register(_leave)
 
@@ -168,14 +180,26 @@ def lost_ranks_explained(ranks: Ranks) -> Iterator[None]:
     """
     try:
         yield
-    except (RuntimeError, dist.DistError) as error:
-        if ranks.size == 1 or not _is_lost_rank(error):
+    except Exception as error:
+        if not is_lost_rank(ranks, error):
             raise
-        raise RankError(
-            f"rank {ranks.rank}: another of the {ranks.size} ranks has stopped, so this one ends "
-            f"too ({str(error).splitlines()[0]}). The launcher names the first that failed; "
-            "resume=auto goes on from the last checkpoint."
-        ) from error
+        raise RankError(describe_lost_rank(ranks, error)) from error
+
+
+def describe_lost_rank(ranks: Ranks, error: BaseException) -> str:
+    """What has happened, and what to do, when :func:`is_lost_rank`."""
+    return (
+        f"rank {ranks.rank}: another of the {ranks.size} ranks has stopped or can't be reached, so "
+        f"this one ends too ({str(error).splitlines()[0]}). The launcher names the rank that "
+        "failed first; resume=auto goes on from the last checkpoint."
+    )
+
+
+def is_lost_rank(ranks: Ranks, error: BaseException) -> bool:
+    """Whether an exception says that a rank was lost, and not what is wrong with this one."""
+    if ranks.size == 1 or not isinstance(error, (RuntimeError, dist.DistError)):
+        return False
+    return isinstance(error, dist.DistError) or "gloo" in str(error).lower() or "NCCL" in str(error)
 
 
 def _export_submitit_tasks() -> None:
@@ -194,11 +218,6 @@ def _export_submitit_tasks() -> None:
 def _leave() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def _is_lost_rank(error: BaseException) -> bool:
-    """Whether an exception says that a rank was lost, and not what is wrong with this one."""
-    return isinstance(error, dist.DistError) or "gloo" in str(error) or "NCCL" in str(error)
 
 
 def _do_nothing(*args: Any, **kwargs: Any) -> None:

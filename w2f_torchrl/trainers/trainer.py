@@ -37,7 +37,12 @@ from w2f_torchrl.trainers.checkpointing import (
     save_checkpoint,
 )
 from w2f_torchrl.trainers.config import ConfigError, RunConfig, config_to_dict, save_config
-from w2f_torchrl.trainers.distributed import Ranks, Silent
+from w2f_torchrl.trainers.distributed import (
+    Ranks,
+    Silent,
+    describe_lost_rank,
+    is_lost_rank,
+)
 from w2f_torchrl.trainers.evaluator import Evaluator, build_env
 from w2f_torchrl.trainers.learner import Learner
 from w2f_torchrl.trainers.mask_source import TaughtSource
@@ -176,7 +181,9 @@ class Trainer:
             # The weights may be spoiled already: the last checkpoint stays the newest.
             self._close()
             raise
-        except BaseException:
+        except BaseException as error:
+            if is_lost_rank(self.ranks, error):  # said at once: torchrun ends this rank soon
+                logger.error("%s", describe_lost_rank(self.ranks, error))
             if self.ranks.size == 1:  # the other ranks may be elsewhere, or gone
                 self.save()
             self._close()
