@@ -49,7 +49,7 @@ def measure_rank(rank: int, args: argparse.Namespace, port: int, out: str) -> No
     names = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": 2}
     os.environ |= {name: str(value) for name, value in names.items()}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    Ranks.from_environment().connect(torch.device("cpu"), timeout_minutes=30)
+    Ranks.from_environment().connect(torch.device("cpu"), timeout_seconds=1800)
     torch.manual_seed(0)
     learners = {
         name: Learner(PRESETS[args.model], action_size=6, latent="split", gradients=kind)

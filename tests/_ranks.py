@@ -80,7 +80,7 @@ def _rank_main(
         "LOCAL_WORLD_SIZE": str(size),
     }
     try:
-        Ranks.from_environment().connect(torch.device("cpu"), timeout_minutes=5)
+        Ranks.from_environment().connect(torch.device("cpu"), timeout_seconds=300)
         sender.send((function(rank, size, *args), None))
         dist.barrier()  # nobody leaves while another still needs it
         dist.destroy_process_group()

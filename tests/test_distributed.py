@@ -156,8 +156,8 @@ def test_settings_of_several_ranks(run_dir, monkeypatch):
     config.distributed = DistributedConfig(gradients="mean")
     with pytest.raises(ConfigError, match=r"distributed.gradients='mean' is unknown; allowed"):
         config.validate()
-    config.distributed = DistributedConfig(timeout_minutes=0)
-    with pytest.raises(ConfigError, match=r"distributed.timeout_minutes=0 must be above 0"):
+    config.distributed = DistributedConfig(timeout_seconds=0)
+    with pytest.raises(ConfigError, match=r"distributed.timeout_seconds=0 must be above 0"):
         config.validate()
     monkeypatch.setenv("RANK", "2")
     monkeypatch.setenv("WORLD_SIZE", "2")

@@ -164,12 +164,12 @@ class DistributedConfig:
     """Several processes that learn together: started by torchrun, or by submitit with tasks."""
 
     ranks: int = 1
-    """How many there are; the run writes what the launcher says."""
+    """Processes that there are; the run writes what the launcher says."""
     gradients: str = "auto"
     """ddp: DistributedDataParallel averages them during the backward pass; flat: one all-reduce of
     one buffer after it; auto: flat with training.execution=cuda_graph, else ddp."""
-    timeout_minutes: float = 30.0
-    """How long a rank waits for one that is alive: while it compiles, evaluates or writes. One that
+    timeout_seconds: float = 1800.0
+    """Seconds that a rank waits for one that is alive and compiles, evaluates or writes; one that
     dies is noticed at once."""
 
 
@@ -498,9 +498,9 @@ def _validate_device(name: str) -> None:
 def _validate_distributed(config: RunConfig) -> None:
     distributed = config.distributed
     _choice("distributed.gradients", distributed.gradients, GRADIENTS)
-    if distributed.timeout_minutes <= 0:
+    if distributed.timeout_seconds <= 0:
         raise ConfigError(
-            f"distributed.timeout_minutes={distributed.timeout_minutes} must be above 0."
+            f"distributed.timeout_seconds={distributed.timeout_seconds} must be above 0."
         )
     if distributed.gradients == "ddp" and config.training.execution == "cuda_graph":
         raise ConfigError(

@@ -13,7 +13,6 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -31,22 +30,24 @@ class RankError(RuntimeError):
     """Another rank of the run has stopped, or can't be reached."""
 
 
-@dataclass
 class Ranks:
     """This process's place among the run's processes.
 
     Every method must be called by all ranks, in the same order, from the main thread. Messages are
     small and travel between the hosts (gloo), so that none of them waits for a device.
+
+    Args:
+        rank: This process, in [0, size).
+        size: Processes of the run.
+        local_rank: This process among those of its machine.
+        local_size: Processes of its machine.
     """
 
-    rank: int = 0
-    """This process, in [0, size)."""
-    size: int = 1
-    local_rank: int = 0
-    """This process among those of its machine."""
-    local_size: int = 1
-    _pending: tuple[Any, torch.Tensor] | None = field(default=None, repr=False)
-    _agreed: bool = field(default=False, repr=False)
+    def __init__(self, rank: int = 0, size: int = 1, local_rank: int = 0, local_size: int = 1):
+        self.rank, self.size = rank, size
+        self.local_rank, self.local_size = local_rank, local_size
+        self._pending: tuple[Any, torch.Tensor] | None = None
+        self._agreed = False
 
     @classmethod
     def from_environment(cls) -> Ranks:
@@ -69,12 +70,12 @@ class Ranks:
         """Whether this rank logs, evaluates and writes checkpoints."""
         return self.rank == 0
 
-    def connect(self, device: torch.device, timeout_minutes: float) -> None:
+    def connect(self, device: torch.device, timeout_seconds: float) -> None:
         """Join the process group, once in a process: gloo between hosts, NCCL between GPUs.
 
         Args:
             device: Where this rank learns.
-            timeout_minutes: How long one rank waits for another that is alive: it covers
+            timeout_seconds: How long one rank waits for another that is alive: it covers
                 compilation, and rank 0's evaluations and checkpoints. A rank that dies is noticed
                 at once, since its connections close.
         """
@@ -84,7 +85,7 @@ class Ranks:
             torch.cuda.set_device(device)
         if dist.is_initialized():  # the runs of a sweep in one process share the group
             return
-        timeout = timedelta(minutes=timeout_minutes)
+        timeout = timedelta(seconds=timeout_seconds)
         store, *_ = next(iter(rendezvous("env://", timeout=timeout)))
         if os.environ.get("GROUP_WORLD_SIZE") == "1":
             # On one machine torchrun gives the ranks that it starts again the store of those before

@@ -91,7 +91,7 @@ class Trainer:
         self.config = config
         self.run_dir = Path(config.run_dir)
         self.device = config.torch_device()
-        self.ranks.connect(self.device, config.distributed.timeout_minutes)
+        self.ranks.connect(self.device, config.distributed.timeout_seconds)
         checkpoint = self.ranks.on_first(self._resolve_resume)
         torch.manual_seed(derive_seed(config.seed, "learner", self.ranks.rank))
         keep_freed_memory()
