@@ -52,7 +52,6 @@ def torchrl_update(model: str) -> Callable[[TensorDict], None]:
     """An update made of TorchRL's rollout, losses, optimizer and target network."""
     learner = Learner(PRESETS[model], action_size=ACTION_SIZE, latent="whole")
     actor = build_actor(PRESETS[model], ACTION_SIZE)
-    actor[0].module = learner.loss.actor
     loss = torchrl_loss(learner.loss, actor)
     optimizer = DreamerV3Optimizer([p for p in loss.parameters() if p.requires_grad])
     slow_critic = SoftUpdate(loss.value_loss, tau=0.02)

@@ -9,12 +9,14 @@ from tensordict.nn import (
     TensorDictModule,
     TensorDictSequential,
 )
+from torch import Tensor
 from torchrl.data import Bounded, Composite, Unbounded
 from torchrl.envs import EnvBase, TensorDictPrimer, TransformedEnv
 from torchrl.envs.model_based.dreamer import DreamerEnv
 from torchrl.modules import (
     DreamerV3ImageDecoder,
     DreamerV3ImageEncoder,
+    DreamerV3MLP,
     RSSMRolloutV3,
     SymExpTwoHot,
     WorldModelWrapper,
@@ -27,7 +29,7 @@ from torchrl.objectives import (
 )
 from torchrl.objectives.utils import ValueEstimators
 
-from w2f_torchrl.modules import WorldModel
+from w2f_torchrl.modules import GaussianActor, WorldModel
 from w2f_torchrl.objectives import World2FilterLoss
 
 
@@ -53,6 +55,31 @@ class _Specs(EnvBase):
         return None
 
 
+class _TorchRLMLP(torch.nn.Module):
+    """TorchRL's own forward pass on the parameters of ours."""
+
+    def __init__(self, mlp: DreamerV3MLP):
+        super().__init__()
+        self.mlp = mlp
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return DreamerV3MLP.forward(self.mlp, *inputs)
+
+
+class _TorchRLActor(torch.nn.Module):
+    """The actor's network on TorchRL's own forward passes."""
+
+    def __init__(self, actor: GaussianActor):
+        super().__init__()
+        self.actor = actor
+
+    def forward(self, state: Tensor, belief: Tensor) -> tuple[Tensor, Tensor]:
+        actor = self.actor
+        hidden = DreamerV3MLP.forward(actor.backbone, belief, state)
+        mean, std = (DreamerV3MLP.forward(layer, hidden) for layer in (actor.mean, actor.std))
+        return actor.squash(mean, std)
+
+
 class _TorchRLWorldModel(torch.nn.Module):
     """The same modules, rolled out by TorchRL's RSSMRolloutV3."""
 
@@ -75,8 +102,8 @@ class _TorchRLWorldModel(torch.nn.Module):
         state, belief = td.get(("next", "state")), td.get(("next", "belief"))
         decoded = DreamerV3ImageDecoder.forward(model.decoder.module.module, state, belief)
         td.set(("next", "reconstructed_pixels"), decoded)
-        td.set(("next", "reward_logits"), model.reward(belief, state))
-        td.set(("next", "continue_logits"), model.continuation(belief, state))
+        td.set(("next", "reward_logits"), _TorchRLMLP(model.reward)(belief, state))
+        td.set(("next", "continue_logits"), _TorchRLMLP(model.continuation)(belief, state))
         return td
 
 
@@ -85,8 +112,9 @@ def torchrl_loss(loss: World2FilterLoss, actor: ProbabilisticTensorDictSequentia
 
     Args:
         loss: Ours, with a ``whole`` latent.
-        actor: The actor whose network ``loss`` holds.
+        actor: An actor, whose network is replaced with the one that ``loss`` holds.
     """
+    actor[0].module = _TorchRLActor(loss.actor)
     world_model, critic, settings = loss.world_model, loss.critic, loss.config
     config, two_hot = world_model.config, SymExpTwoHot(world_model.config.num_bins)
     model_loss = DreamerV3ModelLoss(
@@ -101,7 +129,7 @@ def torchrl_loss(loss: World2FilterLoss, actor: ProbabilisticTensorDictSequentia
     )
     model_loss.set_keys(reco_pixels="reconstructed_pixels", continue_pred="continue_logits")
     value = TensorDictSequential(
-        TensorDictModule(critic, ["belief", "state"], ["state_value_logits"]),
+        TensorDictModule(_TorchRLMLP(critic), ["belief", "state"], ["state_value_logits"]),
         TensorDictModule(two_hot, ["state_value_logits"], ["state_value"]),
     )
     actor_loss = DreamerV3ActorLoss(
@@ -109,7 +137,9 @@ def torchrl_loss(loss: World2FilterLoss, actor: ProbabilisticTensorDictSequentia
         value,
         _imagination_env(world_model),
         continuation_model=TensorDictSequential(
-            TensorDictModule(world_model.continuation, ["belief", "state"], ["continue_logits"]),
+            TensorDictModule(
+                _TorchRLMLP(world_model.continuation), ["belief", "state"], ["continue_logits"]
+            ),
             TensorDictModule(torch.sigmoid, ["continue_logits"], ["continuation"]),
         ),
         use_reinforce=True,
@@ -129,7 +159,7 @@ def torchrl_loss(loss: World2FilterLoss, actor: ProbabilisticTensorDictSequentia
 def _imagination_env(world_model: WorldModel) -> DreamerEnv:
     config, prior = world_model.config, world_model.prior
     reward = TensorDictSequential(
-        TensorDictModule(world_model.reward, ["belief", "state"], ["reward_logits"]),
+        TensorDictModule(_TorchRLMLP(world_model.reward), ["belief", "state"], ["reward_logits"]),
         TensorDictModule(SymExpTwoHot(config.num_bins), ["reward_logits"], ["reward"]),
     )
     transition = TensorDictModule(prior, ["state", "belief", "action"], ["_", "state", "belief"])

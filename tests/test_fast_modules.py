@@ -8,10 +8,16 @@ import pytest
 import torch
 from test_objectives import SIZE, TINY
 from torch.nn import functional as F
-from torchrl.modules import DreamerV3ImageDecoder, DreamerV3ImageEncoder, SymExpTwoHot
+from torchrl.modules import (
+    DreamerV3ImageDecoder,
+    DreamerV3ImageEncoder,
+    DreamerV3MLP,
+    SymExpTwoHot,
+)
 
-from w2f_torchrl.modules import build_world_model
+from w2f_torchrl.modules import build_world_model, layers
 from w2f_torchrl.modules.convolution import ImageDecoder, ImageEncoder, subpixel_convolution
+from w2f_torchrl.modules.layers import MLP
 from w2f_torchrl.modules.rssm import _draw_one_hot, sample_one_hot
 from w2f_torchrl.modules.two_hot import TwoHot
 from w2f_torchrl.utils.memory import keep_freed_memory
@@ -75,6 +81,52 @@ def test_subpixel_convolution_is_the_transposed_convolution(kernel):
     bias = torch.randn(2, dtype=torch.float64)
     want = F.conv_transpose2d(x, weight, bias, stride=2, padding=kernel // 2, output_padding=1)
     torch.testing.assert_close(subpixel_convolution(x, weight, bias), want)
+
+
+@pytest.mark.parametrize("rows", [2, 300])  # few are multiplied by MKL, many by oneDNN
+@pytest.mark.parametrize("outputs", [None, 1, 255])
+def test_mlp_equals_torchrls(rows, outputs):
+    torch.manual_seed(0)
+    ours, theirs = (kind(200, outputs, depth=2, num_cells=64) for kind in (MLP, DreamerV3MLP))
+    x = torch.randn(3, rows, 200, requires_grad=True)
+    same(ours, theirs, x)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(layers._onednn is None, reason="torch was built without oneDNN")
+@pytest.mark.parametrize("kind", ["whole", "transposed", "slice", "slice transposed"])
+def test_onednns_product_reads_any_layout(kind):
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(300, 200), torch.randn(150, 200), torch.randn(150)
+    if kind == "transposed":
+        x, weight = x.t().contiguous().t(), weight.t().contiguous().t()
+    if kind.startswith("slice"):
+        x, weight = torch.randn(300, 260)[:, 30:230], torch.randn(150, 300)[:, 50:250]
+    if kind == "slice transposed":
+        x, weight = torch.randn(260, 300)[30:230].t(), torch.randn(300, 150)[50:250].t()
+    calls = []
+
+    def counted(*args):
+        calls.append(args)
+        return onednn(*args)
+
+    onednn, layers._onednn = layers._onednn, counted
+    try:
+        got = layers.product(x, weight, bias)
+    finally:
+        layers._onednn = onednn
+    assert len(calls) == 1
+    torch.testing.assert_close(got, x @ weight.t() + bias, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("width", [8, 64])
+def test_block_product_is_a_product_for_each_block(width):
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(300, 4 * width), torch.randn(4, width, 192), torch.randn(4, 192)
+    blocks = zip(x.split(width, -1), weight, bias, strict=True)
+    want = torch.cat([part @ matrix + shift for part, matrix, shift in blocks], -1)
+    torch.testing.assert_close(layers.block_product(x, weight, bias), want, rtol=1e-4, atol=1e-4)
 
 
 def test_autocast_leaves_the_layers_to_torch():

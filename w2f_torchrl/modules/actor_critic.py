@@ -11,10 +11,11 @@ from tensordict.nn import (
     TensorDictSequential,
 )
 from torch import Tensor, nn
-from torchrl.modules import DreamerV3MLP, RSSMStateEstimatorV3
+from torchrl.modules import RSSMStateEstimatorV3
 from torchrl.modules.distributions import IndependentNormal
 
 from w2f_torchrl.modules.config import ModelConfig
+from w2f_torchrl.modules.layers import MLP
 from w2f_torchrl.modules.world_model import WorldModel
 
 
@@ -37,9 +38,9 @@ class GaussianActor(nn.Module):
     def __init__(self, features: int, action_size: int, config: ModelConfig):
         super().__init__()
         layers = config.actor_critic_layers
-        self.backbone = DreamerV3MLP(features, None, depth=layers, num_cells=config.units)
+        self.backbone = MLP(features, None, depth=layers, num_cells=config.units)
         self.mean, self.std = (
-            DreamerV3MLP(config.units, action_size, depth=0, outscale=0.01) for _ in range(2)
+            MLP(config.units, action_size, depth=0, outscale=0.01) for _ in range(2)
         )
 
     def forward(self, state: Tensor, belief: Tensor) -> tuple[Tensor, Tensor]:
@@ -49,9 +50,12 @@ class GaussianActor(nn.Module):
     def from_features(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """:meth:`forward` of belief and state side by side ``[..., D + S]``."""
         hidden = self.backbone(features)
-        std = torch.sigmoid(self.std(hidden).float() + 2.0)
-        std = (self.max_std - self.min_std) * std + self.min_std
-        return self.mean(hidden).float().tanh(), std
+        return self.squash(self.mean(hidden), self.std(hidden))
+
+    def squash(self, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
+        """Give the two layers' outputs ``[..., A]`` their ranges."""
+        std = torch.sigmoid(std.float() + 2.0)
+        return mean.float().tanh(), (self.max_std - self.min_std) * std + self.min_std
 
 
 def action_distribution(mean: Tensor, std: Tensor) -> IndependentNormal:
@@ -76,9 +80,9 @@ def build_actor(config: ModelConfig, action_size: int) -> ProbabilisticTensorDic
     )
 
 
-def build_critic(config: ModelConfig) -> DreamerV3MLP:
+def build_critic(config: ModelConfig) -> MLP:
     """Build the critic: ``belief, state`` to logits over the bins, zero at the start."""
-    return DreamerV3MLP(
+    return MLP(
         config.state_size + config.belief_size,
         config.num_bins,
         depth=config.actor_critic_layers,

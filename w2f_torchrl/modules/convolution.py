@@ -16,34 +16,44 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchrl.modules import DreamerV3ImageDecoder, DreamerV3ImageEncoder
 
-#: Widest output for which a transposed convolution is faster as a plain one on subpixels (CPU).
-SUBPIXEL_CHANNELS = 16
+from w2f_torchrl.modules.layers import by_hand
+
+#: Widest output for which a transposed convolution, or the gradient of a convolution's input, is
+#: faster as a plain convolution on subpixels (CPU).
+SUBPIXEL_CHANNELS = 24
 #: Largest kernel that a 3 x 3 kernel on subpixels covers at stride 2.
 SUBPIXEL_KERNEL = 5
 
 
 class _Convolution(torch.autograd.Function):
-    """A convolution of stride 2 whose bias has a cheap gradient."""
+    """A convolution of stride 2 with a cheap gradient of its bias, and of a narrow input."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, transposed: bool) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.transposed = transposed
-        narrow = weight.shape[1] <= SUBPIXEL_CHANNELS and weight.shape[-1] <= SUBPIXEL_KERNEL
-        if transposed and narrow:
+        if transposed and _is_narrow(weight):
             return subpixel_convolution(x, weight, bias)
         return torch.convolution(x, weight, bias, **_geometry(weight, transposed))
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None]:
         x, weight = ctx.saved_tensors
         grad = grad.contiguous(memory_format=torch.channels_last)
         geometry = _geometry(weight, ctx.transposed)
-        wanted = [ctx.needs_input_grad[0], True, False]
+        wants_x = ctx.needs_input_grad[0]
+        # A convolution's input gets its gradient by the transposed convolution.
+        narrow = wants_x and not ctx.transposed and _is_narrow(weight)
         grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
-            grad, x, weight, None, *geometry.values(), wanted
+            grad, x, weight, None, *geometry.values(), [wants_x and not narrow, True, False]
         )
+        if narrow:
+            grad_x = subpixel_convolution(grad, weight)
         return grad_x, grad_weight, grad.sum((0, 2, 3)), None
+
+
+def _is_narrow(weight: Tensor) -> bool:
+    return weight.shape[1] <= SUBPIXEL_CHANNELS and weight.shape[-1] <= SUBPIXEL_KERNEL
 
 
 def _geometry(weight: Tensor, transposed: bool) -> dict[str, Any]:
@@ -57,7 +67,7 @@ def _geometry(weight: Tensor, transposed: bool) -> dict[str, Any]:
     }
 
 
-def subpixel_convolution(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def subpixel_convolution(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """A transposed convolution of stride 2 as a plain one that makes the four subpixels.
 
     Row 2 q + p of the output takes the inputs q + d, d in {-1, 0, 1}, with the kernel's row
@@ -70,13 +80,18 @@ def subpixel_convolution(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         bias: ``[O]``.
 
     Returns:
-        ``[N, O, 2 H, 2 W]``.
+        ``[N, O, 2 H, 2 W]``, channels last.
     """
     channels, out = weight.shape[:2]
     margin = (SUBPIXEL_KERNEL - weight.shape[-1]) // 2
     weight = F.pad(weight, (margin, margin + 1) * 2).view(channels, out, 3, 2, 3, 2)
-    weight = weight.flip(2, 4).permute(1, 3, 5, 0, 2, 4).reshape(4 * out, channels, 3, 3)
-    return F.pixel_shuffle(F.conv2d(x, weight, bias.repeat_interleave(4), padding=1), 2)
+    # The channels of a pixel are its subpixels row by row, so that runs of memory stay together.
+    weight = weight.flip(2, 4).permute(3, 5, 1, 0, 2, 4).reshape(4 * out, channels, 3, 3)
+    result = F.conv2d(x, weight, None if bias is None else bias.repeat(4), padding=1)
+    rows = result.permute(0, 2, 3, 1).unflatten(-1, (2, 2 * out)).transpose(2, 3)
+    height, width = 2 * x.shape[2], 2 * x.shape[3]
+    picture: Tensor = rows.reshape(len(x), height, width, out).permute(0, 3, 1, 2)
+    return picture
 
 
 class _NormActivation(torch.autograd.Function):
@@ -87,7 +102,7 @@ class _NormActivation(torch.autograd.Function):
         norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)
         scale = norm.square_().div_(x.shape[1]).add_(eps).rsqrt_()
         normed = x * scale
-        scaled = normed * weight.view(-1, 1, 1)
+        scaled = _times_channels(normed, weight)
         ctx.save_for_backward(normed, scaled, scale, weight)
         return F.silu(scaled)
 
@@ -99,24 +114,32 @@ class _NormActivation(torch.autograd.Function):
         # The part along x itself is the norm's own derivative.
         share = F.conv2d(product, (weight / len(weight)).view(1, -1, 1, 1))
         grad_weight = product.sum((0, 2, 3))
-        grad = grad.mul_(weight.view(-1, 1, 1)).addcmul_(normed, share, value=-1).mul_(scale)
+        grad = _times_channels(grad, weight).addcmul_(normed, share, value=-1).mul_(scale)
         return grad, grad_weight, None
 
 
-def _by_hand(x: Tensor) -> bool:
-    on_cpu = x.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
-    return on_cpu and not torch.compiler.is_compiling()
+def _times_channels(x: Tensor, weight: Tensor) -> Tensor:
+    """Multiply ``[N, C, H, W]``, channels last, by ``[C]``, a whole picture at once."""
+    _, channels, height, width = x.shape
+    rows = x.permute(0, 2, 3, 1).flatten(1) * weight.repeat(height * width)
+    return rows.view(len(x), height, width, channels).permute(0, 3, 1, 2)
 
 
-def _convolve(x: Tensor, layer: nn.Conv2d | nn.ConvTranspose2d) -> Tensor:
-    if _by_hand(x):
-        transposed = isinstance(layer, nn.ConvTranspose2d)
-        return cast(Tensor, _Convolution.apply(x, layer.weight, layer.bias, transposed))
-    return cast(Tensor, layer(x))
+def _convolve(
+    x: Tensor, layer: nn.Conv2d | nn.ConvTranspose2d, bias: Tensor | None = None
+) -> Tensor:
+    bias = layer.bias if bias is None else bias
+    transposed = isinstance(layer, nn.ConvTranspose2d)
+    if by_hand(x):
+        return cast(Tensor, _Convolution.apply(x, layer.weight, bias, transposed))
+    padding = layer.weight.shape[-1] // 2
+    if transposed:
+        return F.conv_transpose2d(x, layer.weight, bias, 2, padding, output_padding=1)
+    return F.conv2d(x, layer.weight, bias, 2, padding)
 
 
 def _norm_activation(x: Tensor, norm: nn.Module) -> Tensor:
-    if _by_hand(x):
+    if by_hand(x):
         return cast(Tensor, _NormActivation.apply(x, norm.weight, norm.eps))
     return F.silu(norm(x))
 
@@ -153,5 +176,5 @@ class ImageDecoder(DreamerV3ImageDecoder):
         for convolution, norm in zip(stages[::3], stages[1::3], strict=True):
             hidden = _norm_activation(_convolve(hidden, convolution), norm)
         # One picture after the other, as the losses and the masks have them.
-        image = _convolve(hidden, last).contiguous() + 0.5
+        image = _convolve(hidden, last, last.bias + 0.5).contiguous()
         return image.reshape(*batch_shape, *image.shape[-3:])

@@ -15,20 +15,31 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
+
+from w2f_torchrl.modules.layers import (
+    ONEDNN_MULTIPLICATIONS,
+    Normed,
+    by_hand,
+    norm,
+    norm_backward,
+    product,
+)
+
+#: Floats that a CPU handles at once: below it softmax is not vectorised over a row.
+VECTOR = 16
 
 
 class ScanWeights(NamedTuple):
     """What the recurrence multiplies by; views of TorchRL's parameters."""
 
     belief: Tensor
-    """``[H, D]``, with its bias and norm."""
+    """``[H, D]``, with its bias."""
     belief_bias: Tensor
-    belief_norm: Tensor
     state: Tensor
-    """``[H, S]``, with its bias and norm."""
+    """``[H, S]``, with its bias."""
     state_bias: Tensor
-    state_norm: Tensor
+    input_norm: Tensor
+    """``[2, H]``, of the projected belief and of the projected state."""
     features: Tensor
     """``[2 H, D]``, from both projections to every block."""
     blocks: Tensor
@@ -36,7 +47,7 @@ class ScanWeights(NamedTuple):
     hidden_norm: Tensor
     """``[D]``."""
     gates: Tensor
-    """``[G, w, 3 w]``: reset, candidate, update."""
+    """``[G, w, 3 w]``: reset, update, candidate."""
     gates_bias: Tensor
     """``[G, 1, 3 w]``, the update's constant included."""
     posterior: Tensor
@@ -48,30 +59,20 @@ class ScanWeights(NamedTuple):
     logits_bias: Tensor
 
 
-class _Normed(NamedTuple):
-    """What the backward pass of ``silu(gain * x / rms(x))`` needs."""
-
-    normed: Tensor
-    scaled: Tensor
-    scale: Tensor
-
-
 class _Saved(NamedTuple):
     """What one step keeps for the backward pass."""
 
     belief_in: Tensor
     state_in: Tensor
-    by_belief: _Normed
-    by_state: _Normed
+    by_input: Normed
     features: Tensor
     hidden: Tensor
-    by_hidden: _Normed
-    reset: Tensor
+    by_hidden: Normed
+    opened: Tensor
     candidate_input: Tensor
     candidate: Tensor
-    update: Tensor
     belief: Tensor
-    by_posterior: _Normed
+    by_posterior: Normed
     posterior: Tensor
     probs: Tensor
 
@@ -87,10 +88,8 @@ class _Gradients(NamedTuple):
     gates: Tensor
     hidden_input: Tensor
     hidden_scaled: Tensor
-    belief_input: Tensor
-    belief_scaled: Tensor
-    state_input: Tensor
-    state_scaled: Tensor
+    inputs: Tensor
+    inputs_scaled: Tensor
 
 
 def scan(
@@ -100,7 +99,7 @@ def scan(
     keep: Tensor,
     action_input: Tensor,
     embedded: Tensor,
-    uniform: Tensor,
+    threshold: Tensor,
     unimix: float,
     eps: float,
     steps: tuple[Callable[..., Any], Callable[..., Any]] | None = None,
@@ -114,8 +113,8 @@ def scan(
         keep: 0 where an episode starts, else 1 ``[B, T, 1]``.
         action_input: The action's share of the hidden layer, bias included ``[B, T, D]``.
         embedded: The embedding's share of the posterior's first layer ``[B, T, H]``.
-        uniform: Draws from U[0, 1) ``[T, B, K]``.
-        unimix: Share of the uniform distribution in the posterior.
+        threshold: What decides the draws ``[T, B, K, classes - 1]``: see :func:`thresholds`.
+        unimix: Share of the uniform distribution in the posterior, below 1.
         eps: Of the norms.
         steps: :func:`step_forward` and :func:`step_backward`, or the same compiled.
 
@@ -129,7 +128,7 @@ def scan(
         keep,
         action_input,
         embedded,
-        uniform,
+        threshold,
         unimix,
         eps,
         steps or (step_forward, step_backward),
@@ -147,7 +146,7 @@ class _Scan(torch.autograd.Function):
         keep: Tensor,
         action_input: Tensor,
         embedded: Tensor,
-        uniform: Tensor,
+        threshold: Tensor,
         unimix: float,
         eps: float,
         step_functions: tuple[Callable[..., Any], Callable[..., Any]],
@@ -156,10 +155,11 @@ class _Scan(torch.autograd.Function):
         weights = ScanWeights(*tensors)
         forward_one, ctx.backward_one = step_functions
         steps, states, logits = [], [], []
-        rows = zip(*(x.unbind(1) for x in (keep, action_input, embedded)), uniform, strict=True)
-        for kept, action_t, embedded_t, uniform_t in rows:
+        one_hots = torch.eye(threshold.shape[-1] + 1, dtype=belief.dtype, device=belief.device)
+        rows = zip(*(x.unbind(1) for x in (keep, action_input, embedded)), threshold, strict=True)
+        for kept, action_t, embedded_t, threshold_t in rows:
             state, belief, logit, saved = forward_one(
-                weights, state, belief, kept, action_t, embedded_t, uniform_t, unimix, eps
+                weights, state, belief, kept, action_t, embedded_t, threshold_t, one_hots, eps
             )
             steps.append(saved)
             states.append(state)
@@ -207,45 +207,48 @@ def step_forward(
     keep: Tensor,
     action_input: Tensor,
     embedded: Tensor,
-    uniform: Tensor,
-    unimix: float,
+    threshold: Tensor,
+    one_hots: Tensor,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, _Saved]:
     """One step: state ``[B, S]``, belief ``[B, D]``, logits ``[B, S]``, what backward needs."""
     state_in, belief_in = state * keep, belief * keep
-    projected = torch.addmm(weights.belief_bias, belief_in, weights.belief.t())
-    by_belief, first = _norm(projected, weights.belief_norm, eps)
-    projected = torch.addmm(weights.state_bias, state_in, weights.state.t())
-    by_state, second = _norm(projected, weights.state_norm, eps)
-    features = torch.cat((first, second), -1)
+    first = torch.addmm(weights.belief_bias, belief_in, weights.belief.t())
+    second = torch.addmm(weights.state_bias, state_in, weights.state.t())
+    projected = torch.cat((first, second), -1).unflatten(-1, (2, -1))  # [B, 2, H]
+    by_input, features = norm(projected, weights.input_norm, eps)
+    features = features.flatten(1)
 
     grouped = _blocks(belief_in, weights)  # [G, B, w]
     shared = torch.addmm(action_input, features, weights.features)
     hidden = torch.baddbmm(_blocks(shared, weights), grouped, weights.blocks)
-    by_hidden, hidden = _norm(_flat(hidden), weights.hidden_norm, eps)
+    by_hidden, hidden = norm(_flat(hidden), weights.hidden_norm, eps)
     gates = torch.baddbmm(weights.gates_bias, _blocks(hidden, weights), weights.gates)
-    reset, candidate_input, update = gates.to(belief.dtype).chunk(3, -1)
-    reset, update = reset.sigmoid(), update.sigmoid()
+    if gates.dtype is not belief.dtype:
+        gates = gates.to(belief.dtype)
+    opening, candidate_input = gates.tensor_split((2 * grouped.shape[-1],), -1)
+    opened = opening.sigmoid()
+    reset, update = opened.chunk(2, -1)
     candidate = torch.tanh(reset * candidate_input)
     belief = _flat(torch.lerp(grouped, candidate, update))
 
     projected = torch.addmm(embedded, belief, weights.posterior.t())
-    by_posterior, posterior = _norm(projected, weights.posterior_norm, eps)
-    logits = torch.addmm(weights.logits_bias, posterior, weights.logits.t()).to(belief.dtype)
-    probs = torch.softmax(logits.unflatten(-1, (uniform.shape[-1], -1)), -1)
-    state = draw(probs, unimix, uniform).flatten(-2)
+    by_posterior, posterior = norm(projected, weights.posterior_norm, eps)
+    logits = torch.addmm(weights.logits_bias, posterior, weights.logits.t())
+    if logits.dtype is not belief.dtype:
+        logits = logits.to(belief.dtype)
+    probs = softmax_classes(logits, len(one_hots))
+    state = draw(probs, threshold, one_hots).view_as(logits)
     saved = _Saved(
         belief_in,
         state_in,
-        by_belief,
-        by_state,
+        by_input,
         features,
         hidden,
         by_hidden,
-        reset,
+        opened,
         candidate_input,
         candidate,
-        update,
         belief,
         by_posterior,
         posterior,
@@ -254,13 +257,44 @@ def step_forward(
     return state, belief, logits, saved
 
 
-def draw(probs: Tensor, unimix: float, uniform: Tensor) -> Tensor:
-    """One-hot draws ``[..., K, C]`` from mixed probabilities, inverting their sum."""
-    classes = probs.shape[-1]
-    cumulative = (probs * (1 - unimix) + unimix / classes).cumsum(-1)
-    # Rounding can leave the last cumulative probability below 1, so it is not asked.
-    index = (uniform.unsqueeze(-1) > cumulative[..., :-1]).sum(-1, keepdim=True)
-    return torch.zeros_like(probs).scatter_(-1, index, 1.0)
+def softmax_classes(logits: Tensor, classes: int) -> Tensor:
+    """Probabilities ``[N, K, classes]`` of logits ``[N, K classes]``."""
+    if not by_hand(logits) or classes >= VECTOR:
+        return torch.softmax(logits.unflatten(-1, (-1, classes)), -1)
+    # A CPU's kernel over few values in a row is slow, one over all rows at once is not.
+    outermost = logits.reshape(-1, classes).t().contiguous()
+    return torch.softmax(outermost, 0).t().view(len(logits), -1, classes)
+
+
+def thresholds(uniform: Tensor, unimix: float, classes: int) -> Tensor:
+    """What the cumulative probabilities are compared with, for all steps at once.
+
+    A draw u takes the first class c with u <= (1 - m) F_c + m (c + 1) / classes, F the cumulative
+    probabilities without the uniform share m.
+
+    Args:
+        uniform: Draws from U[0, 1) ``[..., K]``.
+        unimix: m, below 1.
+        classes: Classes of a categorical.
+
+    Returns:
+        ``[..., K, classes - 1]``: class c or a later one is taken above F_c.
+    """
+    share = torch.arange(1, classes, dtype=uniform.dtype, device=uniform.device)
+    return (uniform.unsqueeze(-1) - share * (unimix / classes)) / (1 - unimix)
+
+
+def draw(probs: Tensor, threshold: Tensor, one_hots: Tensor) -> Tensor:
+    """One-hot draws ``[..., K, C]`` from probabilities, inverting their cumulative sum.
+
+    Args:
+        probs: Without the uniform share ``[..., K, C]``.
+        threshold: From :func:`thresholds`. It has no last class: rounding can leave the last
+            cumulative probability below 1, so it is not asked.
+        one_hots: The identity ``[C, C]``.
+    """
+    index = (threshold > probs.cumsum(-1)[..., :-1]).sum(-1)
+    return one_hots.index_select(0, index.flatten()).view(probs.shape)
 
 
 def step_backward(
@@ -276,33 +310,37 @@ def step_backward(
 ) -> _Gradients:
     """One step back: gradients from the step after and from outside, to the step before."""
     # The sample's gradient is that of its probabilities (straight-through).
-    sample = (state + grad_state).view_as(saved.probs) * (1 - unimix)
+    sample = (state + grad_state).view(saved.probs.shape).mul_(1 - unimix)
     inner = (sample * saved.probs).sum(-1, keepdim=True)
     logits = grad_logits + ((sample - inner) * saved.probs).flatten(-2)
     grad = logits @ weights.logits
-    posterior_input, posterior_scaled = _norm_backward(
+    posterior_input, posterior_scaled = norm_backward(
         grad, saved.by_posterior, weights.posterior_norm
     )
     # Sums outside the products: under autocast they stay in float32.
     belief = belief + grad_belief + posterior_input @ weights.posterior
 
     grouped = _blocks(belief, weights)
-    difference = saved.candidate - _blocks(saved.belief_in, weights)
-    through = grouped * saved.update
-    update = through * difference * (1 - saved.update)
-    candidate = through * (1 - saved.candidate.square())
-    reset = candidate * saved.candidate_input * saved.reset * (1 - saved.reset)
-    gates = torch.cat((reset, candidate * saved.reset, update), -1)  # [G, B, 3 w]
+    reset, update = saved.opened.chunk(2, -1)
+    through = grouped * update
+    candidate: Tensor = torch.ops.aten.tanh_backward(through, saved.candidate)
+    opening = torch.cat(
+        (
+            candidate * saved.candidate_input,
+            grouped * (saved.candidate - _blocks(saved.belief_in, weights)),
+        ),
+        -1,
+    )
+    opening = torch.ops.aten.sigmoid_backward(opening, saved.opened)
+    gates = torch.cat((opening, candidate * reset), -1)  # [G, B, 3 w]
     grad = _flat(torch.bmm(gates, weights.gates.transpose(1, 2)))
-    hidden_input, hidden_scaled = _norm_backward(grad, saved.by_hidden, weights.hidden_norm)
+    hidden_input, hidden_scaled = norm_backward(grad, saved.by_hidden, weights.hidden_norm)
     direct = torch.bmm(_blocks(hidden_input, weights), weights.blocks.transpose(1, 2))
     direct = grouped - through + direct
-    features = hidden_input @ weights.features.t()
-    first, second = features.chunk(2, -1)
-    belief_input, belief_scaled = _norm_backward(first, saved.by_belief, weights.belief_norm)
-    state_input, state_scaled = _norm_backward(second, saved.by_state, weights.state_norm)
-    belief = (_flat(direct) + belief_input @ weights.belief) * keep
-    state = (state_input @ weights.state).to(belief.dtype) * keep
+    features = (hidden_input @ weights.features.t()).unflatten(-1, (2, -1))
+    inputs, inputs_scaled = norm_backward(features, saved.by_input, weights.input_norm)
+    belief = (_flat(direct) + inputs[:, 0] @ weights.belief) * keep
+    state = (inputs[:, 1] @ weights.state).to(belief.dtype) * keep
     return _Gradients(
         state,
         belief,
@@ -312,10 +350,8 @@ def step_backward(
         gates,
         hidden_input,
         hidden_scaled,
-        belief_input,
-        belief_scaled,
-        state_input,
-        state_scaled,
+        inputs,
+        inputs_scaled,
     )
 
 
@@ -324,57 +360,49 @@ def _weight_gradients(
 ) -> ScanWeights:
     """Every weight's gradient, one product over all steps."""
 
-    def all_steps(tensors: Iterable[Tensor]) -> Tensor:
-        return torch.cat(list(tensors), -2)  # [(G,) T B, features]
-
-    belief_in = all_steps(s.belief_in for s in steps)
-    hidden_input = all_steps(g.hidden_input for g in grads)
-    belief_input = all_steps(g.belief_input for g in grads)
-    state_input = all_steps(g.state_input for g in grads)
-    logits = all_steps(g.logits for g in grads)
-    gates = all_steps(g.gates for g in grads)
-    hidden = _blocks(all_steps(s.hidden for s in steps), weights)
+    def all_steps(tensors: Iterable[Tensor], dim: int = 0) -> Tensor:
+        return torch.cat(list(tensors), dim)  # [T B, ...], or [G, T B, ...]
 
     def gain(normed: Iterable[Tensor], scaled: Iterable[Tensor]) -> Tensor:
         return (all_steps(normed) * all_steps(scaled)).sum(0)
 
+    belief_in = all_steps(s.belief_in for s in steps)
+    hidden_input = all_steps(g.hidden_input for g in grads)
+    by_belief, by_state = all_steps(g.inputs for g in grads).unbind(1)
+    logits = all_steps(g.logits for g in grads)
+    gates = all_steps((g.gates for g in grads), 1)
+    hidden = _blocks(all_steps(s.hidden for s in steps), weights)
+    posterior = all_steps(g.posterior_input for g in grads)
     return ScanWeights(
-        belief=belief_input.t() @ belief_in,
-        belief_bias=belief_input.sum(0),
-        belief_norm=gain((s.by_belief.normed for s in steps), (g.belief_scaled for g in grads)),
-        state=state_input.t() @ all_steps(s.state_in for s in steps),
-        state_bias=state_input.sum(0),
-        state_norm=gain((s.by_state.normed for s in steps), (g.state_scaled for g in grads)),
-        features=all_steps(s.features for s in steps).t() @ hidden_input,
-        blocks=_blocks(belief_in, weights).transpose(1, 2) @ _blocks(hidden_input, weights),
+        belief=_outer(by_belief, belief_in),
+        belief_bias=by_belief.sum(0),
+        state=_outer(by_state, all_steps(s.state_in for s in steps)),
+        state_bias=by_state.sum(0),
+        input_norm=gain((s.by_input.normed for s in steps), (g.inputs_scaled for g in grads)),
+        features=_outer(all_steps(s.features for s in steps), hidden_input),
+        blocks=_outer_blocks(_blocks(belief_in, weights), _blocks(hidden_input, weights)),
         hidden_norm=gain((s.by_hidden.normed for s in steps), (g.hidden_scaled for g in grads)),
-        gates=hidden.transpose(1, 2) @ gates,
+        gates=_outer_blocks(hidden, gates),
         gates_bias=gates.sum(1, keepdim=True),
-        posterior=all_steps(g.posterior_input for g in grads).t()
-        @ all_steps(s.belief for s in steps),
+        posterior=_outer(posterior, all_steps(s.belief for s in steps)),
         posterior_norm=gain(
             (s.by_posterior.normed for s in steps), (g.posterior_scaled for g in grads)
         ),
-        logits=logits.t() @ all_steps(s.posterior for s in steps),
+        logits=_outer(logits, all_steps(s.posterior for s in steps)),
         logits_bias=logits.sum(0),
     )
 
 
-def _norm(x: Tensor, gain: Tensor, eps: float) -> tuple[_Normed, Tensor]:
-    """``silu(gain * x / rms(x))`` and what its backward pass needs."""
-    x = x.to(gain.dtype)  # from an autocast product
-    scale = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
-    normed = x * scale
-    scaled = normed * gain
-    return _Normed(normed, scaled, scale), F.silu(scaled)
+def _outer(x: Tensor, y: Tensor) -> Tensor:
+    """``[N, I]`` and ``[N, O]`` to the sum of their outer products ``[I, O]``."""
+    return product(x.t(), y.t())
 
 
-def _norm_backward(grad: Tensor, saved: _Normed, gain: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of the norm's input and of its scaled output."""
-    scaled: Tensor = torch.ops.aten.silu_backward(grad.to(gain.dtype), saved.scaled)
-    normed = scaled * gain
-    share = (normed * saved.normed).mean(-1, keepdim=True)
-    return (normed - saved.normed * share) * saved.scale, scaled
+def _outer_blocks(x: Tensor, y: Tensor) -> Tensor:
+    """``[G, N, I]`` and ``[G, N, O]`` to ``[G, I, O]``."""
+    if x[0].numel() * y.shape[-1] < 2 * ONEDNN_MULTIPLICATIONS or not by_hand(x):
+        return x.transpose(1, 2) @ y
+    return torch.stack([_outer(a, b) for a, b in zip(x, y, strict=True)])
 
 
 def _blocks(x: Tensor, weights: ScanWeights) -> Tensor:

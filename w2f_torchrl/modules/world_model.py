@@ -9,11 +9,12 @@ import torch
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModule, TensorDictModuleBase
 from torch import Tensor, nn
-from torchrl.modules import DreamerV3MLP, RSSMPosteriorV3, RSSMPriorV3
+from torchrl.modules import RSSMPosteriorV3, RSSMPriorV3
 
 from w2f_torchrl.modules.config import LATENTS, PRESETS, ModelConfig
 from w2f_torchrl.modules.convolution import ImageDecoder, ImageEncoder
 from w2f_torchrl.modules.dual_decoder import DualImageDecoder
+from w2f_torchrl.modules.layers import MLP
 from w2f_torchrl.modules.rssm import RSSMRollout
 from w2f_torchrl.modules.two_hot import TwoHot
 
@@ -51,10 +52,8 @@ class WorldModel(TensorDictModuleBase):
             self.background_rollout = _build_rollout(_background(config), embedding, None)
         self.decoder = _build_decoder(config, image_size, latent)
         features = config.state_size + config.belief_size
-        self.reward = DreamerV3MLP(
-            features, config.num_bins, config.head_layers, config.units, outscale=0.0
-        )
-        self.continuation = DreamerV3MLP(features, 1, config.head_layers, config.units)
+        self.reward = MLP(features, config.num_bins, config.head_layers, config.units, outscale=0.0)
+        self.continuation = MLP(features, 1, config.head_layers, config.units)
         self.two_hot = TwoHot(config.num_bins)
         self.compiled: dict[str, Callable[..., Tensor]] = {}
         """Compiled forms of submodules that the acting policy shares and calls as they are."""
