@@ -1,6 +1,6 @@
 """Run a Dockerfile's steps in a plain Debian, where there is no container engine.
 
-python scripts/replay_dockerfile.py --root debian [--mirror URL] [--bind FROM:TO] [--env NAME]
+python scripts/replay_dockerfile.py --root debian [--mirror URL] [--bind FROM:TO] [--env NAME=VALUE]
     [--then "python sota_configs/world2filter.py experiment=smoke"]
 
 As root. ``FROM`` becomes a Debian that debootstrap makes in the folder (kept, and taken again, if
@@ -110,10 +110,14 @@ class Replay:
 
 @contextmanager
 def mounted(root: Path, binds: list[str]) -> Iterator[None]:
-    """Mount what a chroot needs, and what is asked for; unmount it whatever happens."""
+    """Mount what a chroot needs, and what is asked for; unmount it whatever happens.
+
+    What is asked for is read-only: a package that is installed in the chroot must not write here.
+    """
     places: list[Path] = []
+    needed = ["/proc:/proc", "/dev:/dev"]
     try:
-        for bind in ["/proc:/proc", "/dev:/dev", *binds]:
+        for bind in [*needed, *binds]:
             source, _, target = bind.partition(":")
             place = root / target.lstrip("/")
             if Path(source).is_dir():
@@ -123,6 +127,8 @@ def mounted(root: Path, binds: list[str]) -> Iterator[None]:
                 place.touch()
             subprocess.run(["mount", "--rbind", source, place], check=True)
             places.append(place)
+            if bind not in needed:
+                subprocess.run(["mount", "-o", "remount,bind,ro", place], check=True)
         yield
     finally:
         for place in reversed(places):
@@ -137,15 +143,15 @@ def main() -> None:
     parser.add_argument("--root", type=Path, required=True)
     parser.add_argument("--suite", default="bookworm")
     parser.add_argument("--mirror", help="Debian's mirror; none: debootstrap's own")
-    parser.add_argument("--bind", action="append", default=[], metavar="FROM:TO")
-    parser.add_argument("--env", action="append", default=[], help="passed on from here")
+    parser.add_argument("--bind", action="append", default=[], metavar="FROM:TO", help="read-only")
+    parser.add_argument("--env", action="append", default=[], metavar="NAME=VALUE")
     parser.add_argument("--then", action="append", default=[], help="run at the end, as the user")
     args = parser.parse_args()
     if not (args.root / "etc" / "debian_version").exists():
         mirror = [args.mirror] if args.mirror else []
         command = ["debootstrap", "--variant=minbase", args.suite, str(args.root), *mirror]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    replay = Replay(args.root, {name: os.environ[name] for name in args.env})
+    replay = Replay(args.root, dict(pair.split("=", 1) for pair in args.env))
     steps = [*instructions(ROOT / "Dockerfile"), *(("RUN", command) for command in args.then)]
     with mounted(args.root, args.bind):
         for name, argument in steps:
