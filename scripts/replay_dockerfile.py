@@ -127,6 +127,8 @@ def mounted(root: Path, binds: list[str]) -> Iterator[None]:
                 place.touch()
             subprocess.run(["mount", "--rbind", source, place], check=True)
             places.append(place)
+            # Or the unmounting would spread to this machine's own /dev.
+            subprocess.run(["mount", "--make-rprivate", place], check=True)
             if bind not in needed:
                 subprocess.run(["mount", "-o", "remount,bind,ro", place], check=True)
         yield
