@@ -28,7 +28,7 @@ from w2f_torchrl.modules import (
     latent_sizes,
 )
 from w2f_torchrl.trainers.config import EnvironmentConfig
-from w2f_torchrl.trainers.evaluator import build_env
+from w2f_torchrl.trainers.environments import build_env
 
 WARM_UP = 2
 

@@ -35,8 +35,8 @@ from w2f_torchrl.modules import PRESETS, latent_sizes
 from w2f_torchrl.segmenters import StudentSegmenter, choose_diverse, mask_iou, train_student
 from w2f_torchrl.trainers import Learner
 from w2f_torchrl.trainers.config import to_run_config
+from w2f_torchrl.trainers.environments import create_env
 from w2f_torchrl.trainers.segmentation import load_backgrounds
-from w2f_torchrl.trainers.trainer import _create_env
 
 FEW = 10
 FRAMES = 2000
@@ -94,11 +94,11 @@ def collection_milliseconds(steps: int = 640) -> float:
             "device": "cpu",
         }
     )
-    env = _create_env(config, 0, 0)
+    env = create_env(config, 0, 0)
     action_size = int(env.action_spec.shape[-1])
     env.close()
     collector = make_collector(
-        partial(_create_env, config),
+        partial(create_env, config),
         Learner.from_config(config, action_size).policy,
         primers=latent_sizes(config.model, action_size),
         num_envs=2,  # as many as a worker of the demo steps on two cores

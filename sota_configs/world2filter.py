@@ -16,11 +16,8 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-import w2f_torchrl  # noqa: F401  # before anything that may import dm_control
 from w2f_torchrl.modules import PRESETS
-from w2f_torchrl.trainers import ConfigError, RunConfig, Trainer, to_run_config
-from w2f_torchrl.trainers.checkpointing import CheckpointError
-from w2f_torchrl.trainers.distributed import RankError, Ranks, lost_ranks_explained
+from w2f_torchrl.trainers import ConfigError, RunConfig, to_run_config
 
 # The typed settings and their defaults live in w2f_torchrl.trainers.config; the YAML groups beside
 # this file only choose among them.
@@ -41,12 +38,25 @@ def run_directory(config: DictConfig) -> str:
 @hydra.main(version_base="1.3", config_path=".", config_name="config")
 def main(config: DictConfig) -> None:
     """Check the settings, then train."""
+    try:
+        config.run_dir = run_directory(config)
+        to_run_config(config).validate()  # before torch and the simulator, whose import takes long
+    except ConfigError as error:
+        sys.exit(f"error: {error}" if os.environ.get("RANK", "0") == "0" else 1)
+    train(config)
+
+
+def train(config: DictConfig) -> None:
+    """Build the run from settings that are checked, and train; import what that takes."""
+    from w2f_torchrl.trainers import Trainer
+    from w2f_torchrl.trainers.checkpointing import CheckpointError
+    from w2f_torchrl.trainers.distributed import RankError, Ranks, lost_ranks_explained
+
     ranks = Ranks.from_environment()  # one, unless torchrun or submitit started several
     quiet = "torchrl" if ranks.is_first else None  # the other ranks only warn
     logging.getLogger(quiet).setLevel(logging.WARNING)
     try:
         with lost_ranks_explained(ranks):
-            config.run_dir = run_directory(config)
             run = to_run_config(config)
             trainer = Trainer(run)  # world model, losses, optimizer, logger
             # Workers step PixelDMControlEnv with the policy -> records -> replay -> slices [B, T]

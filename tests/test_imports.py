@@ -66,6 +66,7 @@ def renders_or_is_refused(result: subprocess.CompletedProcess[str]) -> bool:
     "first",
     [
         "import w2f_torchrl; import dm_control.suite",
+        pytest.param("import w2f_torchrl, mujoco.gl_context, torch", marks=pytest.mark.slow),
         pytest.param("import torch, torchrl; import dm_control.suite", marks=pytest.mark.slow),
     ],
 )
@@ -93,8 +94,9 @@ def test_dm_control_first_never_crashes(first: str, backend: str) -> None:
     assert renders_or_is_refused(result), f"exit status {result.returncode}: {result.stderr}"
 
 
-def test_the_backend_is_chosen_where_the_variable_is_unset() -> None:
-    code = "import os\n" + RENDER + "print(os.environ['MUJOCO_GL'])"
+@pytest.mark.parametrize("first", ["", "import w2f_torchrl.envs; import dm_control.suite"])
+def test_the_backend_is_chosen_where_the_variable_is_unset(first: str) -> None:
+    code = f"import os\n{first}\n" + RENDER + "print(os.environ['MUJOCO_GL'])"
     result = run_python(code, MUJOCO_GL=None)
     assert result.returncode == 0, result.stderr
     assert result.stdout.split()[-1] in LIBRARIES

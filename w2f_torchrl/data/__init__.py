@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
-from w2f_torchrl.data.collection import make_collector, sync_policy_weights
-from w2f_torchrl.data.mask_store import MaskStore, load_masks
-from w2f_torchrl.data.masks import pack_mask, unpack_mask
-from w2f_torchrl.data.records import records_from_rollout
-from w2f_torchrl.data.replay import StreamReplayBuffer, make_replay
-from w2f_torchrl.data.schedule import UpdateSchedule
+from typing import TYPE_CHECKING
+
+from w2f_torchrl._lazy import lazy_exports
+
+if TYPE_CHECKING:
+    from w2f_torchrl.data.collection import make_collector, sync_policy_weights
+    from w2f_torchrl.data.mask_store import MaskStore, load_masks
+    from w2f_torchrl.data.masks import pack_mask, unpack_mask
+    from w2f_torchrl.data.records import records_from_rollout
+    from w2f_torchrl.data.replay import StreamReplayBuffer, make_replay
+    from w2f_torchrl.data.schedule import UpdateSchedule
+else:
+    __getattr__, __dir__ = lazy_exports(
+        __name__,
+        {
+            "collection": ("make_collector", "sync_policy_weights"),
+            "mask_store": ("MaskStore", "load_masks"),
+            "masks": ("pack_mask", "unpack_mask"),
+            "records": ("records_from_rollout",),
+            "replay": ("StreamReplayBuffer", "make_replay"),
+            "schedule": ("UpdateSchedule",),
+        },
+    )
 
 __all__ = [
     "MaskStore",

@@ -1,30 +1,37 @@
 """Environments with uint8 pixels, the simulator's foreground mask, and distractions.
 
-Importing this package chooses MuJoCo's OpenGL backend (``MUJOCO_GL``) if the variable is unset:
-EGL where a display can be had, else OSMesa. dm_control reads it once, at its own import.
+Once this package is imported, MuJoCo's OpenGL backend (``MUJOCO_GL``) is chosen when dm_control is
+first imported, if the variable is unset: EGL where a display can be had, else OSMesa. dm_control
+reads it once, at its own import.
 """
 
 from __future__ import annotations
 
-from w2f_torchrl.envs._gl import load_gl_backend
+from typing import TYPE_CHECKING
 
-load_gl_backend()
-
-from w2f_torchrl.envs.clip_files import BackgroundError  # noqa: E402
-from w2f_torchrl.envs.distractions import (  # noqa: E402
+from w2f_torchrl._lazy import lazy_exports
+from w2f_torchrl.envs import _gl  # noqa: F401  # chooses when dm_control is imported
+from w2f_torchrl.envs.clip_files import BackgroundError
+from w2f_torchrl.envs.distractions import (
     BackgroundConfig,
     CameraConfig,
     ColorConfig,
     DistractionConfig,
 )
-from w2f_torchrl.envs.dm_control import PixelDMControlEnv  # noqa: E402
-from w2f_torchrl.envs.evaluation_sets import EvaluationSet, evaluation_sets  # noqa: E402
-from w2f_torchrl.envs.factory import make_env  # noqa: E402
-from w2f_torchrl.envs.tasks import (  # noqa: E402
-    register_env,
-    validate_distraction,
-    validate_task,
-)
+from w2f_torchrl.envs.evaluation_sets import EvaluationSet, evaluation_sets
+from w2f_torchrl.envs.tasks import register_env, validate_distraction, validate_task
+
+if TYPE_CHECKING:
+    from w2f_torchrl.envs.dm_control import PixelDMControlEnv
+    from w2f_torchrl.envs.factory import make_env
+else:
+    __getattr__, __dir__ = lazy_exports(
+        __name__,
+        {
+            "dm_control": ("PixelDMControlEnv",),
+            "factory": ("make_env",),
+        },
+    )
 
 __all__ = [
     "BackgroundConfig",

@@ -6,6 +6,8 @@ import ctypes
 import importlib
 import os
 
+from w2f_torchrl._import_order import import_torch
+
 _EGL_PLATFORM_DEVICE = 0x313F
 _MAX_DEVICES = 16
 _HEADLESS = ("egl", "osmesa")
@@ -52,25 +54,33 @@ def _osmesa_works() -> bool:
     return False
 
 
+def choose_gl_backend() -> None:
+    """Choose ``MUJOCO_GL`` if it is unset: EGL where a display can be had, else OSMesa.
+
+    dm_control reads the variable once, when it is imported, so this runs right before (see
+    :mod:`w2f_torchrl._import_order`). Worker processes inherit the choice. Where neither works the
+    value is ``"disabled"``: the package can be imported, and an env that has to render raises (see
+    :func:`require_gl_backend`).
+    """
+    if os.environ.get("MUJOCO_GL"):
+        return
+    import_torch()  # the trial below loads Mesa
+    if _egl_works():
+        os.environ["MUJOCO_GL"] = "egl"
+    elif _osmesa_works():
+        os.environ["MUJOCO_GL"] = "osmesa"
+    else:
+        os.environ["MUJOCO_GL"] = "disabled"
+
+
 def load_gl_backend() -> None:
     """Choose ``MUJOCO_GL`` if it is unset, and load dm_control's renderer with it.
-
-    EGL where a display can be had, else OSMesa. dm_control reads the variable once, when it is
-    imported, so this runs when :mod:`w2f_torchrl.envs` is. Worker processes inherit the choice.
-    Where neither works the value is ``"disabled"``: the package can be imported, and an env that
-    has to render raises (see :func:`require_gl_backend`).
 
     Raises:
         RuntimeError: If ``MUJOCO_GL`` asks for a backend that can't be loaded, with the command
             that installs one.
     """
-    if not os.environ.get("MUJOCO_GL"):
-        if _egl_works():
-            os.environ["MUJOCO_GL"] = "egl"
-        elif _osmesa_works():
-            os.environ["MUJOCO_GL"] = "osmesa"
-        else:
-            os.environ["MUJOCO_GL"] = "disabled"
+    choose_gl_backend()
     try:
         importlib.import_module("dm_control._render")
     except (ImportError, AttributeError) as error:  # PyOpenGL: None has no attribute 'egl...'

@@ -1,4 +1,7 @@
-"""Clips that are files: folders of images, and videos."""
+"""Clips that are files: folders of images, and videos.
+
+Settings are checked with this module, so what decodes is imported where a clip is read.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,13 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import av
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, UnidentifiedImageError
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".gif")
@@ -108,12 +113,16 @@ def _images(folder: Path) -> list[Path]:
 
 
 def _resize(picture: Image.Image, size: int) -> UInt8Array:
+    from PIL import Image
+
     shrinks = min(picture.size) >= size
     means = Image.Resampling.BOX if shrinks else Image.Resampling.BILINEAR
     return np.asarray(picture.convert("RGB").resize((size, size), means))
 
 
 def _read_images(folder: Path) -> Iterator[Image.Image]:
+    from PIL import Image, UnidentifiedImageError
+
     for path in _images(folder):
         try:
             with Image.open(path) as picture:
@@ -129,6 +138,9 @@ def _read_images(folder: Path) -> Iterator[Image.Image]:
 
 
 def _read_video(path: Path) -> Iterator[Image.Image]:
+    import av
+    from PIL import Image
+
     try:
         with av.open(path) as container:
             if not container.streams.video:

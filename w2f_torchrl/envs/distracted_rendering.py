@@ -14,7 +14,7 @@ import numpy.typing as npt
 from w2f_torchrl.envs._gl import require_gl_backend
 from w2f_torchrl.envs.distractor import Distractor
 from w2f_torchrl.envs.foreground import BoolArray, StaticTargets
-from w2f_torchrl.envs.rendering import RenderMode, SceneRenderer
+from w2f_torchrl.envs.rendering import SceneRenderer
 from w2f_torchrl.envs.scene import (
     ALL,
     FAST,
@@ -25,6 +25,7 @@ from w2f_torchrl.envs.scene import (
     SceneView,
     UInt8Array,
 )
+from w2f_torchrl.envs.tasks import RenderMode
 
 if TYPE_CHECKING:
     from dm_control.mujoco import Physics

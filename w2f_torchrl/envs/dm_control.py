@@ -8,14 +8,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from dm_control import suite
-from dm_control.mujoco import Physics
-from dm_control.rl.control import Environment
 from dm_env import TimeStep
 from tensordict import TensorDict, TensorDictBase
 from torchrl.data import Bounded, Categorical, Composite, Unbounded
 from torchrl.envs import DMControlEnv
 
+from w2f_torchrl.envs._dm_control import Environment, Physics, suite
 from w2f_torchrl.envs.backgrounds import load_clips
 from w2f_torchrl.envs.distracted_rendering import (
     Renderer,
@@ -24,8 +22,9 @@ from w2f_torchrl.envs.distracted_rendering import (
 )
 from w2f_torchrl.envs.distractions import Distraction, DistractionConfig
 from w2f_torchrl.envs.distractor import Distractor
-from w2f_torchrl.envs.rendering import RenderMode, SceneRenderer
+from w2f_torchrl.envs.rendering import SceneRenderer
 from w2f_torchrl.envs.tasks import (
+    RenderMode,
     default_camera,
     validate_camera,
     validate_distraction,

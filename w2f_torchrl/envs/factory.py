@@ -6,7 +6,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from dm_control import suite
 from torchrl.envs import (
     Compose,
     InitTracker,
@@ -16,11 +15,12 @@ from torchrl.envs import (
     TransformedEnv,
 )
 
+from w2f_torchrl.envs._dm_control import suite
 from w2f_torchrl.envs._gl import require_gl_backend
 from w2f_torchrl.envs.distractions import Distraction, DistractionConfig
 from w2f_torchrl.envs.dm_control import PixelDMControlEnv, make_distractor
-from w2f_torchrl.envs.rendering import RenderMode
 from w2f_torchrl.envs.tasks import (
+    RenderMode,
     default_camera,
     registered_factory,
     validate_camera,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -19,12 +19,10 @@ from w2f_torchrl.envs.scene import (
     SceneView,
     UInt8Array,
 )
+from w2f_torchrl.envs.tasks import RenderMode
 
 if TYPE_CHECKING:
     from dm_control.mujoco import Physics
-
-RenderMode = Literal["fast", "reference"]
-RENDER_MODES: tuple[str, ...] = get_args(RenderMode)
 
 
 class SceneRenderer:

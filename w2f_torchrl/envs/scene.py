@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING
 import mujoco
 import numpy as np
 import numpy.typing as npt
-from dm_control import _render
-from dm_control.mujoco import wrapper
 
+from w2f_torchrl.envs._dm_control import _render, wrapper
 from w2f_torchrl.envs.foreground import StaticTargets
 
 if TYPE_CHECKING:

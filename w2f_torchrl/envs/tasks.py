@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-
-from dm_control import suite
-from torchrl.envs import EnvBase
+from typing import TYPE_CHECKING, Literal, get_args
 
 from w2f_torchrl.envs.backgrounds import select_clips, validate_split
 from w2f_torchrl.envs.distractions import Distraction, DistractionConfig, parse_distraction
-from w2f_torchrl.envs.rendering import RENDER_MODES
+from w2f_torchrl.envs.suite_tasks import TASKS_BY_DOMAIN
+
+if TYPE_CHECKING:
+    from torchrl.envs import EnvBase
+
+RenderMode = Literal["fast", "reference"]
+RENDER_MODES: tuple[str, ...] = get_args(RenderMode)
 
 MIN_IMAGE_SIZE = 16
 
-EnvFactory = Callable[..., EnvBase]
+EnvFactory = Callable[..., "EnvBase"]
 
 _REGISTRY: dict[str, EnvFactory] = {}
 
@@ -35,7 +39,7 @@ def register_env(domain: str, factory: EnvFactory) -> None:
     Raises:
         ValueError: If the name is taken, by the Control Suite or by an earlier call.
     """
-    if domain in _REGISTRY or domain in suite.TASKS_BY_DOMAIN:
+    if domain in _REGISTRY or domain in TASKS_BY_DOMAIN:
         raise ValueError(f"domain {domain!r} is taken: register the env under another name.")
     _REGISTRY[domain] = factory
 
@@ -57,10 +61,10 @@ def validate_task(domain: str, task: str) -> None:
     """
     if domain in _REGISTRY:
         return
-    if domain not in suite.TASKS_BY_DOMAIN:
-        domains = sorted([*suite.TASKS_BY_DOMAIN, *_REGISTRY])
+    if domain not in TASKS_BY_DOMAIN:
+        domains = sorted([*TASKS_BY_DOMAIN, *_REGISTRY])
         raise ValueError(f"domain is {domain!r}: must be one of {', '.join(domains)}.")
-    tasks = suite.TASKS_BY_DOMAIN[domain]
+    tasks = TASKS_BY_DOMAIN[domain]
     if task not in tasks:
         raise ValueError(f"task is {task!r}: {domain} has {', '.join(tasks)}.")
 

@@ -1,24 +1,55 @@
 """Networks: encoder, RSSM, decoders, heads, actor and critic."""
 
-from w2f_torchrl.modules.actor_critic import (
-    GaussianActor,
-    action_distribution,
-    build_actor,
-    build_critic,
-    build_policy,
-    latent_sizes,
-)
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from w2f_torchrl._lazy import lazy_exports
 from w2f_torchrl.modules.config import LATENTS, PRESETS, ModelConfig
-from w2f_torchrl.modules.dual_decoder import DualImageDecoder, compose
-from w2f_torchrl.modules.rssm import (
-    BlockGRUStep,
-    RSSMRollout,
-    Unrolled,
-    imagine,
-    imagine_step,
-    sample_one_hot,
-)
-from w2f_torchrl.modules.world_model import WorldModel, build_world_model
+
+if TYPE_CHECKING:
+    from w2f_torchrl.modules.actor_critic import (
+        GaussianActor,
+        action_distribution,
+        build_actor,
+        build_critic,
+        build_policy,
+        latent_sizes,
+    )
+    from w2f_torchrl.modules.dual_decoder import DualImageDecoder, compose
+    from w2f_torchrl.modules.rssm import (
+        BlockGRUStep,
+        RSSMRollout,
+        Unrolled,
+        imagine,
+        imagine_step,
+        sample_one_hot,
+    )
+    from w2f_torchrl.modules.world_model import WorldModel, build_world_model
+else:
+    __getattr__, __dir__ = lazy_exports(
+        __name__,
+        {
+            "actor_critic": (
+                "GaussianActor",
+                "action_distribution",
+                "build_actor",
+                "build_critic",
+                "build_policy",
+                "latent_sizes",
+            ),
+            "dual_decoder": ("DualImageDecoder", "compose"),
+            "rssm": (
+                "BlockGRUStep",
+                "RSSMRollout",
+                "Unrolled",
+                "imagine",
+                "imagine_step",
+                "sample_one_hot",
+            ),
+            "world_model": ("WorldModel", "build_world_model"),
+        },
+    )
 
 __all__ = [
     "LATENTS",

@@ -6,14 +6,13 @@ that DreamerV3's other loss weights assume.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-ForegroundTarget = Literal["inside", "zero_outside"]
-FOREGROUND_TARGETS = ("inside", "zero_outside")
+from w2f_torchrl.objectives.config import ForegroundTarget
 
 
 def _check(prediction: Tensor, pixels: Tensor, mask: Tensor | None = None) -> None:

@@ -9,10 +9,6 @@ from torch import Tensor
 from torch.nn.functional import max_pool2d
 
 
-class SegmenterUnavailableError(RuntimeError):
-    """A segmenter lacks a package, a file or weights; the message has the commands that get it."""
-
-
 @runtime_checkable
 class Segmenter(Protocol):
     """Anything that finds the foreground: uint8 ``[N, 3, H, W]`` to bool ``[N, 1, H, W]``.

@@ -19,8 +19,8 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from w2f_torchrl.segmenters.base import SegmenterUnavailableError
 from w2f_torchrl.segmenters.sam3_requirements import (
+    SegmenterUnavailableError,
     find_vocabulary,
     find_weights,
     require_package,

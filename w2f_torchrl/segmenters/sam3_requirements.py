@@ -5,8 +5,6 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
-from w2f_torchrl.segmenters.base import SegmenterUnavailableError
-
 REPOSITORY = "facebook/sam3"
 WEIGHTS_FILE = "sam3.pt"
 
@@ -28,6 +26,10 @@ https://huggingface.co/facebook/sam3 , then run:
 
 and pass checkpoint=checkpoints/sam3.pt (segmentation.checkpoint=checkpoints/sam3.pt on the command
 line). Without the weights, segmentation=student learns from a few labelled frames."""
+
+
+class SegmenterUnavailableError(RuntimeError):
+    """A segmenter lacks a package, a file or weights; the message has the commands that get it."""
 
 
 def missing_requirement(

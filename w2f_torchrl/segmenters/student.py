@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate, pad, pixel_shuffle
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from w2f_torchrl.segmenters.base import SegmenterUnavailableError, check_pixels
+from w2f_torchrl.segmenters.base import check_pixels
+from w2f_torchrl.segmenters.sam3_requirements import SegmenterUnavailableError
 
 #: Channels at a half, a quarter and an eighth of the resolution.
 WIDTHS = (16, 32, 32)

@@ -1,13 +1,17 @@
-"""Every setting of a run, typed, with its unit and default, and its validation."""
+"""Every setting of a run, typed, with its unit and default, and its validation.
+
+Torch, TorchRL and the simulator are not imported: a bad setting is reported before they are. Only
+the question whether this machine has the CUDA device that is asked for needs torch; it comes last.
+"""
 
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -15,9 +19,12 @@ from w2f_torchrl.envs import evaluation_sets, validate_distraction, validate_tas
 from w2f_torchrl.envs.backgrounds import SPLITS
 from w2f_torchrl.envs.distractions import Distraction, shows_video
 from w2f_torchrl.envs.tasks import registered_factory
-from w2f_torchrl.modules import LATENTS, ModelConfig
-from w2f_torchrl.objectives import LossConfig
+from w2f_torchrl.modules.config import LATENTS, ModelConfig
+from w2f_torchrl.objectives.config import LossConfig
 from w2f_torchrl.segmenters.sam3_requirements import missing_requirement
+
+if TYPE_CHECKING:
+    import torch
 
 ALGORITHMS = ("world2filter", "dreamer_v3")
 SEGMENTATIONS = ("simulator", "sam3", "student", "median", "auto")
@@ -26,6 +33,8 @@ STORAGES = ("memory", "disk")
 PRECISIONS = ("float32", "bfloat16")
 EXECUTIONS = ("eager", "compile", "compile_all", "cuda_graph")
 GRADIENTS = ("auto", "ddp", "flat")
+
+_DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 
 
 class ConfigError(ValueError):
@@ -290,6 +299,8 @@ class RunConfig:
 
     def torch_device(self) -> torch.device:
         """The device; ``auto`` resolved, and with several ranks to one GPU for each."""
+        import torch
+
         name = self.device
         if name == "auto":
             name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -340,7 +351,7 @@ def _validate(config: RunConfig) -> None:
     config.loss.validate()
     _validate_optimizer(config.optimizer)
     _validate_training(config)
-    _validate_device(config.device)
+    _validate_device(config)
     _validate_distributed(config)
 
 
@@ -435,18 +446,9 @@ def _validate_optimizer(optimizer: OptimizerConfig) -> None:
             raise ConfigError(f"optimizer.{name}={getattr(optimizer, name)} must be in [0, 1).")
 
 
-def _validate_execution(config: RunConfig) -> None:
-    _choice("training.execution", config.training.execution, EXECUTIONS)
-    if config.training.execution == "cuda_graph" and config.torch_device().type != "cuda":
-        raise ConfigError(
-            f"training.execution='cuda_graph' needs device=cuda, got device={config.device!r}; "
-            "on a CPU use eager or compile."
-        )
-
-
 def _validate_training(config: RunConfig) -> None:
     training, envs = config.training, config.environment.num_envs
-    _validate_execution(config)
+    _choice("training.execution", training.execution, EXECUTIONS)
     _at_least("training.total_frames", training.total_frames, 1)
     _at_least("training.batch_size", training.batch_size, 1)
     _at_least("training.batch_length", training.batch_length, 2)
@@ -479,20 +481,21 @@ def _validate_training(config: RunConfig) -> None:
     _at_least("seed", config.seed, 0)
 
 
-def _validate_device(name: str) -> None:
-    if name == "auto":
-        return
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
+def _validate_device(config: RunConfig) -> None:
+    name = config.device
+    if not _DEVICE.fullmatch(name):
+        raise ConfigError(f"device={name!r} is unknown; allowed: auto, cpu, cuda, cuda:N.")
+    if name.startswith("cuda"):
+        import torch
+
+        count = torch.cuda.device_count()
+        if (torch.device(name).index or 0) >= count:
+            raise ConfigError(f"device={name!r}: this machine has {count} CUDA devices.")
+    if config.training.execution == "cuda_graph" and config.torch_device().type != "cuda":
         raise ConfigError(
-            f"device={name!r} is unknown; allowed: auto, cpu, cuda, cuda:N."
-        ) from error
-    if device.type not in ("cpu", "cuda"):
-        raise ConfigError(f"device={name!r} is not supported; allowed: auto, cpu, cuda, cuda:N.")
-    count = torch.cuda.device_count() if device.type == "cuda" else 1
-    if device.type == "cuda" and (device.index or 0) >= count:
-        raise ConfigError(f"device={name!r}: this machine has {count} CUDA devices.")
+            f"training.execution='cuda_graph' needs device=cuda, got device={name!r}; on a CPU "
+            "use eager or compile."
+        )
 
 
 def _validate_distributed(config: RunConfig) -> None:
@@ -514,6 +517,8 @@ def _validate_distributed(config: RunConfig) -> None:
             f"device={config.device!r} is one GPU for {distributed.ranks} ranks; allowed: auto, "
             "cuda, cpu."
         )
+    import torch
+
     count, index = torch.cuda.device_count(), config.torch_device().index
     if index >= count:
         raise ConfigError(f"local rank {index} has no GPU: this machine has {count}.")

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -16,59 +15,14 @@ from torchrl.envs import EnvBase, TensorDictPrimer, TransformedEnv
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from w2f_torchrl.data import records_from_rollout
-from w2f_torchrl.envs import EvaluationSet, evaluation_sets, make_env
-from w2f_torchrl.envs.distractions import shows_video
+from w2f_torchrl.envs import EvaluationSet, evaluation_sets
 from w2f_torchrl.modules import WorldModel, compose, latent_sizes
 from w2f_torchrl.segmenters import mask_iou
 from w2f_torchrl.trainers.checkpointing import load_checkpoint
-from w2f_torchrl.trainers.config import EnvironmentConfig, RunConfig, to_run_config
+from w2f_torchrl.trainers.config import RunConfig, to_run_config
+from w2f_torchrl.trainers.environments import build_env
 from w2f_torchrl.trainers.learner import Learner
 from w2f_torchrl.utils.seeding import derive_seed
-
-
-def build_env(
-    environment: EnvironmentConfig,
-    seed: int,
-    *,
-    foreground_mask: bool = True,
-    evaluation_set: EvaluationSet | None = None,
-) -> TransformedEnv:
-    """Make one env of a run, on the CPU.
-
-    Args:
-        environment: The run's settings; ``num_envs`` is not read.
-        seed: The env's seed.
-        foreground_mask: Whether the simulator's mask is drawn.
-        evaluation_set: In place of the run's own distraction.
-    """
-    return make_env(
-        environment.domain,
-        environment.task,
-        image_size=environment.image_size,
-        action_repeat=environment.action_repeat,
-        **_distraction_settings(environment, evaluation_set),
-        render=environment.render,  # type: ignore[arg-type]
-        camera_id=environment.camera_id,
-        foreground_mask=foreground_mask,
-        seed=seed,
-    )
-
-
-def _distraction_settings(
-    environment: EnvironmentConfig, evaluation_set: EvaluationSet | None
-) -> dict[str, Any]:
-    if evaluation_set is not None:
-        return {
-            "distraction": evaluation_set.distraction or "none",
-            "background_source": evaluation_set.background_source(environment.background_source),
-            "background_split": evaluation_set.split,
-        }
-    videos = shows_video(environment.distraction)
-    return {
-        "distraction": environment.distraction,
-        "background_source": environment.background_source if videos else None,
-        "background_split": environment.background_split,
-    }
 
 
 class LoadedPolicy(TensorDictModuleBase):

@@ -17,7 +17,6 @@ from typing import cast
 
 import torch
 from tensordict import TensorDictBase
-from torchrl.envs import TransformedEnv
 from torchrl.record.loggers.common import Logger
 
 from w2f_torchrl.data import (
@@ -43,7 +42,8 @@ from w2f_torchrl.trainers.distributed import (
     describe_lost_rank,
     is_lost_rank,
 )
-from w2f_torchrl.trainers.evaluator import Evaluator, build_env
+from w2f_torchrl.trainers.environments import build_env, create_env
+from w2f_torchrl.trainers.evaluator import Evaluator
 from w2f_torchrl.trainers.learner import Learner
 from w2f_torchrl.trainers.mask_source import TaughtSource
 from w2f_torchrl.trainers.preemption import hand_over, is_restart, stop_signals
@@ -60,12 +60,6 @@ from w2f_torchrl.utils.seeding import derive_seed
 from w2f_torchrl.utils.video import panel
 
 logger = logging.getLogger(__name__)
-
-
-def _create_env(config: RunConfig, index: int, seed: int) -> TransformedEnv:
-    """Make a collector worker's env; ``index`` is its place in the batch."""
-    del index
-    return build_env(config.environment, seed, foreground_mask=config.needs_masks)
 
 
 class Trainer:
@@ -271,9 +265,10 @@ class Trainer:
         every = self.config.evaluation.every_frames
         if every and self.frames // every > self._evaluated // every:
             self.evaluate()
+            plot_curves(self.run_dir)
 
     def evaluate(self) -> dict[str, float]:
-        """Play evaluation episodes; log returns, videos and curves. Only rank 0 does."""
+        """Play evaluation episodes; log returns and videos. Only rank 0 does."""
         if not self.ranks.is_first:  # it doesn't wait: it collects meanwhile
             self._evaluated = self.frames
             return {}
@@ -289,7 +284,6 @@ class Trainer:
             ):
                 path = self.logger.log_video(name, video, frames=self.frames)
                 logger.info("%s: %s", name.split("/")[1].replace("_", " "), path)
-        plot_curves(self.run_dir)
         return evaluation.metrics
 
     # ---------------------------------------------------------------- building and ending
@@ -365,7 +359,7 @@ class Trainer:
             seed=derive_seed(seed, "replay", self.ranks.rank),
         )
         self.collector = make_collector(
-            partial(_create_env, config),
+            partial(create_env, config),
             self.learner.policy,
             primers=latent_sizes(config.model, self.action_size),
             num_envs=envs,

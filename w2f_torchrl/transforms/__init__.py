@@ -1,5 +1,22 @@
 """Transforms that write foreground masks, for any TorchRL pipeline."""
 
-from w2f_torchrl.transforms.foreground_mask import ForegroundMaskTransform, SAM3MaskTransform
+from __future__ import annotations
 
-__all__ = ["ForegroundMaskTransform", "SAM3MaskTransform"]
+from typing import TYPE_CHECKING
+
+from w2f_torchrl._lazy import lazy_exports
+
+if TYPE_CHECKING:
+    from w2f_torchrl.transforms.foreground_mask import ForegroundMaskTransform, SAM3MaskTransform
+else:
+    __getattr__, __dir__ = lazy_exports(
+        __name__,
+        {
+            "foreground_mask": ("ForegroundMaskTransform", "SAM3MaskTransform"),
+        },
+    )
+
+__all__ = [
+    "ForegroundMaskTransform",
+    "SAM3MaskTransform",
+]

@@ -1,0 +1,61 @@
+"""Scales and constants of the losses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+ForegroundTarget = Literal["inside", "zero_outside"]
+FOREGROUND_TARGETS: tuple[str, ...] = get_args(ForegroundTarget)
+
+
+@dataclass
+class LossConfig:
+    """Scales and constants of the losses; the defaults are the paper's (hyperparameter table)."""
+
+    image: float = 1.0
+    foreground: float = 1.0
+    mask: float = 1.0
+    background: float = 1.0
+    reward: float = 1.0
+    continuation: float = 1.0
+    dynamics: float = 1.0
+    representation: float = 0.1
+    actor: float = 1.0
+    critic: float = 1.0
+    replay_critic: float = 0.3
+    foreground_target: str = "inside"
+    free_nats: float = 1.0
+    entropy: float = 3e-4
+    imagination_horizon: int = 15
+    """H, imagined agent steps."""
+    discount_horizon: float = 333.0
+    """Agent steps; the discount is 1 - 1 / this, carried by the continuation."""
+    lmbda: float = 0.95
+    slow_critic_rate: float = 0.02
+    """Share of the critic that the slow critic takes in at each update."""
+    slow_critic_regularization: float = 1.0
+    return_rate: float = 0.01
+    """Rate of the running 5 % and 95 % quantiles of the returns."""
+
+    def validate(self) -> None:
+        """Raise ``ValueError`` naming the first setting out of range."""
+        if self.foreground_target not in FOREGROUND_TARGETS:
+            raise ValueError(
+                f"loss.foreground_target={self.foreground_target!r} is unknown; allowed: "
+                f"{', '.join(FOREGROUND_TARGETS)}."
+            )
+        if self.foreground_target == "inside" and self.mask <= 0:
+            raise ValueError(
+                f"loss.mask={self.mask} must be above 0 with loss.foreground_target='inside': "
+                "colours inside the mask alone teach no pose."
+            )
+        for name, value in vars(self).items():
+            if not isinstance(value, str) and value < 0:
+                raise ValueError(f"loss.{name}={value} must not be negative.")
+        for name in ("lmbda", "slow_critic_rate", "return_rate"):
+            if getattr(self, name) > 1:
+                raise ValueError(f"loss.{name}={getattr(self, name)} must be in [0, 1].")
+        for name in ("imagination_horizon", "discount_horizon"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"loss.{name}={getattr(self, name)} must be at least 1.")
