@@ -197,7 +197,9 @@ def _encode(path: Path, pictures: np.ndarray, fps: float, scale: int) -> None:
         assert isinstance(stream, av.VideoStream)  # the codec decides the stream's class
         stream.width, stream.height = width + width % 2, height + height % 2
         stream.pix_fmt = "yuv420p"
-        stream.options = {"crf": "16"} if codec == "libx264" else {"qscale": "2"}
+        # x264's own preset takes more than twice the time, for files of about the same size.
+        x264 = {"crf": "16", "preset": "veryfast"}
+        stream.options = dict(x264 if codec == "libx264" else {"qscale": "2"})
         for picture in pictures:
             large = picture.repeat(scale, 0).repeat(scale, 1)
             large = np.pad(large, ((0, height % 2), (0, width % 2), (0, 0)))
