@@ -7,6 +7,8 @@ from typing import Literal, get_args
 
 ForegroundTarget = Literal["inside", "zero_outside"]
 FOREGROUND_TARGETS: tuple[str, ...] = get_args(ForegroundTarget)
+ForegroundScale = Literal["none", "area"]
+FOREGROUND_SCALES: tuple[str, ...] = get_args(ForegroundScale)
 
 
 @dataclass
@@ -25,6 +27,12 @@ class LossConfig:
     critic: float = 1.0
     replay_critic: float = 0.3
     foreground_target: str = "inside"
+    foreground_scale: str = "none"
+    """none: the foreground's colour error is a sum over the mask's pixels; area: divided by the
+    share of the pictures that the batch's masks cover, so that it weighs as a whole picture's."""
+    selective: float | None = None
+    """For imperfect masks: where the mask head is surer of foreground than this, a probability in
+    [0.5, 1), and the mask says background, colour errors are dropped. null: masks are right."""
     free_nats: float = 1.0
     entropy: float = 3e-4
     imagination_horizon: int = 15
@@ -50,8 +58,20 @@ class LossConfig:
                 f"loss.mask={self.mask} must be above 0 with loss.foreground_target='inside': "
                 "colours inside the mask alone teach no pose."
             )
+        if self.foreground_scale not in FOREGROUND_SCALES:
+            raise ValueError(
+                f"loss.foreground_scale={self.foreground_scale!r} is unknown; allowed: "
+                f"{', '.join(FOREGROUND_SCALES)}."
+            )
+        if self.selective is not None and not 0.5 <= self.selective < 1:
+            raise ValueError(f"loss.selective={self.selective} must be in [0.5, 1), or null.")
+        if self.selective is not None and self.mask <= 0:
+            raise ValueError(
+                f"loss.mask={self.mask} must be above 0 with loss.selective={self.selective}: a "
+                "mask head that learns nothing can't correct masks."
+            )
         for name, value in vars(self).items():
-            if not isinstance(value, str) and value < 0:
+            if isinstance(value, int | float) and value < 0:
                 raise ValueError(f"loss.{name}={value} must not be negative.")
         for name in ("lmbda", "slow_critic_rate", "return_rate"):
             if getattr(self, name) > 1:

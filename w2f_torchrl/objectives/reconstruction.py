@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from w2f_torchrl.objectives.config import ForegroundTarget
+from w2f_torchrl.objectives.config import ForegroundScale, ForegroundTarget
 
 
 def _check(prediction: Tensor, pixels: Tensor, mask: Tensor | None = None) -> None:
@@ -80,6 +80,9 @@ def foreground_loss(
     pixels: Tensor,
     mask: Tensor,
     target: ForegroundTarget = "inside",
+    *,
+    scale: ForegroundScale = "none",
+    dropped: Tensor | None = None,
 ) -> Tensor:
     """Squared error of the foreground's colours, linear in the mask.
 
@@ -91,13 +94,44 @@ def foreground_loss(
             teach the pose (for a bool mask this is the squared error to image x mask);
             ``"inside"`` asks for nothing there and needs :func:`mask_loss` beside it, or a
             one-coloured agent could be painted everywhere.
+        scale: ``"area"`` divides the error inside the mask by the share of the pictures that the
+            masks cover. The share is the batch's: a picture that shows a corner of the agent must
+            not weigh as one that shows all of it.
+        dropped: bool ``[..., 1, H, W]``, from :func:`doubted`: no black is asked for there.
     """
     _check(prediction, pixels, mask)
     weight = mask.to(prediction.dtype)
     loss: Tensor = _SquaredError.apply(prediction, pixels, weight)
+    if scale == "area":
+        loss = loss / weight.mean().clamp(min=1 / weight.numel())
     if target == "zero_outside":
-        loss = loss + _SquaredError.apply(prediction, torch.zeros_like(pixels), 1 - weight)
+        outside = _outside(weight, dropped)
+        loss = loss + _SquaredError.apply(prediction, torch.zeros_like(pixels), outside)
     return loss
+
+
+def _outside(mask: Tensor, dropped: Tensor | None) -> Tensor:
+    return 1 - mask if dropped is None else (1 - mask).masked_fill(dropped, 0)
+
+
+def doubted(mask_logits: Tensor, mask: Tensor, threshold: float) -> Tensor:
+    """Where the model is sure of foreground and the given mask says background.
+
+    A segmenter that loses the agent for a few frames can't convince a model that has seen it in the
+    others: there the model's own mask is the better one, and what lies there is no background
+    (the selective loss of Segmentation Dreamer). No gradient passes.
+
+    Args:
+        mask_logits: The model's mask ``[..., 1, H, W]``.
+        mask: bool, or confidence in [0, 1], ``[..., 1, H, W]``.
+        threshold: Probability above which the model is sure.
+
+    Returns:
+        bool ``[..., 1, H, W]``.
+    """
+    _check_mask(mask, mask_logits)
+    says_background = ~mask if mask.dtype is torch.bool else mask < 0.5
+    return (mask_logits.detach().sigmoid() > threshold) & says_background
 
 
 def mask_loss(mask_logits: Tensor, mask: Tensor) -> Tensor:
@@ -113,15 +147,18 @@ def mask_loss(mask_logits: Tensor, mask: Tensor) -> Tensor:
     return (F.softplus(mask_logits) - own).sum() / _pictures(mask_logits)
 
 
-def background_loss(prediction: Tensor, pixels: Tensor, mask: Tensor) -> Tensor:
+def background_loss(
+    prediction: Tensor, pixels: Tensor, mask: Tensor, *, dropped: Tensor | None = None
+) -> Tensor:
     """Squared error of the background's colours, outside the mask only.
 
     Args:
         prediction: Colours ``[..., 3, H, W]``.
         pixels: uint8 ``[..., 3, H, W]``.
         mask: bool, or confidence in [0, 1], ``[..., 1, H, W]``.
+        dropped: bool ``[..., 1, H, W]``, from :func:`doubted`: no error is counted there.
     """
     _check(prediction, pixels, mask)
-    weight = 1 - mask.to(prediction.dtype)
+    weight = _outside(mask.to(prediction.dtype), dropped)
     loss: Tensor = _SquaredError.apply(prediction, pixels, weight)
     return loss

@@ -22,7 +22,7 @@ from w2f_torchrl.modules import (
     imagine_step,
 )
 from w2f_torchrl.objectives import reconstruction
-from w2f_torchrl.objectives.config import ForegroundTarget, LossConfig
+from w2f_torchrl.objectives.config import ForegroundScale, ForegroundTarget, LossConfig
 from w2f_torchrl.objectives.returns import ReturnNorm, lambda_return
 from w2f_torchrl.segmenters import mask_iou
 
@@ -158,18 +158,24 @@ class World2FilterLoss(LossModule):
             return {"image": reconstruction.image_loss(td.get("reconstructed_pixels"), pixels)}, {}
         mask, logits = td.get("foreground_mask"), td.get("mask_logits")
         kind: ForegroundTarget = self.config.foreground_target  # type: ignore[assignment]
+        scale: ForegroundScale = self.config.foreground_scale  # type: ignore[assignment]
+        threshold = self.config.selective
+        dropped = None if threshold is None else reconstruction.doubted(logits, mask, threshold)
         losses = {
             "foreground": reconstruction.foreground_loss(
-                td.get("foreground_pixels"), pixels, mask, kind
+                td.get("foreground_pixels"), pixels, mask, kind, scale=scale, dropped=dropped
             ),
             "mask": reconstruction.mask_loss(logits, mask),
         }
         if "background_pixels" in td.keys():
             losses["background"] = reconstruction.background_loss(
-                td.get("background_pixels"), pixels, mask
+                td.get("background_pixels"), pixels, mask, dropped=dropped
             )
         true_mask = mask if mask.dtype is torch.bool else mask > 0.5
-        return losses, {"wm/mask_iou": mask_iou(logits.detach() > 0, true_mask).mean()}
+        metrics = {"wm/mask_iou": mask_iou(logits.detach() > 0, true_mask).mean()}
+        if dropped is not None:
+            metrics["wm/doubted_share"] = dropped.float().mean()
+        return losses, metrics
 
     # ---------------------------------------------------------------- actor and critic
 
