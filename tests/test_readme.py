@@ -256,7 +256,13 @@ def test_a_reason_is_given_for_what_is_not_run():
 # ------------------------------------------------------------------ training, shortened
 
 SHORT = {
-    "training": {"total_frames": 120, "batch_size": 2, "batch_length": 8, "prefill_steps": 40},
+    "training": {
+        "total_frames": 120,
+        "batch_size": 2,
+        "batch_length": 8,
+        "prefill_steps": 40,
+        "train_ratio": 2,
+    },
     "collection": {"num_workers": 0, "steps_per_batch": 8},
     "environment": {"num_envs": 2, "image_size": 16},
     "evaluation": {"every_frames": 0},

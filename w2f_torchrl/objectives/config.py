@@ -16,17 +16,29 @@ class LossConfig:
     """Scales and constants of the losses; the defaults are the paper's (hyperparameter table)."""
 
     image: float = 1.0
+    """Weight of the picture's reconstruction (`algo=dreamer_v3` only)."""
     foreground: float = 1.0
+    """Weight of the foreground's colours."""
     mask: float = 1.0
+    """Weight of the predicted mask's cross-entropy."""
     background: float = 1.0
+    """Weight of the background's colours."""
     reward: float = 1.0
+    """Weight of the reward's prediction."""
     continuation: float = 1.0
+    """Weight of the continuation's prediction."""
     dynamics: float = 1.0
+    """Weight of the KL that trains the prior; of both latents."""
     representation: float = 0.1
+    """Weight of the KL that trains the posterior and the encoder; of both latents."""
     actor: float = 1.0
+    """Weight of the actor's loss."""
     critic: float = 1.0
+    """Weight of the critic's loss in imagination."""
     replay_critic: float = 0.3
+    """Weight of the critic's loss on replayed rewards."""
     foreground_target: str = "inside"
+    """inside: colours are compared inside the mask; zero_outside: with picture x mask over all."""
     foreground_scale: str = "none"
     """none: the foreground's colour error is a sum over the mask's pixels; area: divided by the
     share of the pictures that the batch's masks cover, so that it weighs as a whole picture's."""
@@ -34,15 +46,19 @@ class LossConfig:
     """For imperfect masks: where the mask head is surer of foreground than this, a probability in
     [0.5, 1), and the mask says background, colour errors are dropped. null: masks are right."""
     free_nats: float = 1.0
+    """Nats of KL, summed over a state's categoricals, below which there is no gradient."""
     entropy: float = 3e-4
+    """Weight of the policy's entropy in the actor's loss."""
     imagination_horizon: int = 15
     """H, imagined agent steps."""
     discount_horizon: float = 333.0
     """Agent steps; the discount is 1 - 1 / this, carried by the continuation."""
     lmbda: float = 0.95
+    """Weight of the longer return in the lambda-returns, in [0, 1]."""
     slow_critic_rate: float = 0.02
     """Share of the critic that the slow critic takes in at each update."""
     slow_critic_regularization: float = 1.0
+    """Weight of the pull of the critic towards the slow critic."""
     return_rate: float = 0.01
     """Rate of the running 5 % and 95 % quantiles of the returns."""
 
