@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import threading
+import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from _ranks import run_ranks
 from test_trainers import tiny_run
 
@@ -14,7 +18,7 @@ from w2f_torchrl.data import UpdateSchedule
 from w2f_torchrl.trainers import ConfigError, RunConfig, Trainer
 from w2f_torchrl.trainers.checkpointing import latest_checkpoint, load_checkpoint
 from w2f_torchrl.trainers.config import DistributedConfig
-from w2f_torchrl.trainers.distributed import Ranks
+from w2f_torchrl.trainers.distributed import RankError, Ranks, _fresh_store
 from w2f_torchrl.utils.logging import read_metrics
 
 FRAMES_A_ROUND = 2 * 8 * 2  # envs, steps of each, action repeat; of one rank
@@ -62,6 +66,30 @@ def talk(rank: int, size: int, run_dir: str) -> None:
     tensor = torch.full((3,), float(rank))
     ranks.copy_from_first([tensor])
     assert not tensor.any()
+
+
+def test_an_attempt_has_a_store_that_no_earlier_one_used():
+    """Ranks of a first attempt leave their greetings; one of the second comes late, one early."""
+    store, timeout = dist.HashStore(), timedelta(seconds=20)
+    stores = {}
+
+    def join(rank: int, delay: float) -> None:
+        time.sleep(delay)
+        stores[rank] = _fresh_store(store, rank, 3, timeout)
+
+    for attempt in range(3):
+        delays = (0.0, 0.2, 0.05) if attempt % 2 else (0.2, 0.0, 0.1)
+        threads = [threading.Thread(target=join, args=item) for item in enumerate(delays)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(20)
+        assert sorted(stores) == [0, 1, 2]
+        assert not any(stores[rank].check(["address"]) for rank in range(3))
+        stores.pop(0).set("address", "of this attempt")
+        assert all(stores.pop(rank).get("address") == b"of this attempt" for rank in (1, 2))
+    with pytest.raises(RankError, match=r"ranks \[1, 2\] of 3 did not come"):
+        _fresh_store(store, 0, 3, timedelta(seconds=0.1))
 
 
 def fail(message: str) -> None:

@@ -11,6 +11,8 @@ import importlib.util
 import itertools
 import logging
 import os
+import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -18,7 +20,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 logger = logging.getLogger(__name__)
@@ -87,11 +89,7 @@ class Ranks:
             return
         timeout = timedelta(seconds=timeout_seconds)
         store, *_ = next(iter(rendezvous("env://", timeout=timeout)))
-        if os.environ.get("GROUP_WORLD_SIZE") == "1":
-            # On one machine torchrun gives the ranks that it starts again the store of those before
-            # them, and with it the addresses where nobody listens any more.
-            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-            store = PrefixStore(f"attempt_{attempt}", store)
+        store = _fresh_store(store, self.rank, self.size, timeout)
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
             store=store,
@@ -214,6 +212,36 @@ def _export_submitit_tasks() -> None:
     environment = TorchDistributedEnvironment()
     if environment.world_size > 1:
         environment.export(set_cuda_visible_devices=False)
+
+
+def _fresh_store(store: Store, rank: int, size: int, timeout: timedelta) -> Store:
+    """The part of a store that this attempt's ranks share, and no others ever did.
+
+    torchrun starts ranks again with the store of those before them, where a rank that is early
+    finds addresses at which nobody listens any more. So rank 0 draws a name for the attempt, and
+    tells it to each rank under an identity that the rank has drawn, until the rank has answered.
+
+    Raises:
+        RankError: If ranks are missing when the time is up.
+    """
+    own, end = uuid.uuid4().hex, time.monotonic() + timeout.total_seconds()
+    if rank > 0:
+        store.set(f"hello/{rank}", own)
+        store.wait([f"welcome/{own}"], timeout)
+        attempt = store.get(f"welcome/{own}").decode()
+        store.set(f"{attempt}/{rank}", "here")
+        return PrefixStore(attempt, store)
+    missing = set(range(1, size))
+    while missing:
+        for other in sorted(missing):
+            if store.check([f"hello/{other}"]):  # by this attempt's rank, or by an earlier one's
+                store.set(f"welcome/{store.get(f'hello/{other}').decode()}", own)
+            if store.check([f"{own}/{other}"]):
+                missing.discard(other)
+        if missing and time.monotonic() > end:
+            raise RankError(f"ranks {sorted(missing)} of {size} did not come within {timeout}.")
+        time.sleep(0.02)
+    return PrefixStore(own, store)
 
 
 def _leave() -> None:

@@ -86,7 +86,9 @@ class Trainer:
         self.run_dir = Path(config.run_dir)
         self.device = config.torch_device()
         self.ranks.connect(self.device, config.distributed.timeout_seconds)
-        checkpoint = self.ranks.on_first(self._resolve_resume)
+        # torchrun counts on the machine where a rank failed only.
+        again = any(self.ranks.gather([is_restart(self.run_dir)]))
+        checkpoint = self.ranks.on_first(partial(self._resolve_resume, again))
         torch.manual_seed(derive_seed(config.seed, "learner", self.ranks.rank))
         keep_freed_memory()
         self.action_size, env_has_mask = self._probe_env()
@@ -133,9 +135,9 @@ class Trainer:
                 config.training.batch_length,
             )
 
-    def _resolve_resume(self) -> Path | None:
+    def _resolve_resume(self, again: bool) -> Path | None:
         # A launcher that starts a run again means to go on with it.
-        resume = self.config.resume or ("auto" if is_restart(self.run_dir) else None)
+        resume = self.config.resume or ("auto" if again else None)
         checkpoint = resolve_resume(resume, self.run_dir)
         if resume is None and (self.run_dir / "metrics.jsonl").exists():
             raise CheckpointError(
