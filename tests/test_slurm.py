@@ -58,9 +58,10 @@ def cluster() -> Iterator[SlurmCluster]:
 
 
 @pytest.fixture(scope="module")
-def journal(cluster: SlurmCluster) -> Journal:
+def journal(cluster: SlurmCluster, tmp_path_factory: pytest.TempPathFactory) -> Journal:
     path = os.environ.get("W2F_SLURM_LOG")
-    hidden = {str(cluster.folder.parent): "<folder>", str(ROOT): "<checkout>"}
+    hidden = {str(cluster.folder.parent): "<cluster>", str(ROOT): "<checkout>"}
+    hidden |= {str(tmp_path_factory.getbasetemp()): "<folder>"}
     hidden |= {sys.executable: "python", socket.gethostname(): "<host>"}
     return Journal(Path(path) if path else None, hidden)
 
