@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from w2f_torchrl.data.collection import make_collector, sync_policy_weights
     from w2f_torchrl.data.mask_store import MaskStore, load_masks
     from w2f_torchrl.data.masks import pack_mask, unpack_mask
+    from w2f_torchrl.data.overlap import OverlappedCollector
     from w2f_torchrl.data.records import records_from_rollout
     from w2f_torchrl.data.replay import StreamReplayBuffer, make_replay
     from w2f_torchrl.data.schedule import UpdateSchedule
@@ -20,6 +21,7 @@ else:
             "collection": ("make_collector", "sync_policy_weights"),
             "mask_store": ("MaskStore", "load_masks"),
             "masks": ("pack_mask", "unpack_mask"),
+            "overlap": ("OverlappedCollector",),
             "records": ("records_from_rollout",),
             "replay": ("StreamReplayBuffer", "make_replay"),
             "schedule": ("UpdateSchedule",),
@@ -28,6 +30,7 @@ else:
 
 __all__ = [
     "MaskStore",
+    "OverlappedCollector",
     "StreamReplayBuffer",
     "UpdateSchedule",
     "load_masks",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import copy
 import signal
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +19,7 @@ from torchrl.envs import EnvBase, SerialEnv, TransformedEnv
 from torchrl.envs.transforms import TensorDictPrimer
 from torchrl.envs.utils import ExplorationType
 
+from w2f_torchrl.data.overlap import OverlappedCollector
 from w2f_torchrl.utils.seeding import derive_seed
 
 EnvFactory = Callable[[int, int], EnvBase]
@@ -54,7 +56,8 @@ def make_collector(
     rank: int = 0,
     device: torch.device | str = "cpu",
     extra_keys: Sequence[NestedKey] = (),
-) -> Collector | MultiSyncCollector:
+    overlap: bool = False,
+) -> Collector | MultiSyncCollector | OverlappedCollector:
     """Make a collector of ``[N, T]`` batches of consecutive transitions.
 
     Each worker process steps ``num_envs / num_workers`` envs one after the other and asks its copy
@@ -80,14 +83,20 @@ def make_collector(
         rank: This process's rank among distributed learners.
         device: Where the workers' policies run; envs and batches are on CPU.
         extra_keys: More keys that batches keep.
+        overlap: Whether the next batch is collected while the last is learned from; needs workers.
 
     Returns:
-        TorchRL's MultiSyncCollector, or its Collector for ``num_workers=0``.
+        TorchRL's MultiSyncCollector (overlapped if asked), or its Collector for ``num_workers=0``.
 
     Raises:
         ValueError: If the counts don't divide, or an env lacks ``is_init`` (raised by the worker).
     """
     _check_counts(num_envs, num_workers, frames_per_batch)
+    if overlap:
+        if not num_workers:
+            raise ValueError(f"overlap=True needs workers, and num_workers={num_workers} has none.")
+        # The workers see the policy's own memory, which a learner changes in place meanwhile.
+        policy = copy.deepcopy(policy)
     per_worker = num_envs // max(num_workers, 1)
     env_seed = derive_seed(seed, "train", rank)
     make_worker_env = [
@@ -114,7 +123,7 @@ def make_collector(
     }
     if num_workers == 0:
         return Collector(make_worker_env[0], **options)
-    return _SyncCollector(
+    collector = _SyncCollector(
         make_worker_env,
         **options,
         cat_results=0,
@@ -124,6 +133,7 @@ def make_collector(
         # the workers wait while the learner computes.
         num_threads=torch.get_num_threads(),
     )
+    return OverlappedCollector(collector) if overlap else collector
 
 
 class _SyncCollector(MultiSyncCollector):
@@ -156,7 +166,7 @@ def _shutdown_if_alive(collector: weakref.ref[_SyncCollector]) -> None:
 
 
 def sync_policy_weights(
-    collector: Collector | MultiSyncCollector, policy: TensorDictModuleBase
+    collector: Collector | MultiSyncCollector | OverlappedCollector, policy: TensorDictModuleBase
 ) -> None:
     """Copy the policy's weights to every worker.
 

@@ -190,6 +190,8 @@ class CollectionConfig:
     """Worker processes; 0: in the trainer's own; null: one per core, at most one per env."""
     steps_per_batch: int = 16
     """Agent steps of each env between two rounds of updates."""
+    overlap: bool = False
+    """Collect the next batch while the learner learns; the policy that acts is one batch older."""
 
 
 @dataclass
@@ -472,6 +474,10 @@ def _validate_training(config: RunConfig) -> None:
     if workers is not None and (workers < 0 or (workers and envs % workers)):
         raise ConfigError(
             f"collection.num_workers={workers} must be 0 or divide environment.num_envs={envs}."
+        )
+    if config.collection.overlap and workers == 0:
+        raise ConfigError(
+            "collection.overlap=true needs worker processes, and collection.num_workers=0 has none."
         )
     _at_least("evaluation.every_frames", config.evaluation.every_frames, 0)
     _at_least("evaluation.episodes", config.evaluation.episodes, 1)

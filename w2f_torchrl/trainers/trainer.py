@@ -358,6 +358,7 @@ class Trainer:
             path=self._replay_folder() if config.replay.storage == "disk" else None,
             exist_ok=True,
             newest_first=config.replay.newest_first,
+            pin_memory=self.device.type == "cuda",
             seed=derive_seed(seed, "replay", self.ranks.rank),
         )
         self.collector = make_collector(
@@ -370,6 +371,7 @@ class Trainer:
             seed=seed,
             rank=self.ranks.rank,
             device=self.device,
+            overlap=config.collection.overlap,
         )
         self.progress = (
             ProgressBar(
