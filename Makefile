@@ -52,7 +52,7 @@ lock: $(STAMP)  ## Lock the requirements again; ARGS=--upgrade takes the newest 
 	$(COMPILE) --extra dev --extra docs --constraints requirements/locked-extras.txt \
 		--output-file requirements/locked.txt
 
-extras: $(STAMP)  ## Add the locked packages of the extras sam3, wandb and slurm.
+extras: $(STAMP)  ## Add the locked packages of all extras.
 	$(VENV_PYTHON) -m uv pip install --python $(VENV_PYTHON) --no-deps -r requirements/locked-extras.txt
 
 docs: export NO_MKDOCS_2_WARNING = 1

@@ -23,7 +23,7 @@ import w2f_torchrl
 ROOT = Path(__file__).resolve().parents[1]
 LOCKS = {
     "locked.txt": ["dev", "docs"],
-    "locked-extras.txt": ["dev", "docs", "sam3", "wandb", "slurm"],
+    "locked-extras.txt": ["dev", "docs", "sam3", "wandb", "tensorboard", "slurm"],
 }
 
 

@@ -204,13 +204,13 @@ def test_wandb_missing_names_the_command(tmp_path, monkeypatch):
 def test_wandb_gets_one_id_per_run_directory_and_no_secrets(tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
-    monkeypatch.setattr(wandb_logging, "WandbLogger", lambda *a, **k: calls.append((a, k)))
+    monkeypatch.setattr(wandb_logging, "RunWandbLogger", lambda *a, **k: calls.append((a, k)))
     for _ in range(2):
         config = {"seed": 3, "optimizer": {"max_tokens": 1}}
         make_wandb_logger(tmp_path / "run", project="p", entity="e", config=config, mode="offline")
     assert calls[0] == calls[1]
     (name,), settings = calls[0]
-    assert (name, settings["offline"], settings["project"]) == ("run", True, "p")
+    assert (name, settings["mode"], settings["project"]) == ("run", "offline", "p")
     assert settings["config"] == config
     for config in ({"api_key": "x"}, {"a": {"HF_TOKEN": "x"}}, {"wandb_password": "x"}):
         with pytest.raises(ValueError, match="looks like a secret"):

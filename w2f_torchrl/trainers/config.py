@@ -6,6 +6,7 @@ the question whether this machine has the CUDA device that is asked for needs to
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 from dataclasses import dataclass, field
@@ -31,6 +32,8 @@ SEGMENTATIONS = ("simulator", "sam3", "student", "median", "auto")
 TEACHERS = ("simulator", "sam3")
 STORAGES = ("memory", "disk")
 PRECISIONS = ("float32", "bfloat16")
+LOGGER_PACKAGES = {"use_wandb": ("wandb", "moviepy"), "tensorboard": ("tensorboard",)}
+WANDB_MODES = ("auto", "online", "offline")
 EXECUTIONS = ("eager", "compile", "compile_all", "cuda_graph")
 GRADIENTS = ("auto", "ddp", "flat")
 
@@ -236,9 +239,26 @@ class LoggingConfig:
 
     every_updates: int = 50
     """Updates that one line of training metrics averages over."""
+    histograms_every_updates: int = 1_000
+    """Updates between two rows of the spread of weights, gradients and latents; 0: none."""
+    images_every_updates: int = 1_000
+    """Updates between two pictures of a training batch, its masks and reconstruction; 0: none."""
+    videos_every_frames: int = 0
+    """Least environment frames between two evaluations that make videos; 0: every evaluation."""
+    imagination_windows: int = 3
+    """Windows of an evaluation episode in the videos of the imagination; 0: no such videos."""
+    report: bool = True
+    """Write report.html, the whole run on one page, at the end."""
+    csv: bool = False
+    """Also write csv/scalars/<group>/<name>.csv, rows of frames and value."""
+    tensorboard: bool = False
+    """Also write TensorBoard's files, to tensorboard/ in the run directory."""
     use_wandb: bool = False
     wandb_project: str = "w2f_torchrl"
     wandb_entity: str | None = None
+    wandb_mode: str = "auto"
+    """online; offline; or auto: as WANDB_MODE says, else online if a key is configured (wandb
+    login, WANDB_API_KEY), else offline."""
 
 
 @dataclass
@@ -266,6 +286,16 @@ class RunConfig:
     """Where the run writes: config.yaml, metrics.jsonl, checkpoints/, videos/, curves.png."""
     resume: str | None = None
     """null: a new run in an empty directory; auto: go on if there is a checkpoint; or a path."""
+
+    @property
+    def name(self) -> str:
+        """What the run is called: ``{algo}_{domain}_{task}_{seed}``."""
+        return f"{self.group}_{self.seed}"
+
+    @property
+    def group(self) -> str:
+        """What it has in common with the runs of other seeds: ``{algo}_{domain}_{task}``."""
+        return f"{self.algo.name}_{self.environment.domain}_{self.environment.task}"
 
     @property
     def latent(self) -> str:
@@ -483,8 +513,23 @@ def _validate_training(config: RunConfig) -> None:
     _at_least("evaluation.episodes", config.evaluation.episodes, 1)
     _at_least("checkpoint.every_updates", config.checkpoint.every_updates, 1)
     _at_least("checkpoint.keep", config.checkpoint.keep, 1)
-    _at_least("logging.every_updates", config.logging.every_updates, 1)
+    _validate_logging(config.logging)
     _at_least("seed", config.seed, 0)
+
+
+def _validate_logging(settings: LoggingConfig) -> None:
+    _at_least("logging.every_updates", settings.every_updates, 1)
+    for name in ("histograms_every_updates", "images_every_updates", "videos_every_frames"):
+        _at_least(f"logging.{name}", getattr(settings, name), 0)
+    _at_least("logging.imagination_windows", settings.imagination_windows, 0)
+    _choice("logging.wandb_mode", settings.wandb_mode, WANDB_MODES)
+    for name, packages in LOGGER_PACKAGES.items():
+        missing = [p for p in packages if importlib.util.find_spec(p) is None]
+        if getattr(settings, name) and missing:
+            raise ConfigError(
+                f"logging.{name}=true needs {' and '.join(missing)}, which is not installed: "
+                f"pip install {' '.join(packages)}"
+            )
 
 
 def _validate_device(config: RunConfig) -> None:

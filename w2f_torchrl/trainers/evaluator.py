@@ -114,6 +114,8 @@ class Evaluation:
     """First episode, uint8 ``[T, 3, H, W]``."""
     columns: dict[str, Tensor]
     """Labelled pictures of the reconstruction of the first episode, ``[T, C, H, W]`` each."""
+    records: TensorDictBase
+    """The first episode's records ``[1, T]``, with masks where the run has them."""
 
 
 class Evaluator:
@@ -164,21 +166,21 @@ class Evaluator:
             world_model: The world model that the policy acts with.
             episodes: How many in each; their returns' standard deviation is over them.
         """
-        metrics, pixels, columns = self._evaluate(self.env, world_model, episodes)
+        metrics, pixels, columns, records = self._evaluate(self.env, world_model, episodes)
         metrics = {f"eval/{name}": value for name, value in metrics.items()}
         if "eval/mask_iou" in metrics:
             metrics["wm/mask_iou"] = metrics.pop("eval/mask_iou")
         for name, env in self.set_envs.items():
             of_set = self._evaluate(env, world_model, episodes)[0]
             metrics |= {f"eval/{name}/{key}": value for key, value in of_set.items()}
-        return Evaluation(metrics, pixels, columns)
+        return Evaluation(metrics, pixels, columns, records)
 
     def _evaluate(
         self, env: EnvBase, world_model: WorldModel, episodes: int
-    ) -> tuple[dict[str, float], Tensor, dict[str, Tensor]]:
-        """Metrics by their last name; pixels and reconstruction of the first episode."""
+    ) -> tuple[dict[str, float], Tensor, dict[str, Tensor], TensorDictBase]:
+        """Metrics by their last name; pixels, reconstruction, records of the first episode."""
         returns, lengths, ious = [], [], []
-        first: tuple[Tensor, dict[str, Tensor]] | None = None
+        first: tuple[Tensor, dict[str, Tensor], TensorDictBase] | None = None
         for _ in range(episodes):
             episode = self._play(env)
             returns.append(float(episode["next", "reward"].sum()))
@@ -190,7 +192,7 @@ class Evaluator:
             columns, iou = reconstruct(world_model, records)
             if iou is not None:
                 ious.append(iou)
-            first = first or (records["next", "pixels"][0].cpu(), columns)
+            first = first or (records["next", "pixels"][0].cpu(), columns, records)
         assert first is not None, "episodes is at least 1 (validated)"
         scores = torch.tensor(returns)
         metrics = {

@@ -17,7 +17,6 @@ from typing import cast
 
 import torch
 from tensordict import TensorDictBase
-from torchrl.record.loggers.common import Logger
 
 from w2f_torchrl.data import (
     UpdateSchedule,
@@ -36,6 +35,7 @@ from w2f_torchrl.trainers.checkpointing import (
     save_checkpoint,
 )
 from w2f_torchrl.trainers.config import ConfigError, RunConfig, config_to_dict, save_config
+from w2f_torchrl.trainers.diagnostics import Diagnostics
 from w2f_torchrl.trainers.distributed import (
     Ranks,
     Silent,
@@ -47,17 +47,17 @@ from w2f_torchrl.trainers.evaluator import Evaluator
 from w2f_torchrl.trainers.learner import Learner
 from w2f_torchrl.trainers.mask_source import TaughtSource
 from w2f_torchrl.trainers.preemption import hand_over, is_restart, stop_signals
+from w2f_torchrl.trainers.run_logging import RunClock, build_loggers, finish_run
 from w2f_torchrl.trainers.segmentation import (
     build_mask_source,
     check_same_source,
     choose_source,
     prepare,
 )
-from w2f_torchrl.utils.logging import MetricsLogger, ProgressBar, make_wandb_logger
+from w2f_torchrl.utils.environment import note_environment
+from w2f_torchrl.utils.logging import MetricsLogger, ProgressBar
 from w2f_torchrl.utils.memory import keep_freed_memory
-from w2f_torchrl.utils.plotting import plot_curves
 from w2f_torchrl.utils.seeding import derive_seed
-from w2f_torchrl.utils.video import panel
 
 logger = logging.getLogger(__name__)
 
@@ -115,7 +115,7 @@ class Trainer:
         self._rate_mark: tuple[float, int, int] | None = None
         self.run_dir.mkdir(parents=True, exist_ok=True)
         self.logger = (
-            MetricsLogger(self.run_dir, self._loggers())
+            MetricsLogger(self.run_dir, build_loggers(config))
             if self.ranks.is_first
             else cast(MetricsLogger, Silent())
         )
@@ -126,6 +126,13 @@ class Trainer:
             self.logger.truncate_after(-1)
         if self.ranks.is_first:
             save_config(config, self.run_dir / "config.yaml")
+            note_environment(self.run_dir / "environment.json", self.frames, self.device)
+        self.diagnostics = (
+            Diagnostics(config, self.learner, self.logger)
+            if self.ranks.is_first
+            else cast(Diagnostics, Silent())
+        )
+        self.clock = RunClock(self.run_dir, self.frames, self.updates)
         if self.ranks.size > 1:
             logger.info(
                 "%d ranks of %d sequences: an update's batch is %d sequences of %d records",
@@ -230,6 +237,7 @@ class Trainer:
             self.updates += 1
             if self.updates % self.config.logging.every_updates == 0:
                 self._flush()
+            self.diagnostics.after_update(sample, frames=self.frames, updates=self.updates)
             self.progress.update(frames=self.frames, updates=self.updates)
 
     def _accumulate(self, metrics: TensorDictBase) -> None:
@@ -258,6 +266,7 @@ class Trainer:
             row["speed/frames_per_second"] = (self.frames - frames) / (now - then)
             row["speed/updates_per_second"] = (self.updates - updates) / (now - then)
         self._rate_mark = (now, self.frames, self.updates)
+        row["speed/seconds"] = self.clock.seconds()
         self.logger.log(row, frames=self.frames, updates=self.updates)
         self._sums, self._summed = None, 0
         if bad:
@@ -267,7 +276,7 @@ class Trainer:
         every = self.config.evaluation.every_frames
         if every and self.frames // every > self._evaluated // every:
             self.evaluate()
-            plot_curves(self.run_dir)
+            self.diagnostics.draw_curves()
 
     def evaluate(self) -> dict[str, float]:
         """Play evaluation episodes; log returns and videos. Only rank 0 does."""
@@ -279,13 +288,7 @@ class Trainer:
         )
         self._evaluated = self.frames
         self.logger.log(evaluation.metrics, frames=self.frames, updates=self.updates)
-        if self.config.evaluation.video:
-            for name, video in (
-                ("train/observation_video", evaluation.pixels),
-                ("train/reconstruction_video", panel(evaluation.columns)),
-            ):
-                path = self.logger.log_video(name, video, frames=self.frames)
-                logger.info("%s: %s", name.split("/")[1].replace("_", " "), path)
+        self.diagnostics.after_evaluation(evaluation, frames=self.frames, updates=self.updates)
         return evaluation.metrics
 
     # ---------------------------------------------------------------- building and ending
@@ -317,19 +320,6 @@ class Trainer:
         if checkpoint is None or self.config.segmentation.source != "auto":
             return None
         return str(load_checkpoint(checkpoint).payload["segmentation"]["name"])
-
-    def _loggers(self) -> list[Logger]:
-        settings = self.config.logging
-        if not settings.use_wandb:
-            return []
-        return [
-            make_wandb_logger(
-                self.run_dir,
-                project=settings.wandb_project,
-                entity=settings.wandb_entity,
-                config=config_to_dict(self.config),
-            )
-        ]
 
     def _build_workers(self) -> None:
         config = self.config
@@ -389,9 +379,8 @@ class Trainer:
         if not self.ranks.is_first:
             return
         self.evaluator.close()
-        if self.logger.path.stat().st_size:
-            logger.info("curves: %s", plot_curves(self.run_dir))
-        self.logger.close()
+        counts = {"frames": self.frames, "updates": self.updates}
+        finish_run(self.config, self.logger, self.clock, **counts)
 
     # ---------------------------------------------------------------- checkpoints
 

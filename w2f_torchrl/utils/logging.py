@@ -8,7 +8,7 @@ import math
 import numbers
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -17,8 +17,10 @@ import torch
 from torch import Tensor
 from torchrl.record.loggers.common import Logger
 
+from w2f_torchrl.utils.background import BackgroundWorker
 from w2f_torchrl.utils.progress import ProgressBar
-from w2f_torchrl.utils.video import write_video
+from w2f_torchrl.utils.sinks import Sinks
+from w2f_torchrl.utils.video import write_image, write_video
 from w2f_torchrl.utils.wandb_logging import make_wandb_logger
 
 __all__ = ["METRIC_GROUPS", "MetricsLogger", "ProgressBar", "make_wandb_logger", "read_metrics"]
@@ -26,7 +28,18 @@ __all__ = ["METRIC_GROUPS", "MetricsLogger", "ProgressBar", "make_wandb_logger",
 logger = logging.getLogger(__name__)
 
 #: First part of a metric's name: world model, actor and critic, training episodes, ...
-METRIC_GROUPS = ("wm", "ac", "episode", "eval", "segmentation", "train", "speed")
+METRIC_GROUPS = (
+    "wm",
+    "ac",
+    "episode",
+    "eval",
+    "segmentation",
+    "train",
+    "speed",
+    "weights",
+    "gradients",
+    "latents",
+)
 
 _NAME = re.compile(rf"({'|'.join(METRIC_GROUPS)})(/[A-Za-z0-9_]+)+")
 
@@ -44,6 +57,10 @@ class MetricsLogger:
     To resume a run: open the logger, call :meth:`truncate_after` with the checkpoint's counters,
     go on. Log what belongs to an update before saving its checkpoint, else a resumed run lacks it.
 
+    Videos and pictures are made in a thread beside the training (:attr:`background`); they are
+    complete after :meth:`flush` and :meth:`close`. What fails there, and a TorchRL logger that
+    raises, is reported and doesn't end the run.
+
     Args:
         run_dir: The run's directory; created if missing.
         loggers: TorchRL loggers (CSV, TensorBoard, wandb, ...), stepped by frames.
@@ -53,7 +70,8 @@ class MetricsLogger:
         self.run_dir = Path(run_dir)
         self.run_dir.mkdir(parents=True, exist_ok=True)
         self.path = self.run_dir / "metrics.jsonl"
-        self.loggers = tuple(loggers)
+        self.sinks = Sinks(loggers)
+        self.background = BackgroundWorker()
         self._reported: set[str] = set()
         _repair(self.path)
         self._start = _last_counters(self.path)
@@ -93,33 +111,94 @@ class MetricsLogger:
             name: value if math.isfinite(value) else None for name, value in values.items()
         }
         self._file.write(json.dumps(record, allow_nan=False).encode() + b"\n")
-        for sink in self.loggers:
-            sink.log_metrics(dict(values), step=int(frames))
+        self.sinks.log_metrics(values, step=int(frames))
         return values
 
-    def log_video(self, name: str, video: Tensor, *, frames: int, fps: float = 30.0) -> Path:
-        """Write ``run_dir/videos/<name>_<frames>.mp4`` and forward the video to the loggers.
+    def log_video(
+        self,
+        name: str,
+        video: Tensor | Callable[[], Tensor],
+        *,
+        frames: int,
+        fps: float = 30.0,
+        scale: int | None = None,
+    ) -> Path:
+        """Make ``run_dir/videos/<name>_<frames>.mp4`` and forward the video to the loggers.
 
         Args:
             name: A metric name, such as ``"train/reconstruction_video"``; ``/`` becomes ``_`` in
                 the file's name.
-            video: uint8 ``[T, 3, H, W]``.
+            video: uint8 ``[T, 3, H, W]``, or what makes it, called in the background.
             frames: Environment frames so far.
             fps: Pictures per second.
+            scale: As in :func:`~w2f_torchrl.utils.video.write_video`.
 
         Returns:
-            The path of the file.
+            The path that the file will have.
 
         Raises:
-            ValueError: If the name is in no group, or the video has another shape or dtype.
+            ValueError: If the name is in no group.
         """
         _check_name(name)
         path = self.run_dir / "videos" / f"{name.replace('/', '_')}_{frames:09d}.mp4"
-        write_video(path, video, fps=fps)
-        for sink in self.loggers:
-            # TorchRL's loggers want a leading batch dimension.
-            sink.log_video(name, video.cpu().unsqueeze(0), step=int(frames), fps=round(fps))
+
+        def make() -> None:
+            pictures = (video() if callable(video) else video).cpu()
+            write_video(path, pictures, fps=fps, scale=scale)
+            self.sinks.log_video(name, path, pictures, step=int(frames), fps=fps)
+
+        self.background.submit(f"video {name} at frame {frames}", make)
         return path
+
+    def log_image(
+        self, name: str, picture: Tensor | Callable[[], Tensor], *, frames: int, scale: int = 1
+    ) -> Path:
+        """Make ``run_dir/images/<name>_<frames>.png`` and forward the picture to the loggers.
+
+        Args:
+            name: A metric name.
+            picture: uint8 ``[3, H, W]``, or what makes it, called in the background.
+            frames: Environment frames so far.
+            scale: Each pixel becomes a square of this side.
+
+        Returns:
+            The path that the file will have.
+
+        Raises:
+            ValueError: If the name is in no group.
+        """
+        _check_name(name)
+        path = self.run_dir / "images" / f"{name.replace('/', '_')}_{frames:09d}.png"
+
+        def make() -> None:
+            pixels = (picture() if callable(picture) else picture).cpu()
+            large = pixels.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
+            write_image(path, large)
+            self.sinks.log_image(name, large, step=int(frames))
+
+        self.background.submit(f"picture {name} at frame {frames}", make)
+        return path
+
+    def log_histogram(self, name: str, values: Tensor, *, frames: int) -> None:
+        """Forward a histogram to the loggers that have them.
+
+        Args:
+            name: A metric name.
+            values: Floating point or integer ``[...]``; what isn't finite is left out.
+            frames: Environment frames so far.
+
+        Raises:
+            ValueError: If the name is in no group.
+        """
+        _check_name(name)
+        flat = values.detach().reshape(-1).float().cpu()
+        finite = flat[flat.isfinite()]
+        if len(finite):
+            self.sinks.log_histogram(name, finite, step=int(frames))
+
+    def flush(self) -> None:
+        """Wait until all videos and pictures are complete."""
+        self.background.flush()
 
     def truncate_after(self, frames: int, updates: int | None = None) -> int:
         """Remove the lines that lie after a checkpoint, so that a resumed run repeats none.
@@ -148,6 +227,7 @@ class MetricsLogger:
         os.replace(temporary, self.path)
         self._start = _last_counters(self.path)
         self._file = self.path.open("ab", buffering=0)
+        self.sinks.truncate_after(frames)
         return removed
 
     def sync(self) -> None:
@@ -155,12 +235,12 @@ class MetricsLogger:
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Close the file and shut the loggers down. Closing twice is allowed."""
+        """Finish the videos, close the file, shut the loggers down. Closing twice is allowed."""
         if self._file.closed:
             return
+        self.background.close()
         self._file.close()
-        for sink in self.loggers:
-            sink.close()
+        self.sinks.close()
 
     def __enter__(self) -> MetricsLogger:
         """Return the logger itself."""

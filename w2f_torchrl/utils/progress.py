@@ -96,7 +96,7 @@ class ProgressBar:
         return (
             f"{frames}/{self._total} frames, {updates} updates, "
             f"{_number(frame_rate)} frames/s, {_number(update_rate)} updates/s, "
-            f"return {_number(self._last_return)}, {_duration(left)} left"
+            f"return {_number(self._last_return)}, {format_duration(left)} left"
         )
 
     def close(self) -> None:
@@ -127,7 +127,8 @@ def _number(value: float) -> str:
     return "-" if math.isnan(value) else f"{value:.1f}"
 
 
-def _duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
+    """Write seconds as hours, minutes and seconds; ``?`` for NaN."""
     if math.isnan(seconds):
         return "?"
     minutes, rest = divmod(max(0, round(seconds)), 60)

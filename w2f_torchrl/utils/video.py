@@ -91,6 +91,35 @@ def write_video(
     return path
 
 
+def write_image(path: str | os.PathLike[str], picture: Tensor) -> Path:
+    """Write a PNG file, which takes its name when it is complete.
+
+    Args:
+        path: Where to; directories are created.
+        picture: uint8 ``[3, H, W]``.
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: If the shape or dtype is another.
+    """
+    if picture.dtype != torch.uint8 or picture.ndim != 3 or picture.shape[0] != 3:
+        raise ValueError(
+            f"picture must be uint8 [3, H, W], got {picture.dtype} {list(picture.shape)}."
+        )
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        pixels = picture.permute(1, 2, 0).contiguous().cpu().numpy()
+        Image.fromarray(pixels).save(temporary, format="PNG")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
 def read_video(path: str | os.PathLike[str]) -> Tensor:
     """Read all pictures of a video.
 
@@ -159,11 +188,8 @@ def contact_sheet(
     title, body = pictures[0, :, :_TITLE], pictures[:, :, _TITLE:]  # body [T, 3, H', W']
     gap = torch.full_like(body[:, :, :_MARGIN], 255)
     tall = torch.cat([body, gap], 2).transpose(0, 1).flatten(1, 2)  # [3, T * (H' + margin), W']
-    sheet = torch.cat([title, tall[:, :-_MARGIN]], 1).permute(1, 2, 0).contiguous()
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(sheet.numpy()).save(path)
-    return path
+    sheet = torch.cat([title, tall[:, :-_MARGIN]], 1)
+    return write_image(path, sheet)
 
 
 def _columns(rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -197,6 +223,7 @@ def _encode(path: Path, pictures: np.ndarray, fps: float, scale: int) -> None:
         assert isinstance(stream, av.VideoStream)  # the codec decides the stream's class
         stream.width, stream.height = width + width % 2, height + height % 2
         stream.pix_fmt = "yuv420p"
+        stream.thread_count = 1  # the other cores are for training and environments
         # x264's own preset takes more than twice the time, for files of about the same size.
         x264 = {"crf": "16", "preset": "veryfast"}
         stream.options = dict(x264 if codec == "libx264" else {"qscale": "2"})

@@ -3,19 +3,114 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import logging
 import os
 import re
+import threading
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from torchrl.record.loggers.common import Logger
+from torch import Tensor
 from torchrl.record.loggers.wandb import WandbLogger
 
-WandbMode = Literal["online", "offline"]
+WandbMode = Literal["auto", "online", "offline"]
+INIT_SECONDS = 60.0
+"""How long a run waits at its start for wandb's server."""
+
+FINISH_SECONDS = 120.0
+"""How long a run waits at its end until everything is uploaded."""
+
+logger = logging.getLogger(__name__)
 
 _SECRET = re.compile(r"(^|_)(api_?key|key|token|secret|password|passwd|credentials?)($|_)", re.I)
+
+
+class RunWandbLogger(WandbLogger):
+    """TorchRL's wandb logger, which goes on with its run after a resume.
+
+    wandb numbers the rows of a run; an offline run doesn't know how many there were before a
+    resume, and rows that count from zero again are dropped when they are uploaded. So the number of
+    rows is kept beside the run's id in ``run_dir/wandb_run.json``.
+
+    Each group of metrics has the axis ``<group>/step``, environment frames.
+
+    Args:
+        exp_name: The run's name.
+        state_path: Where id and number of rows are kept.
+        mode: ``"online"`` or ``"offline"``.
+        kwargs: TorchRL's.
+    """
+
+    def __init__(
+        self,
+        exp_name: str,
+        *,
+        state_path: Path,
+        mode: Literal["online", "offline"],
+        **kwargs: Any,
+    ) -> None:
+        self._state_path = state_path
+        state = _read_state(state_path)
+        self._rows = state["rows"]
+        # Without create_new a second run of this process would be written into the first. TorchRL's
+        # own `offline` sets WANDB_MODE, and leaves it so for the runs that follow.
+        super().__init__(exp_name, id=state["id"], mode=mode, reinit="create_new", **kwargs)
+        self.offline = mode == "offline"
+        # Online, wandb knows how many rows the run has.
+        self._rows = max(self._rows, int(self.experiment.step))
+
+    def log_image(self, name: str, picture: Tensor, *, step: int) -> None:
+        """Log a picture, uint8 ``[3, H, W]``."""
+        import wandb
+
+        self._log_payload({name: wandb.Image(picture.permute(1, 2, 0).numpy())}, step=step)
+
+    def log_histogram(self, name: str, data: Any, *, step: int | None = None) -> None:
+        """Log the histogram of values ``[N]``."""
+        super().log_histogram(name, data, step=step, bins=64)
+
+    def log_video_file(
+        self, name: str, path: Path, video: Tensor, *, step: int, fps: float
+    ) -> None:
+        """Log an MP4 file as it is, instead of encoding the video once more."""
+        del video, fps
+        import wandb
+
+        self._log_payload({name: wandb.Video(str(path), format="mp4")}, step=step)
+
+    def shutdown(self, timeout: float | None = None) -> None:
+        """Finish the run; give up after :data:`FINISH_SECONDS` if the server takes no more.
+
+        What was logged is in ``run_dir/wandb`` in any case.
+        """
+        finishing = threading.Thread(target=super().shutdown, args=(timeout,), daemon=True)
+        finishing.start()
+        finishing.join(FINISH_SECONDS)
+        if finishing.is_alive():
+            logger.warning(
+                "wandb's server takes nothing more: the data is kept in %s; upload: wandb sync",
+                self.save_dir,
+            )
+
+    def _log_payload(
+        self,
+        payload: dict[str, Any],
+        *,
+        step: int | None = None,
+        override_global_step: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        if override_global_step:
+            super()._log_payload(payload, step=step, override_global_step=True, **kwargs)
+            return
+        payload = self._prepare_payload(payload, step)
+        self._register_metrics(payload)
+        self.experiment.log(payload, step=self._rows, commit=True)
+        self._rows += 1
+        _write_state(self._state_path, {"id": self.id, "rows": self._rows})
 
 
 def make_wandb_logger(
@@ -24,13 +119,15 @@ def make_wandb_logger(
     project: str,
     entity: str | None = None,
     config: Mapping[str, Any] | None = None,
-    mode: WandbMode = "online",
+    mode: WandbMode = "auto",
     name: str | None = None,
-) -> Logger:
-    """Build TorchRL's wandb logger for a run.
+    group: str | None = None,
+) -> RunWandbLogger:
+    """Build the wandb logger of a run.
 
-    The wandb run's id is kept in ``run_dir/wandb_id.txt``, so a resumed run goes on in the same
-    wandb run. Local paths (interpreter, editable installs) are not sent.
+    The wandb run's id is kept in ``run_dir/wandb_run.json``, so a resumed run goes on in the same
+    wandb run. Local paths (interpreter, editable installs) are not sent. If the server can't be
+    reached, the run is logged offline, with a warning that names the command for the upload.
 
     Args:
         run_dir: The run's directory; wandb's files go there too.
@@ -38,8 +135,10 @@ def make_wandb_logger(
         entity: wandb user or team; None means the default of the account.
         config: The run's settings as plain values. wandb takes its key from ``wandb login`` or
             the environment, never from here.
-        mode: ``"online"`` or ``"offline"``.
+        mode: ``"online"``, ``"offline"``, or ``"auto"``: what ``WANDB_MODE`` says, else online if
+            a key is configured, else offline.
         name: Name of the run; None means the name of ``run_dir``.
+        group: Group of the run, its settings without the seed, say.
 
     Returns:
         The logger.
@@ -53,29 +152,82 @@ def make_wandb_logger(
     missing = [pkg for pkg in ("wandb", "moviepy") if importlib.util.find_spec(pkg) is None]
     if missing:
         raise ModuleNotFoundError(
-            f"logging.use_wandb=true needs {' and '.join(missing)}: pip install 'wandb>=0.19' "
+            f"logging.use_wandb=true needs {' and '.join(missing)}: pip install 'wandb>=0.31' "
             "moviepy"
         )
     _refuse_secrets(config or {}, "config")
     run_dir = Path(run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
-    return WandbLogger(
-        name or run_dir.resolve().name,
-        offline=mode == "offline",
-        save_dir=run_dir,
-        id=_run_id(run_dir),
-        project=project,
-        log_env_packages=False,
-        entity=entity,
-        config=dict(config or {}),
+    settings: dict[str, Any] = {
+        "state_path": run_dir / "wandb_run.json",
+        "save_dir": run_dir,
+        "project": project,
+        "log_env_packages": False,
+        "entity": entity,
+        "group": group,
+        "config": dict(config or {}),
+    }
+    name = name or run_dir.resolve().name
+    if choose_mode(mode) == "online":
+        online = _try_online(name, settings)
+        if online is not None:
+            return online
+        logger.warning(
+            "wandb can't be reached: this run is logged offline. Upload it later: wandb sync %s",
+            run_dir / "wandb" / "offline-run-*",
+        )
+    else:
+        logger.info("wandb is offline; upload: wandb sync %s", run_dir / "wandb" / "offline-run-*")
+    return RunWandbLogger(name, mode="offline", **settings)
+
+
+def choose_mode(mode: WandbMode) -> Literal["online", "offline"]:
+    """Decide what ``"auto"`` means here.
+
+    Args:
+        mode: The setting.
+    """
+    if mode != "auto":
+        return mode
+    chosen = os.environ.get("WANDB_MODE")
+    if chosen:
+        return "online" if chosen in ("online", "shared") else "offline"
+    from wandb.sdk.lib import wbauth
+    from wandb.sdk.wandb_setup import singleton
+
+    found = wbauth.authenticate_session(
+        host=singleton().settings.base_url, source="w2f_torchrl", prompt=False, update_session=False
     )
+    return "offline" if found is None else "online"
 
 
-def _run_id(run_dir: Path) -> str:
-    path = run_dir / "wandb_id.txt"
-    if not path.exists():
-        path.write_text(uuid.uuid4().hex)
-    return path.read_text().strip()
+def _try_online(name: str, settings: dict[str, Any]) -> RunWandbLogger | None:
+    """Make an online logger; None if the server doesn't answer in time."""
+    import wandb
+
+    limits = wandb.Settings(init_timeout=INIT_SECONDS)
+    try:
+        return RunWandbLogger(name, mode="online", settings=limits, **settings)
+    except wandb.errors.CommError as error:
+        logger.warning("wandb: %s", error)
+    wandb.teardown()  # else the service goes on trying
+    return None
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    if path.exists():
+        state: dict[str, Any] = json.loads(path.read_text())
+        return state
+    old = path.with_name("wandb_id.txt")  # of version 0.1
+    state = {"id": old.read_text().strip() if old.exists() else uuid.uuid4().hex, "rows": 0}
+    _write_state(path, state)
+    return state
+
+
+def _write_state(path: Path, state: dict[str, Any]) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(state))
+    os.replace(temporary, path)
 
 
 def _refuse_secrets(config: Mapping[str, Any], place: str) -> None:

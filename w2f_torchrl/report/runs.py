@@ -1,0 +1,132 @@
+"""Reads what a run directory holds, for the report."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from w2f_torchrl.utils.environment import read_environment
+from w2f_torchrl.utils.logging import read_metrics
+
+_MEDIA = re.compile(r"(.+)_(\d{9})")
+
+
+@dataclass
+class Media:
+    """A video or picture of a run."""
+
+    name: str
+    """The file's name without its frames: ``train_imagination_comparison``."""
+    frames: int
+    path: Path
+
+
+@dataclass
+class Run:
+    """A run as its directory shows it."""
+
+    path: Path
+    label: str
+    """Short, and different from those of the other runs on the page."""
+    records: list[dict[str, float]]
+    settings: dict[str, str]
+    """Every setting by its dotted name, as text."""
+    environment: list[dict[str, str]]
+    """One entry for each start."""
+    videos: list[Media] = field(default_factory=list)
+    images: list[Media] = field(default_factory=list)
+
+    def series(self, name: str) -> list[tuple[int, int, float]]:
+        """Frames, updates and value of a metric, in the order of time."""
+        return [
+            (int(row["frames"]), int(row["updates"]), row[name])
+            for row in self.records
+            if name in row
+        ]
+
+    @property
+    def frames(self) -> int:
+        """Environment frames so far."""
+        return int(max((row["frames"] for row in self.records), default=0))
+
+    @property
+    def updates(self) -> int:
+        """Updates so far."""
+        return int(max((row["updates"] for row in self.records), default=0))
+
+
+def load_runs(paths: list[Path]) -> list[Run]:
+    """Read run directories.
+
+    Args:
+        paths: Run directories; runs that are still going on are fine.
+
+    Raises:
+        FileNotFoundError: If one has no ``metrics.jsonl``.
+        ValueError: If one is given twice.
+    """
+    resolved = [path.resolve() for path in paths]
+    if len(set(resolved)) < len(resolved):
+        raise ValueError(f"a run is given twice: {', '.join(map(str, paths))}.")
+    labels = _labels(resolved)
+    return [_load(path, label) for path, label in zip(paths, labels, strict=True)]
+
+
+def _load(path: Path, label: str) -> Run:
+    config = path / "config.yaml"
+    settings = yaml.safe_load(config.read_text()) if config.exists() else {}
+    return Run(
+        path=path,
+        label=label,
+        records=read_metrics(path),
+        settings=flatten(settings),
+        environment=read_environment(path / "environment.json"),
+        videos=_media(path / "videos", ".mp4"),
+        images=_media(path / "images", ".png"),
+    )
+
+
+def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Turn nested settings into texts by dotted name."""
+    out: dict[str, str] = {}
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            out |= flatten(value, f"{prefix}{key}.")
+        else:
+            out[f"{prefix}{key}"] = "null" if value is None else _text(value)
+    return out
+
+
+def newest(media: list[Media]) -> list[Media]:
+    """The newest of each name, in the order of the names."""
+    last: dict[str, Media] = {}
+    for item in sorted(media, key=lambda item: item.frames):
+        last[item.name] = item
+    return [last[name] for name in sorted(last)]
+
+
+def _text(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _media(folder: Path, suffix: str) -> list[Media]:
+    found = []
+    for path in sorted(folder.glob(f"*{suffix}")) if folder.is_dir() else []:
+        match = _MEDIA.fullmatch(path.stem)
+        if match is not None and not path.name.startswith("."):
+            found.append(Media(match.group(1), int(match.group(2)), path))
+    return found
+
+
+def _labels(paths: list[Path]) -> list[str]:
+    """The shortest ends of the paths that tell the runs apart."""
+    for length in range(1, max(len(path.parts) for path in paths) + 1):
+        labels = ["/".join(path.parts[-length:]) for path in paths]
+        if len(set(labels)) == len(labels):
+            return labels
+    raise AssertionError("different paths have different parts")

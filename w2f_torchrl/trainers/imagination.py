@@ -1,0 +1,190 @@
+"""What the world model imagines beside what happened: open loop, and with the policy acting.
+
+Shape letters: N windows of an episode, T time, C, H, W channels, height, width; ``context`` frames
+are seen, the rest is imagined.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from torch import Tensor
+
+from w2f_torchrl.modules import GaussianActor, WorldModel, compose
+from w2f_torchrl.modules.rssm import RSSMRollout
+from w2f_torchrl.segmenters import mask_iou
+
+CONTEXT = 5
+HORIZON = 15
+
+
+class Imagination(NamedTuple):
+    """What :func:`imagine_windows` gives."""
+
+    comparison: dict[str, Tensor]
+    """Truth, imagination with the actions that were taken and its error, and with masks
+    foreground, background and mask: label to ``[N, T, C, H, W]`` on the CPU, colours in [0, 1]."""
+    imagined: dict[str, Tensor]
+    """The same without truth and error; after the context the policy acts."""
+    context: int
+    metrics: dict[str, float]
+    """Mean absolute error of the colours, in [0, 1], and IoU of the mask."""
+
+
+def cut_windows(
+    records: TensorDictBase, count: int, context: int = CONTEXT, horizon: int = HORIZON
+) -> TensorDictBase | None:
+    """Cut windows out of an episode, spread evenly over it.
+
+    Args:
+        records: One episode's records ``[1, T]``.
+        count: N.
+        context: Frames that are seen.
+        horizon: Frames that are imagined; fewer in an episode that is shorter.
+
+    Returns:
+        Records ``[N, context + horizon]``, or None if the episode has no frame after a context.
+    """
+    length = min(context + horizon, records.shape[1])
+    if length <= context:
+        return None
+    starts = torch.linspace(0, records.shape[1] - length, count).long().tolist()
+    windows: TensorDictBase = torch.cat([records[:, s : s + length] for s in starts])
+    return windows
+
+
+@torch.no_grad()
+def roll(
+    world_model: WorldModel,
+    records: TensorDictBase,
+    context: int,
+    actor: GaussianActor | None = None,
+) -> TensorDict:
+    """Infer the latents of the context, then go on by the priors alone.
+
+    A record's action led to its own observation, so the step to time t takes the action at t. The
+    background's prior, which sees no action, is stepped on its own.
+
+    Args:
+        world_model: The world model.
+        records: ``[N, T]`` from one episode, ``action``, ``is_init``, ``("next", "pixels")``; the
+            pixels after the context are not read.
+        context: Frames that are seen, from 1 to T - 1.
+        actor: Acts, with its mode, after the context; None: the records' actions.
+
+    Returns:
+        ``[N, T]``: ``state`` and ``belief``, latent ``split`` also ``background_state`` and
+        ``background_belief``, and the ``action`` of each step.
+    """
+    seen = world_model.infer(records[:, :context].select(*world_model.in_keys)).get("next")
+    rollouts: list[RSSMRollout] = [world_model.rollout]
+    if world_model.background_rollout is not None:
+        rollouts.append(world_model.background_rollout)
+    out: dict[str, Tensor] = {}
+    actions = records.get("action").clone()
+    for rollout in rollouts:
+        keys = (rollout.state_key, rollout.belief_key)
+        states, beliefs = (list(seen.get(key).unbind(1)) for key in keys)
+        prior = rollout.rssm_prior.module
+        for t in range(context, records.shape[1]):
+            state, belief = states[-1], beliefs[-1]
+            if not rollout.has_action:
+                action = state.new_zeros(len(state), 1)
+            elif actor is None:
+                action = actions[:, t]
+            else:
+                action = actions[:, t] = actor(state, belief)[0]
+            _, state, belief = prior(state, belief, action)
+            states.append(state)
+            beliefs.append(belief)
+        out |= dict(zip(keys, (torch.stack(states, 1), torch.stack(beliefs, 1)), strict=True))
+    return TensorDict({**out, "action": actions}, records.shape)
+
+
+@torch.no_grad()
+def decode(world_model: WorldModel, latents: TensorDictBase) -> dict[str, Tensor]:
+    """Decode latents ``[N, T]`` to labelled pictures ``[N, T, C, H, W]`` on the CPU, in [0, 1].
+
+    ``imagined`` always; with masks also ``foreground`` (times the mask), ``mask``, and where the
+    model has one ``background``.
+    """
+    flat = latents.exclude("action").flatten(0, 1)
+    td = TensorDict({"next": flat}, flat.batch_size)
+    out = world_model.decoder(td).get("next").unflatten(0, latents.shape).cpu()
+    if world_model.latent == "whole":
+        return {"imagined": out["reconstructed_pixels"].clamp(0, 1)}
+    mask = out["mask_logits"].sigmoid()
+    foreground = out["foreground_pixels"].clamp(0, 1) * mask
+    if "background_pixels" not in out.keys():
+        return {"imagined": foreground, "mask": mask}
+    background = out["background_pixels"].clamp(0, 1)
+    whole = compose(out["foreground_pixels"].clamp(0, 1), out["mask_logits"], background)
+    return {
+        "imagined": whole.clamp(0, 1),
+        "foreground": foreground,
+        "background": background,
+        "mask": mask,
+    }
+
+
+def imagine_windows(
+    world_model: WorldModel,
+    actor: GaussianActor,
+    records: TensorDictBase,
+    *,
+    count: int = 3,
+    seed: int = 0,
+) -> Imagination | None:
+    """Imagine on from windows of an episode, with the actions taken, and with the policy's.
+
+    Leaves torch's random state as it was.
+
+    Args:
+        world_model: The world model.
+        actor: The policy's network.
+        records: One episode ``[1, T]``, with ``("next", "foreground_mask")`` where the model has
+            masks.
+        count: N, windows.
+        seed: Seed of the states that are drawn.
+
+    Returns:
+        The pictures, or None if the episode has no frame after the context.
+    """
+    windows = cut_windows(records, count)
+    if windows is None:
+        return None
+    device = windows.device or windows["action"].device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        taken = decode(world_model, roll(world_model, windows, CONTEXT))
+        acted = decode(world_model, roll(world_model, windows, CONTEXT, actor))
+    truth = windows["next", "pixels"].cpu().float() / 255
+    true_mask = None
+    if "mask" in taken:
+        true_mask = windows["next", "foreground_mask"].cpu()
+        if "background" not in taken:  # the model makes the foreground only
+            truth = truth * true_mask
+    error = (taken["imagined"] - truth).abs()
+    comparison = {
+        "truth": truth,
+        "imagined": taken.pop("imagined"),
+        "error": error.mean(2, keepdim=True),
+        **taken,
+    }
+    metrics = _metrics(error, taken.get("mask"), true_mask)
+    return Imagination(comparison, acted, CONTEXT, metrics)
+
+
+def _metrics(error: Tensor, mask: Tensor | None, true_mask: Tensor | None) -> dict[str, float]:
+    prefix = "train/imagination"
+    metrics = {
+        f"{prefix}/context_error": float(error[:, :CONTEXT].mean()),
+        f"{prefix}/error": float(error[:, CONTEXT:].mean()),
+        f"{prefix}/last_error": float(error[:, -1].mean()),
+    }
+    if mask is not None and true_mask is not None:
+        iou = mask_iou(mask > 0.5, true_mask if true_mask.dtype is torch.bool else true_mask > 0.5)
+        metrics[f"{prefix}/mask_iou"] = float(iou[:, CONTEXT:].mean())
+    return metrics

@@ -1,0 +1,175 @@
+"""The loggers that a run's settings ask for, and what it says of itself at its end."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+from torchrl.record.loggers.common import Logger
+
+from w2f_torchrl.report import write_report
+from w2f_torchrl.trainers.config import RunConfig, config_to_dict
+from w2f_torchrl.utils.file_loggers import make_csv_logger, make_tensorboard_logger
+from w2f_torchrl.utils.logging import MetricsLogger, read_metrics
+from w2f_torchrl.utils.plotting import plot_curves
+from w2f_torchrl.utils.progress import format_duration
+from w2f_torchrl.utils.wandb_logging import make_wandb_logger
+
+logger = logging.getLogger(__name__)
+
+LAST_EPISODES = 10
+
+
+def build_loggers(config: RunConfig) -> list[Logger]:
+    """Build the TorchRL loggers of a run.
+
+    Args:
+        config: The run's settings.
+
+    Raises:
+        ModuleNotFoundError: If a package is missing; gives the command.
+    """
+    settings, run_dir = config.logging, Path(config.run_dir)
+    loggers: list[Logger] = []
+    if settings.csv:
+        loggers.append(make_csv_logger(run_dir))
+    if settings.tensorboard:
+        loggers.append(make_tensorboard_logger(run_dir))
+    if settings.use_wandb:
+        loggers.append(
+            make_wandb_logger(
+                run_dir,
+                project=settings.wandb_project,
+                entity=settings.wandb_entity,
+                config=config_to_dict(config),
+                mode=settings.wandb_mode,  # type: ignore[arg-type]
+                name=config.name,
+                group=config.group,
+            )
+        )
+    return loggers
+
+
+class RunClock:
+    """Seconds of training, resumes included, and what they were spent on since the start.
+
+    Args:
+        run_dir: A run directory; an earlier process left its seconds in the metrics.
+        frames: Environment frames at the start.
+        updates: Updates at the start.
+    """
+
+    def __init__(self, run_dir: Path, frames: int = 0, updates: int = 0) -> None:
+        rows = read_metrics(run_dir) if (run_dir / "metrics.jsonl").exists() else []
+        self._before = max((row.get("speed/seconds", 0.0) for row in rows), default=0.0)
+        self._start, self._frames, self._updates = time.monotonic(), frames, updates
+        self._stopped: float | None = None
+
+    def stop(self) -> None:
+        """Count no further: training is over."""
+        self._stopped = time.monotonic()
+
+    def seconds(self) -> float:
+        """Seconds since the run's beginning, without the time between its processes."""
+        return self._before + (self._stopped or time.monotonic()) - self._start
+
+    def rates(self, frames: int, updates: int) -> tuple[float, float]:
+        """Frames and updates a second since this process began."""
+        seconds = max(self.seconds() - self._before, 1e-9)
+        return (frames - self._frames) / seconds, (updates - self._updates) / seconds
+
+
+def finish_run(
+    config: RunConfig,
+    metrics_logger: MetricsLogger,
+    clock: RunClock,
+    *,
+    frames: int,
+    updates: int,
+) -> None:
+    """Finish the videos, draw the curves and the report, say what the run came to, and close.
+
+    Arguments as of :func:`summarize_run`.
+    """
+    run_dir = metrics_logger.run_dir
+    clock.stop()
+    metrics_logger.flush()  # the report holds the videos
+    if metrics_logger.path.stat().st_size:
+        jobs: dict[str, Callable[[], Path]] = {"curves.png": partial(plot_curves, run_dir)}
+        if config.logging.report:
+            jobs["report.html"] = partial(write_report, [run_dir], run_dir / "report.html")
+        for label, job in jobs.items():
+            metrics_logger.background.submit(label, job)
+    metrics_logger.flush()
+    for line in summarize_run(config, metrics_logger, clock, frames=frames, updates=updates):
+        logger.info("%s", line)
+    metrics_logger.close()
+
+
+def summarize_run(
+    config: RunConfig,
+    metrics_logger: MetricsLogger,
+    clock: RunClock,
+    *,
+    frames: int,
+    updates: int,
+) -> list[str]:
+    """Say what a run came to, line by line.
+
+    Args:
+        config: The run's settings.
+        metrics_logger: The run's logger, whose file is complete.
+        clock: The run's clock.
+        frames: Environment frames in all.
+        updates: Updates in all.
+    """
+    run_dir, rows = Path(config.run_dir), read_metrics(Path(config.run_dir))
+    frame_rate, update_rate = clock.rates(frames, updates)
+    total = config.training.total_frames
+    lines = [
+        f"{config.name}: {frames:,} of {total:,} frames, {updates:,} updates in "
+        f"{format_duration(clock.seconds())}; {frame_rate:.1f} frames/s, "
+        f"{update_rate:.2f} updates/s since the start",
+        *_evaluations(rows),
+        *_episodes(rows),
+    ]
+    lines += [f"{label}: {path}" for label, path in _files(run_dir) if path.exists()]
+    failed = [*metrics_logger.background.failed, *metrics_logger.sinks.failed]
+    if failed:
+        lines.append(f"NOT MADE, see the errors above: {'; '.join(failed)}")
+    return lines
+
+
+def _evaluations(rows: Sequence[dict[str, float]]) -> list[str]:
+    evaluations = [row for row in rows if "eval/return_mean" in row]
+    if not evaluations:
+        return []
+    last, best = evaluations[-1], max(evaluations, key=lambda row: row["eval/return_mean"])
+    line = f"evaluation: return {last['eval/return_mean']:.1f}"
+    line += f" +- {last['eval/return_std']:.1f} at frame {last['frames']:,}"
+    line += f"; best {best['eval/return_mean']:.1f} at frame {best['frames']:,}"
+    if "wm/mask_iou" in last:
+        line += f"; mask IoU {last['wm/mask_iou']:.2f}"
+    return [line]
+
+
+def _episodes(rows: Sequence[dict[str, float]]) -> list[str]:
+    returns = [row["episode/return"] for row in rows if "episode/return" in row][-LAST_EPISODES:]
+    if not returns:
+        return []
+    mean, listed = sum(returns) / len(returns), ", ".join(f"{value:.0f}" for value in returns)
+    return [f"last {len(returns)} training episodes: return {mean:.1f} ({listed})"]
+
+
+def _files(run_dir: Path) -> list[tuple[str, Path]]:
+    return [
+        ("metrics", run_dir / "metrics.jsonl"),
+        ("curves", run_dir / "curves.png"),
+        ("videos", run_dir / "videos"),
+        ("pictures", run_dir / "images"),
+        ("checkpoints", run_dir / "checkpoints"),
+        ("everything on one page", run_dir / "report.html"),
+    ]

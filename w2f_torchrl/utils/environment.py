@@ -1,0 +1,103 @@
+"""What a run was made with: versions and hardware, without names of hosts, users or paths."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PACKAGES = (
+    "w2f_torchrl",
+    "torch",
+    "torchrl",
+    "tensordict",
+    "numpy",
+    "mujoco",
+    "dm_control",
+    "hydra-core",
+    "av",
+    "sam3",
+    "wandb",
+)
+
+
+def describe_environment(device: torch.device | str = "cpu") -> dict[str, str]:
+    """Describe the machine and the software.
+
+    Args:
+        device: Where the model learns.
+
+    Returns:
+        Label to text: Python, operating system, processor, cores, device, packages (those that are
+        installed), and the commit of this package's sources if they are a git checkout.
+    """
+    device = torch.device(device)
+    facts = {
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "processor": _processor(),
+        "cores": str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else "?"),
+        "threads": str(torch.get_num_threads()),
+        "device": str(device),
+    }
+    if device.type == "cuda":
+        facts["device"] = torch.cuda.get_device_name(device)
+        facts["cuda"] = str(torch.version.cuda)
+    for name in PACKAGES:
+        try:
+            facts[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    commit = _commit()
+    return facts | ({"commit": commit} if commit else {})
+
+
+def note_environment(path: Path, frames: int, device: torch.device | str) -> None:
+    """Add a start or a resume of a run to its ``environment.json``.
+
+    Args:
+        path: The file; a list with one entry for each start.
+        frames: Environment frames at the start.
+        device: Where the model learns.
+    """
+    started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    entry = {"started": started, "frames": str(frames), **describe_environment(device)}
+    entries = [*read_environment(path), entry]
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(entries, indent=1) + "\n")
+    os.replace(temporary, path)
+
+
+def read_environment(path: Path) -> list[dict[str, str]]:
+    """Read an ``environment.json``; a missing one holds no start."""
+    if not path.exists():
+        return []
+    entries: list[dict[str, Any]] = json.loads(path.read_text())
+    return entries
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:  # not Linux
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _commit() -> str | None:
+    here = Path(__file__).parent
+    command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):  # no git
+        return None
+    return done.stdout.strip() or None

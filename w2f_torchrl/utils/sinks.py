@@ -1,0 +1,105 @@
+"""TorchRL's loggers of a run behind one door: one lock, and no fault of theirs ends a run."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from torchrl.record.loggers.common import Logger
+
+logger = logging.getLogger(__name__)
+
+
+class Sinks:
+    """Forwards metrics, pictures, videos and histograms to TorchRL loggers.
+
+    The loggers of this package (wandb, TensorBoard, CSV) also have ``log_image``,
+    ``log_video_file`` and ``truncate_after``. Any other TorchRL logger gets metrics and videos, and
+    histograms if it has them.
+
+    A logger that raises (its server is gone, its disk full) is reported with its traceback and gets
+    nothing more; the others and the run go on.
+
+    Args:
+        loggers: TorchRL loggers.
+    """
+
+    def __init__(self, loggers: Sequence[Logger] = ()) -> None:
+        self.loggers = list(loggers)
+        self.failed: list[str] = []
+        """Names of the loggers that raised and were given up."""
+        self._lock = threading.Lock()
+
+    def log_metrics(self, values: Mapping[str, float], step: int) -> None:
+        """Forward numbers."""
+        self._each(lambda sink: sink.log_metrics(dict(values), step=step))
+
+    def log_video(self, name: str, path: Path, video: Tensor, *, step: int, fps: float) -> None:
+        """Forward a video: as its file to loggers that take one, else as uint8 ``[1, T, 3, H, W]``.
+
+        Args:
+            name: The video's name.
+            path: An MP4 file.
+            video: What it shows, uint8 ``[T, 3, H, W]``.
+            step: Environment frames.
+            fps: Pictures per second.
+        """
+
+        def forward(sink: Logger) -> None:
+            if hasattr(sink, "log_video_file"):
+                sink.log_video_file(name, path, video, step=step, fps=fps)
+            else:
+                sink.log_video(name, video.unsqueeze(0), step=step, fps=round(fps))
+
+        self._each(forward)
+
+    def log_image(self, name: str, picture: Tensor, *, step: int) -> None:
+        """Forward a picture, uint8 ``[3, H, W]``, to loggers that take one."""
+        self._each(lambda sink: sink.log_image(name, picture, step=step), "log_image")
+
+    def log_histogram(self, name: str, values: Tensor, *, step: int) -> None:
+        """Forward the histogram of values ``[N]`` to loggers that have histograms."""
+
+        def forward(sink: Logger) -> None:
+            try:
+                sink.log_histogram(name, values.numpy(), step=step)
+            except NotImplementedError:  # a logger without histograms
+                return
+
+        self._each(forward, "log_histogram")
+
+    def truncate_after(self, frames: int) -> None:
+        """Let the loggers that can forget what lies after a checkpoint."""
+        self._each(lambda sink: sink.truncate_after(frames), "truncate_after")
+
+    def close(self) -> None:
+        """Flush the loggers and shut them down."""
+        self._each(lambda sink: sink.close())
+        self.loggers = []
+
+    def _give_up(self, sink: Any) -> None:
+        self.failed.append(type(sink).__name__)
+        self.loggers.remove(sink)
+        try:
+            sink.close()  # what it has so far is kept
+        except Exception:
+            logger.exception("%s could not be closed either.", type(sink).__name__)
+
+    def _each(self, action: Callable[[Any], object], method: str | None = None) -> None:
+        with self._lock:
+            for sink in list(self.loggers):
+                if method is not None and not hasattr(sink, method):
+                    continue
+                try:
+                    action(sink)
+                except Exception:
+                    logger.exception(
+                        "%s failed and gets nothing more from this run; metrics.jsonl, videos and "
+                        "images go on.",
+                        type(sink).__name__,
+                    )
+                    self._give_up(sink)
