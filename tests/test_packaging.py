@@ -21,6 +21,7 @@ from packaging.version import Version
 import w2f_torchrl
 
 ROOT = Path(__file__).resolve().parents[1]
+PACKAGED = {".py", ".yaml", ".typed", ".html", ".css", ".js"}
 LOCKS = {
     "locked.txt": ["dev", "docs"],
     "locked-extras.txt": ["dev", "docs", "sam3", "wandb", "tensorboard", "slurm"],
@@ -124,7 +125,7 @@ def copy_sources(directory: Path) -> None:
 
 def package_files() -> set[str]:
     files = (ROOT / "w2f_torchrl").rglob("*")
-    return {str(f.relative_to(ROOT)) for f in files if f.suffix in {".py", ".yaml", ".typed"}}
+    return {str(f.relative_to(ROOT)) for f in files if f.suffix in PACKAGED}
 
 
 def configuration_files() -> set[str]:
