@@ -188,7 +188,23 @@
     else visible.delete(entry.target);
   }), { rootMargin: "400px" });
   figures.forEach((figure) => watcher.observe(figure));
+  figures.slice(0, 12).forEach(refresh);
   addEventListener("beforeprint", () => figures.forEach(refresh));
+
+  // A video plays while it is looked at, unless motion is unwelcome or somebody stopped it.
+  const still = matchMedia("(prefers-reduced-motion: reduce)").matches;
+  const player = new IntersectionObserver((entries) => entries.forEach(({ target, isIntersecting }) => {
+    if (isIntersecting && !target.dataset.stopped) target.play().catch(() => {});
+    else if (!isIntersecting) { if (!target.paused) target.dataset.leaving = "1"; target.pause(); }
+  }), { threshold: 0.5 });
+  document.querySelectorAll("video").forEach((video) => {
+    video.addEventListener("pause", () => {
+      if (!video.dataset.leaving) video.dataset.stopped = "1";
+      delete video.dataset.leaving;
+    });
+    video.addEventListener("play", () => delete video.dataset.stopped);
+    if (!still) player.observe(video);
+  });
 
   ["smooth", "axis", "scale"].forEach((id) => control(id).addEventListener("input", redraw));
   control("controls").addEventListener("submit", (event) => event.preventDefault());

@@ -21,6 +21,14 @@ from w2f_torchrl.utils.progress import format_duration
 
 BROWSER_CODECS = ("h264", "vp8", "vp9", "av1")
 LAST_EPISODES = 20
+_SPOKEN = {
+    "train_imagination_comparison": "imagination with the actions that were taken",
+    "train_imagination_imagined": "imagination with the policy acting",
+    "train_original": "training batch",
+    "train_reconstructed": "training batch, reconstructed",
+    "segmentation_mask": "training masks",
+    "segmentation_predicted_mask": "predicted masks",
+}
 
 
 def write_report(run_dirs: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str]) -> Path:
@@ -156,6 +164,8 @@ def _embed(item: Media, index: int, run: Run) -> dict[str, Any]:
 
 
 def _spoken(name: str) -> str:
+    if name in _SPOKEN:
+        return _SPOKEN[name]
     return name.removeprefix("train_").replace("_", " ")
 
 
