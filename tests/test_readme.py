@@ -56,7 +56,12 @@ NOT_RUN = {
 """First words of commands that aren't run, and why."""
 RUNNABLE = {"demo", "walker", "student", "cheetah"}
 """Run directories that the pages read; each is a copy of one tiny run."""
-ANSWERED = {"davis": "download_davis", "cuda": "CUDA"}
+ANSWERED = {
+    "davis": "download_davis",
+    "cuda": "CUDA",
+    "use_wandb": "pip install",
+    "tensorboard": "pip install",
+}
 """What a checked run may lack here, and what its error then has to say."""
 TRAINING = (
     ("python", "sota_configs/world2filter.py"),

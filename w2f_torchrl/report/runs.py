@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from w2f_torchrl.utils.environment import read_environment
-from w2f_torchrl.utils.logging import read_metrics
+from w2f_torchrl.utils.metrics_file import read_metrics
 
 _MEDIA = re.compile(r"(.+)_(\d{9})")
 

@@ -254,8 +254,11 @@ class LoggingConfig:
     tensorboard: bool = False
     """Also write TensorBoard's files, to tensorboard/ in the run directory."""
     use_wandb: bool = False
+    """Also log to Weights & Biases."""
     wandb_project: str = "w2f_torchrl"
+    """The project there."""
     wandb_entity: str | None = None
+    """The user or team there; null: the account's default."""
     wandb_mode: str = "auto"
     """online; offline; or auto: as WANDB_MODE says, else online if a key is configured (wandb
     login, WANDB_API_KEY), else offline."""

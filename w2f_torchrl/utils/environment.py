@@ -9,9 +9,10 @@ import platform
 import subprocess
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 PACKAGES = (
     "w2f_torchrl",
@@ -38,6 +39,8 @@ def describe_environment(device: torch.device | str = "cpu") -> dict[str, str]:
         Label to text: Python, operating system, processor, cores, device, packages (those that are
         installed), and the commit of this package's sources if they are a git checkout.
     """
+    import torch  # here, since the report reads environments without it
+
     device = torch.device(device)
     facts = {
         "python": platform.python_version(),

@@ -8,7 +8,7 @@ import math
 import numbers
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -18,6 +18,7 @@ from torch import Tensor
 from torchrl.record.loggers.common import Logger
 
 from w2f_torchrl.utils.background import BackgroundWorker
+from w2f_torchrl.utils.metrics_file import last_counters, read_metrics, read_records, repair
 from w2f_torchrl.utils.progress import ProgressBar
 from w2f_torchrl.utils.sinks import Sinks
 from w2f_torchrl.utils.video import write_image, write_video
@@ -73,8 +74,8 @@ class MetricsLogger:
         self.sinks = Sinks(loggers)
         self.background = BackgroundWorker()
         self._reported: set[str] = set()
-        _repair(self.path)
-        self._start = _last_counters(self.path)
+        repair(self.path)
+        self._start = last_counters(self.path)
         self._file = self.path.open("ab", buffering=0)
 
     def log(
@@ -212,7 +213,7 @@ class MetricsLogger:
             How many lines were removed.
         """
         kept, removed = [], 0
-        for record in _records(self.path):
+        for record in read_records(self.path):
             late = record["frames"] > frames
             late |= updates is not None and record["updates"] > updates
             removed += late
@@ -225,7 +226,7 @@ class MetricsLogger:
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(temporary, self.path)
-        self._start = _last_counters(self.path)
+        self._start = last_counters(self.path)
         self._file = self.path.open("ab", buffering=0)
         self.sinks.truncate_after(frames)
         return removed
@@ -264,29 +265,6 @@ class MetricsLogger:
                 )
 
 
-def read_metrics(run_dir: str | os.PathLike[str]) -> list[dict[str, float]]:
-    """Read the metrics of a run, which may still be going on.
-
-    Args:
-        run_dir: A run directory.
-
-    Returns:
-        One dict per line with ``frames`` and ``updates`` (int) and the metrics (float; NaN where
-        the line has null). A last line that is still being written, or was torn, is left out.
-
-    Raises:
-        FileNotFoundError: If there is no ``metrics.jsonl``.
-        ValueError: If a line before the last is damaged; names the file and the line.
-    """
-    path = Path(run_dir) / "metrics.jsonl"
-    if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist: {run_dir} is not a run directory.")
-    return [
-        {name: math.nan if value is None else value for name, value in record.items()}
-        for record in _records(path)
-    ]
-
-
 def _check_name(name: str) -> None:
     if not _NAME.fullmatch(name):
         raise ValueError(
@@ -311,48 +289,3 @@ def _to_floats(metrics: Mapping[str, Any]) -> dict[str, float]:
     for group in by_device.values():
         values.update(zip(group, torch.stack(list(group.values())).tolist(), strict=True))
     return values
-
-
-def _records(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open("rb") as stream:
-        for number, line in enumerate(stream, start=1):
-            record = _parse(line)
-            if record is not None:
-                yield record
-            elif line.endswith(b"\n"):
-                raise ValueError(f"{path}, line {number}: not a metrics record: {line[:80]!r}.")
-
-
-def _parse(line: bytes) -> dict[str, Any] | None:
-    try:
-        record = json.loads(line)
-    except ValueError:
-        return None
-    if not isinstance(record, dict) or not {"frames", "updates"} <= record.keys():
-        return None
-    return record
-
-
-def _repair(path: Path) -> None:
-    """Make the file end with a whole line."""
-    if not path.exists():
-        return
-    content = path.read_bytes()
-    whole, newline, tail = content.rpartition(b"\n")
-    if not tail:
-        return
-    if _parse(tail) is not None:
-        with path.open("ab") as stream:  # only the line's end is missing
-            stream.write(b"\n")
-        return
-    logger.warning("%s: removed an incomplete last line of %d bytes.", path, len(tail))
-    os.truncate(path, len(whole) + len(newline))
-
-
-def _last_counters(path: Path) -> tuple[int, int]:
-    """Return the highest frames and updates in the file."""
-    frames = updates = 0
-    if path.exists():
-        for record in _records(path):
-            frames, updates = max(frames, record["frames"]), max(updates, record["updates"])
-    return frames, updates
