@@ -7,12 +7,17 @@ from pathlib import Path
 
 import own_env_and_segmenter
 import pytest
+import render_imagination
 import torch
 import train_without_hydra
+from test_trainers import tiny_run
 from torchrl.envs.utils import check_env_specs
 
 from w2f_torchrl.envs import make_env
 from w2f_torchrl.segmenters import mask_iou
+from w2f_torchrl.trainers import Trainer
+from w2f_torchrl.trainers.imagination import CONTEXT, HORIZON
+from w2f_torchrl.utils.video import read_video
 
 ROOT = Path(__file__).parents[1]
 TESTED = {"ppo_with_sam3": "test_masks_on_disk.py", "relabel_replay": "test_masks_on_disk.py"}
@@ -56,3 +61,18 @@ def test_an_env_and_a_segmenter_of_ones_own(tmp_path: Path):
     assert last["eval/length_mean"] == own_env_and_segmenter.EPISODE
     errors = [row["wm/mask_loss"] for row in written if "wm/mask_loss" in row]
     assert errors[-1] < 0.9 * errors[0]  # the masks reached the losses, and something is learned
+
+
+@pytest.mark.render
+def test_the_imagination_of_a_checkpoint_is_filmed(tmp_path: Path, capsys):
+    Trainer(tiny_run(tmp_path / "run", evaluation={"every_frames": 0})).train()
+    checkpoint = max((tmp_path / "run" / "checkpoints").glob("*.pt"))
+    command = [str(checkpoint), "--out", str(tmp_path / "film.mp4"), "--steps", "30"]
+    paths = render_imagination.main([*command, "--windows", "2"])
+    beside, acting = (read_video(path) for path in paths)
+    assert len(beside) == len(acting) == CONTEXT + HORIZON
+    assert beside.shape[2] > acting.shape[2]  # the truth and the error are two rows more
+    assert beside.float().std() > 10
+    assert "train/imagination/error: 0." in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="leaves nothing to imagine"):
+        render_imagination.main([*command[:-1], "2"])

@@ -1,0 +1,62 @@
+"""Load a checkpoint and film what its world model imagines.
+
+python examples/render_imagination.py runs/demo/checkpoints/checkpoint_000000000504.pt \
+    --out imagination.mp4
+
+Plays an episode. Out of it the model sees five frames of each window (green bar) and then imagines
+on (red bar): once with the actions that were really taken, beside the truth, and once with its
+policy acting in the imagination.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from torchrl.envs.utils import ExplorationType, set_exploration_type
+
+from w2f_torchrl.data import records_from_rollout
+from w2f_torchrl.trainers import load_policy
+from w2f_torchrl.trainers.imagination import imagine_windows
+from w2f_torchrl.utils.film import film
+from w2f_torchrl.utils.video import write_video
+
+
+def main(arguments: list[str] | None = None) -> tuple[Path, Path]:
+    """Play, imagine, write two videos.
+
+    Returns:
+        The video beside the truth, and that of the policy's imagination.
+    """
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--out", type=Path, default=Path("imagination.mp4"))
+    parser.add_argument("--steps", type=int, default=100, help="agent steps of the episode")
+    parser.add_argument("--windows", type=int, default=3)
+    parser.add_argument("--seed", type=int, default=1)
+    args = parser.parse_args(arguments)
+
+    policy = load_policy(args.checkpoint)
+    env = policy.make_env(seed=args.seed)
+    with torch.no_grad(), set_exploration_type(ExplorationType.MODE):
+        episode = env.rollout(args.steps, policy)  # [T]
+    env.close()
+
+    # The model is trained on records, one per observation, so that is what it is shown: [1, T + 1].
+    records = records_from_rollout(episode.unsqueeze(0)).unsqueeze(0)
+    actor = policy.policy[2][0].module  # encoder, state estimator, actor
+    made = imagine_windows(policy.world_model, actor, records, count=args.windows, seed=args.seed)
+    if made is None:
+        raise SystemExit(f"error: an episode of {args.steps} steps leaves nothing to imagine.")
+    acting = args.out.with_stem(f"{args.out.stem}_policy")
+    for path, rows in ((args.out, made.comparison), (acting, made.imagined)):
+        write_video(path, film(rows, made.context), fps=5, scale=1)
+        print(path)
+    for name, value in made.metrics.items():
+        print(f"{name}: {value:.3f}")
+    return args.out, acting
+
+
+if __name__ == "__main__":
+    main()
