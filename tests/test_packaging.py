@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGED = {".py", ".yaml", ".typed", ".html", ".css", ".js"}
 LOCKS = {
     "locked.txt": ["dev", "docs"],
-    "locked-extras.txt": ["dev", "docs", "sam3", "wandb", "tensorboard", "slurm"],
+    "locked-extras.txt": ["dev", "docs", "sam3", "wandb", "tensorboard", "slurm", "analysis"],
 }
 
 

@@ -66,13 +66,36 @@ class Distractor:
         if config.color is not None:
             original = np.array(self._model.mat_rgba[:, :3], dtype=np.float64)
             self.color = ColorWalk(original, config.color.scale, dynamic=config.color.dynamic)
+        self._generators: dict[str, np.random.Generator] = {}
         self.seed(seed)
 
-    def seed(self, seed: int) -> None:
-        """Start the generators again; the next reset begins their streams."""
-        self._generators = {
-            name: np.random.default_rng(derive_seed(seed, "distraction", name)) for name in _STREAMS
-        }
+    def seed(self, seed: int, *, streams: Sequence[str] = _STREAMS) -> None:
+        """Start generators again; the next reset begins their streams.
+
+        Args:
+            seed: Any non-negative number.
+            streams: Which: ``"background"``, ``"camera"``, ``"color"``.
+        """
+        for name in streams:
+            self._generators[name] = np.random.default_rng(derive_seed(seed, "distraction", name))
+
+    def labels(self) -> dict[str, npt.NDArray[np.float64]]:
+        """What distracts at present, as vectors, for who asks what a model knows of it.
+
+        Returns:
+            As far as there are: ``clip`` (index of the video) and ``frame``, both [1]; ``camera``
+            [4]: radius, azimuth and polar angle relative to what it looks at, and roll; ``color``
+            [3 M], the materials' colours.
+        """
+        found: dict[str, npt.NDArray[np.float64]] = {}
+        if self.video is not None:
+            found["clip"] = np.array([self.video.clip], dtype=np.float64)
+            found["frame"] = np.array([self.video.frame], dtype=np.float64)
+        if self.camera is not None:
+            found["camera"] = np.array([*self.camera.sphere, self.camera.roll], dtype=np.float64)
+        if self.color is not None:
+            found["color"] = self.color.colors.ravel().copy()
+        return found
 
     def reset(self) -> None:
         """Begin an episode: a new clip, camera position and colours."""

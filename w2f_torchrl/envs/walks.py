@@ -68,6 +68,11 @@ class VideoWalk:
         self.frame = 0
         self.direction = 1
 
+    @property
+    def num_clips(self) -> int:
+        """How many clips there are."""
+        return len(self._lengths)
+
     def start(self, generator: np.random.Generator) -> None:
         """Draw clip, frame and direction, uniformly each."""
         self.clip = int(generator.integers(len(self._lengths)))

@@ -221,6 +221,11 @@ class EvaluationConfig:
     """Write videos of each evaluation's first episode."""
     sets: list[str] = field(default_factory=list)
     """More evaluations by name, each with as many episodes: see envs.evaluation_sets."""
+    filtering: bool = False
+    """Measure at each evaluation what the latents hold of scenery and agent (leakage, content,
+    change by another background); needs scikit-learn (the extra ``analysis``)."""
+    filtering_episodes: int = 24
+    """Episodes of random actions for these measures, recorded once."""
 
 
 @dataclass
@@ -514,6 +519,7 @@ def _validate_training(config: RunConfig) -> None:
         )
     _at_least("evaluation.every_frames", config.evaluation.every_frames, 0)
     _at_least("evaluation.episodes", config.evaluation.episodes, 1)
+    _validate_filtering(config)
     _at_least("checkpoint.every_updates", config.checkpoint.every_updates, 1)
     _at_least("checkpoint.keep", config.checkpoint.keep, 1)
     _validate_logging(config.logging)
@@ -533,6 +539,21 @@ def _validate_logging(settings: LoggingConfig) -> None:
                 f"logging.{name}=true needs {' and '.join(missing)}, which is not installed: "
                 f"pip install {' '.join(packages)}"
             )
+
+
+def _validate_filtering(config: RunConfig) -> None:
+    _at_least("evaluation.filtering_episodes", config.evaluation.filtering_episodes, 8)
+    if not config.evaluation.filtering:
+        return
+    if registered_factory(config.environment.domain):
+        raise ConfigError(
+            "evaluation.filtering=true asks the Control Suite's simulator for the agent's state, "
+            f"and environment.domain={config.environment.domain} is registered; allowed: false."
+        )
+    if importlib.util.find_spec("sklearn") is None:
+        raise ConfigError(
+            "evaluation.filtering=true needs scikit-learn: pip install 'w2f_torchrl[analysis]'."
+        )
 
 
 def _validate_device(config: RunConfig) -> None:

@@ -94,12 +94,28 @@ def load_policy(checkpoint: str | Path, device: torch.device | str = "cpu") -> L
         >>> env = policy.make_env(seed=1)  # doctest: +SKIP
         >>> env.rollout(500, policy)["next", "reward"].sum()  # doctest: +SKIP
     """
+    config, learner, action_size = load_learner(checkpoint, device)
+    return LoadedPolicy(config, learner, action_size)
+
+
+def load_learner(
+    checkpoint: str | Path, device: torch.device | str = "cpu"
+) -> tuple[RunConfig, Learner, int]:
+    """Load a run's settings, its networks in evaluation mode, and the size of its actions.
+
+    Args:
+        checkpoint: A ``checkpoint_*.pt`` file.
+        device: Where the networks live.
+
+    Raises:
+        CheckpointError: If the file is missing, damaged or of an unknown format.
+    """
     payload = load_checkpoint(checkpoint, device).payload
     config = to_run_config(payload["config"])
     config.device = str(device)
     learner = Learner.from_config(config, payload["action_size"])
     learner.restore(payload["learner"])
-    return LoadedPolicy(config, learner.eval(), payload["action_size"])
+    return config, learner.eval(), int(payload["action_size"])
 
 
 @dataclass

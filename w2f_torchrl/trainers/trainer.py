@@ -13,7 +13,7 @@ from functools import partial
 from operator import itemgetter
 from pathlib import Path
 from types import FrameType
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from tensordict import TensorDictBase
@@ -58,6 +58,9 @@ from w2f_torchrl.utils.environment import note_environment
 from w2f_torchrl.utils.logging import MetricsLogger, ProgressBar
 from w2f_torchrl.utils.memory import keep_freed_memory
 from w2f_torchrl.utils.seeding import derive_seed
+
+if TYPE_CHECKING:
+    from w2f_torchrl.trainers.filtering import FilteringMeter
 
 logger = logging.getLogger(__name__)
 
@@ -110,6 +113,7 @@ class Trainer:
         self._first_steps = config.prefill_steps
         """Agent steps before which there are no updates."""
         self._last_return: float | None = None
+        self._filtering: FilteringMeter | None = None
         self._sums: TensorDictBase | None = None
         self._summed = 0
         self._rate_mark: tuple[float, int, int] | None = None
@@ -286,10 +290,21 @@ class Trainer:
         evaluation = self.evaluator.evaluate(
             self.learner.world_model, self.config.evaluation.episodes
         )
+        if self.config.evaluation.filtering:
+            evaluation.metrics |= self._measure_filtering()
         self._evaluated = self.frames
         self.logger.log(evaluation.metrics, frames=self.frames, updates=self.updates)
         self.diagnostics.after_evaluation(evaluation, frames=self.frames, updates=self.updates)
         return evaluation.metrics
+
+    def _measure_filtering(self) -> dict[str, float]:
+        """Probe the latents; the episodes are recorded at the first call."""
+        from w2f_torchrl.trainers.filtering import FilteringMeter, flat_metrics  # scikit-learn
+
+        if self._filtering is None:
+            self._filtering = FilteringMeter(self.config, derive_seed(self.config.seed, "probe", 0))
+        found = self._filtering.measure(self.learner.loss, seeds=(0,), probes=("linear",))
+        return flat_metrics(found)
 
     # ---------------------------------------------------------------- building and ending
 

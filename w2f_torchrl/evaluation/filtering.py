@@ -1,0 +1,221 @@
+"""Leakage, content, reconstruction, and what another background changes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from tensordict import TensorDict
+from torch import Tensor
+
+from w2f_torchrl.evaluation.episodes import Episode
+from w2f_torchrl.evaluation.probes import PROBES, Score, probe_class, probe_values
+from w2f_torchrl.modules import WorldModel
+from w2f_torchrl.objectives import World2FilterLoss
+from w2f_torchrl.segmenters import mask_iou
+
+Array = npt.NDArray[np.float64]
+
+FRAMES = 2000
+"""Rows that the probes see, at most: evenly many of every episode."""
+CHUNK = 64
+"""Pictures decoded at a time, to bound memory."""
+
+
+def measure_filtering(
+    model: World2FilterLoss,
+    episodes: Sequence[Episode],
+    *,
+    replaced: Sequence[Episode] = (),
+    untrained: WorldModel | None = None,
+    seeds: Sequence[int] = (0, 1, 2),
+    probes: Sequence[str] = PROBES,
+) -> dict[str, Any]:
+    """Measure what the latents hold of the agent and of the scenery.
+
+    Args:
+        model: World model, actor and critic.
+        episodes: From :func:`~w2f_torchrl.evaluation.record_episodes`; for the clip's identity at
+            least 4 of each clip.
+        replaced: The first of them again before other backgrounds, from
+            :func:`~w2f_torchrl.evaluation.replace_backgrounds`.
+        untrained: A control: a world model of the same sizes with its first weights.
+        seeds: Of the probes' splits.
+        probes: For the clip's identity: see :func:`~w2f_torchrl.evaluation.probe_class`.
+
+    Returns:
+        ``leakage`` and ``content``: for the latent ``foreground`` (which the actor reads; the only
+        one of a model with one latent), for ``background`` where there is one, and for
+        ``untrained``, what probes find: the accuracy for ``clip``; R2 for ``camera``, ``color``,
+        ``pose``, ``velocity``. ``reconstruction``: ``foreground_psnr`` inside the simulator's mask
+        and ``background_psnr`` outside, in dB, and ``mask_iou``. ``replacement``: how far the mean
+        action and the value move when the background is another, as a mean absolute difference
+        (``action_change`` in [0, 2], ``value_change``), and as a share of how far two random frames
+        differ (``..._relative``: 0 is no influence, 1 is as if the agent were elsewhere).
+    """
+    latents, pictures = _encode_all(model.world_model, episodes)
+    if untrained is not None:
+        latents["untrained"] = _encode_all(untrained, episodes)[0]["foreground"]
+    rows = _choose(episodes)
+    owner = np.concatenate([np.full(len(e), index) for index, e in enumerate(episodes)])[rows]
+    result: dict[str, Any] = {"leakage": {}, "content": {}, "reconstruction": pictures}
+    for name, features in latents.items():
+        chosen = features[rows]
+        result["leakage"][name] = _leakage(chosen, episodes, rows, owner, seeds, probes)
+        result["content"][name] = {
+            key: probe_values(chosen, _joined(episodes, "agent", key)[rows], owner, seeds=seeds)
+            for key in episodes[0].agent
+        }
+    if replaced:
+        result["replacement"] = _replacement(model, episodes[: len(replaced)], replaced)
+    return result
+
+
+def flat_metrics(result: Mapping[str, Any], prefix: str = "filtering") -> dict[str, float]:
+    """The measures under names for a log, ``filtering/leakage/foreground/clip/linear`` say."""
+    flat: dict[str, float] = {}
+    for key, value in result.items():
+        name = f"{prefix}/{key}"
+        if isinstance(value, Score):
+            flat[name] = value.mean
+        elif isinstance(value, Mapping):
+            flat |= flat_metrics(value, name)
+        elif value is not None:
+            flat[name] = float(value)
+    return flat
+
+
+def _choose(episodes: Sequence[Episode]) -> npt.NDArray[np.int64]:
+    """Rows of all episodes' frames that the probes see."""
+    total = sum(map(len, episodes))
+    step = -(-total // FRAMES)
+    starts = np.cumsum([0, *map(len, episodes)])
+    return np.concatenate(
+        [start + np.arange(0, len(e), step) for start, e in zip(starts, episodes, strict=False)]
+    )
+
+
+def _joined(episodes: Sequence[Episode], group: str, key: str) -> Array:
+    return np.concatenate([getattr(episode, group)[key] for episode in episodes])
+
+
+def _leakage(
+    features: Array,
+    episodes: Sequence[Episode],
+    rows: npt.NDArray[np.int64],
+    owner: npt.NDArray[np.int64],
+    seeds: Sequence[int],
+    probes: Sequence[str],
+) -> dict[str, dict[str, Score]]:
+    found: dict[str, dict[str, Score]] = {}
+    if "clip" in episodes[0].scenery and len({e.scenery["clip"][0, 0] for e in episodes}) > 1:
+        clips = _joined(episodes, "scenery", "clip")[rows, 0].astype(np.int64)
+        found["clip"] = probe_class(features, clips, owner, seeds=seeds, probes=probes)
+    for key in ("camera", "color"):
+        if key in episodes[0].scenery:
+            values = _joined(episodes, "scenery", key)[rows]
+            found[key] = probe_values(features, values, owner, seeds=seeds)
+    return found
+
+
+@torch.no_grad()
+def _encode_all(
+    world_model: WorldModel, episodes: Sequence[Episode]
+) -> tuple[dict[str, Array], dict[str, float | None]]:
+    """Features of every frame by latent ``[N, D + S]``, and how well pictures are reconstructed."""
+    features: dict[str, list[Tensor]] = {}
+    sums = _PictureSums()
+    for episode in episodes:
+        inferred = _infer(world_model, episode)
+        for name, prefix in (("foreground", ""), ("background", "background_")):
+            if f"{prefix}state" in inferred.keys():
+                features.setdefault(name, []).append(_features(inferred, prefix).cpu())
+        sums.add(world_model, inferred, episode)
+    joined = {key: torch.cat(parts).double().numpy() for key, parts in features.items()}
+    return joined, sums.result()
+
+
+def _infer(world_model: WorldModel, episode: Episode) -> TensorDict:
+    """The posterior latents of an episode ``[T]``; the states are drawn alike at every call."""
+    device = next(world_model.parameters()).device
+    records = episode.records().select(*world_model.in_keys).to(device)
+    with torch.random.fork_rng():
+        torch.manual_seed(episode.seed)
+        inferred: TensorDict = world_model.infer(records)["next"][0]
+    return inferred
+
+
+def _features(inferred: TensorDict, prefix: str = "") -> Tensor:
+    return torch.cat((inferred[f"{prefix}belief"], inferred[f"{prefix}state"]), -1).float()
+
+
+class _PictureSums:
+    """Squared errors inside and outside of masks, and overlaps, summed over episodes."""
+
+    def __init__(self) -> None:
+        self.error = {"foreground": 0.0, "background": 0.0}
+        self.count = {"foreground": 0, "background": 0}
+        self.ious: list[Tensor] = []
+
+    def add(self, world_model: WorldModel, inferred: TensorDict, episode: Episode) -> None:
+        for start in range(0, len(episode), CHUNK):
+            part = slice(start, start + CHUNK)
+            td = TensorDict({"next": inferred[part]}, [len(inferred[part])])
+            out = world_model.decoder(td)["next"].cpu()
+            pixels, mask = episode.pixels[part] / 255, episode.masks[part]
+            whole = out.get("reconstructed_pixels", None)
+            for side, where in (("foreground", mask), ("background", ~mask)):
+                picture = out.get(f"{side}_pixels", whole)
+                if picture is None:
+                    continue
+                squared = (picture.clamp(0, 1) - pixels).square() * where
+                self.error[side] += float(squared.double().sum())
+                self.count[side] += 3 * int(where.sum())
+            if "mask_logits" in out.keys():
+                self.ious.append(mask_iou(out["mask_logits"] > 0, mask))
+
+    def result(self) -> dict[str, float | None]:
+        """Peak signal to noise in dB of each side, None where there is no picture of it; IoU."""
+        found: dict[str, float | None] = {
+            f"{side}_psnr": _psnr(self.error[side] / count) if (count := self.count[side]) else None
+            for side in self.error
+        }
+        found["mask_iou"] = float(torch.cat(self.ious).mean()) if self.ious else None
+        return found
+
+
+def _psnr(mean_squared_error: float) -> float:
+    return float(-10 * np.log10(max(mean_squared_error, 1e-12)))
+
+
+@torch.no_grad()
+def _replacement(
+    model: World2FilterLoss, episodes: Sequence[Episode], replaced: Sequence[Episode]
+) -> dict[str, float]:
+    """Change of action and value, absolute and relative to what two random frames differ by."""
+
+    def act(features: Tensor) -> Tensor:
+        belief, state = features.split(
+            [model.world_model.config.belief_size, model.world_model.config.state_size], -1
+        )
+        mean: Tensor = model.actor(state, belief)[0]
+        return mean
+
+    def value(features: Tensor) -> Tensor:
+        return model.world_model.two_hot.decode(model.critic(features).float()).unsqueeze(-1)
+
+    before = torch.cat([_features(_infer(model.world_model, each)) for each in episodes])
+    after = torch.cat([_features(_infer(model.world_model, each)) for each in replaced])
+    generator = torch.Generator().manual_seed(0)
+    order = torch.randperm(len(before), generator=generator)
+    result: dict[str, float] = {}
+    head: Callable[[Tensor], Tensor]
+    for name, head in (("action", act), ("value", value)):
+        old, new = head(before), head(after)
+        change, spread = (new - old).abs().mean(), (old - old[order]).abs().mean()
+        result[f"{name}_change"] = float(change)
+        result[f"{name}_change_relative"] = float(change / spread.clamp(min=1e-8))
+    return result
