@@ -35,12 +35,12 @@ ROOT = Path(__file__).parents[1]
 class Run:
     """A run under torchrun, its log and its processes."""
 
-    def __init__(self, run_dir: Path, log: Path, restarts: int, frames: int, resume: str):
+    def __init__(self, run_dir: Path, log: Path, restarts: int, **settings: Any):
         self.run_dir, self.log = run_dir, log
         command = [
             sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
             f"--max-restarts={restarts}", "sota_configs/world2filter.py",
-            *tiny_overrides(training__total_frames=frames, run_dir=run_dir, resume=resume),
+            *tiny_overrides(run_dir=run_dir, **settings),
         ]  # fmt: skip
         with log.open("ab") as stream:
             self.process = subprocess.Popen(command, cwd=ROOT, stdout=stream, stderr=stream)
@@ -150,13 +150,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the kills and write the results."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=10)
+    parser.add_argument("--workers", type=int, default=0, help="collector's processes of a rank")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, required=True)
     args = parser.parse_args(arguments)
     chosen, kills = random.Random(args.seed), []
     with tempfile.TemporaryDirectory() as folder:
         run_dir, log = Path(folder) / "run", Path(folder) / "log"
-        run = Run(run_dir, log, args.kills - 1, 1_000_000, "null")
+        settings = {"collection__num_workers": args.workers}
+        run = Run(run_dir, log, args.kills - 1, training__total_frames=1_000_000, **settings)
         sys.stderr.write(f"log: {log}\n")
         for number in range(args.kills):
             kills.append(kill_a_rank(run, chosen))
@@ -166,7 +168,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         code = run.process.wait(60)
         root_cause = re.search(r"Root Cause[^=]*?rank\s*: (\d)", log.read_text(), re.DOTALL)
         frames = int(read_metrics(run_dir)[-1]["frames"]) + 1024
-        last = Run(run_dir, log, 0, frames, "auto")
+        last = Run(run_dir, log, 0, training__total_frames=frames, resume="auto", **settings)
         results = {
             "kills": kills,
             "exit_code_after_the_last": code,

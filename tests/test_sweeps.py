@@ -10,13 +10,12 @@ import sys
 import time
 from pathlib import Path
 
+import curves
 import pytest
 from test_trainers import ROOT
 from tiny_run import missing_and_repeated, tiny_overrides
 
 from w2f_torchrl.utils.logging import read_metrics
-
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 FRAMES = 800
 
@@ -33,6 +32,19 @@ def start_sweep(folder: Path, *overrides: str) -> subprocess.Popen[str]:
     )
 
 
+def test_curves_collect_a_sweeps_runs(tmp_path):
+    runs = [tmp_path / "sweep" / name for name in ("0_a", "1_b", "10_c")]
+    for run in runs:
+        run.mkdir(parents=True)
+        (run / "config.yaml").touch()
+        (run / "metrics.jsonl").touch()
+    (tmp_path / "sweep" / "2_not_begun").mkdir()
+    assert set(curves.collect_runs([tmp_path / "sweep"])) == set(runs)
+    assert curves.collect_runs([runs[2], runs[0]]) == [runs[2], runs[0]]
+    with pytest.raises(FileNotFoundError, match="is no run directory and holds none"):
+        curves.collect_runs([tmp_path / "sweep" / "2_not_begun"])
+
+
 def updates(run: Path) -> int:
     if not (run / "metrics.jsonl").exists():
         return 0
@@ -46,6 +58,8 @@ def check_run(run: Path) -> None:
     assert (run / "config.yaml").exists()
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_the_basic_launcher_gives_each_run_its_directory(tmp_path):
     sweep = start_sweep(tmp_path, "seed=3,4")
     output = sweep.communicate()[0]
@@ -56,6 +70,8 @@ def test_the_basic_launcher_gives_each_run_its_directory(tmp_path):
         check_run(run)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_a_local_job_that_is_preempted_goes_on(tmp_path):
     """submitit's signal, as SLURM sends it at a preemption or before the time is up."""
     pytest.importorskip("submitit")
