@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import atexit
 import copy
-import signal
-import weakref
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from pathlib import Path
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
@@ -19,7 +17,9 @@ from torchrl.envs import EnvBase, SerialEnv, TransformedEnv
 from torchrl.envs.transforms import TensorDictPrimer
 from torchrl.envs.utils import ExplorationType
 
+from w2f_torchrl.data.collector_state import ResumableCollector
 from w2f_torchrl.data.overlap import OverlappedCollector
+from w2f_torchrl.data.workers import SyncCollector, ignore_stop_signals
 from w2f_torchrl.utils.seeding import derive_seed
 
 EnvFactory = Callable[[int, int], EnvBase]
@@ -98,6 +98,7 @@ def make_collector(
         # The workers see the policy's own memory, which a learner changes in place meanwhile.
         policy = copy.deepcopy(policy)
     per_worker = num_envs // max(num_workers, 1)
+    failures = tempfile.TemporaryDirectory(prefix="w2f_") if num_workers else None
     env_seed = derive_seed(seed, "train", rank)
     make_worker_env = [
         partial(
@@ -107,6 +108,7 @@ def make_collector(
             dict(primers),
             env_seed,
             derive_seed(seed, "policy", rank, worker),
+            Path(failures.name) / str(worker) if failures else None,
         )
         for worker in range(max(num_workers, 1))
     ]
@@ -121,48 +123,21 @@ def make_collector(
         "exploration_type": ExplorationType.RANDOM,
         "auto_register_policy_transforms": False,  # the primer below carries the state
     }
-    if num_workers == 0:
-        return Collector(make_worker_env[0], **options)
-    collector = _SyncCollector(
+    if failures is None:
+        return ResumableCollector(make_worker_env[0], **options)
+    collector = SyncCollector(
         make_worker_env,
         **options,
+        collector_class=ResumableCollector,
+        failures=failures,
         cat_results=0,
         use_buffers=True,
-        init_fn=_ignore_interrupts,
+        init_fn=ignore_stop_signals,
         # By default TorchRL takes one thread for each worker away from this process for good, but
         # the workers wait while the learner computes.
         num_threads=torch.get_num_threads(),
     )
     return OverlappedCollector(collector) if overlap else collector
-
-
-class _SyncCollector(MultiSyncCollector):
-    """A MultiSyncCollector whose process always ends.
-
-    TorchRL leaves the weight scheme to the garbage collector. When that comes at the interpreter's
-    end, after an exception above all, the scheme starts a thread that never runs and hangs; workers
-    that nobody shut down are waited for without end as well.
-    """
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        atexit.register(_shutdown_if_alive, weakref.ref(self))
-        super().__init__(*args, **kwargs)
-
-    def shutdown(
-        self, timeout: float | None = None, close_env: bool = True, raise_on_error: bool = True
-    ) -> None:
-        """End the workers, then the weight scheme's queues."""
-        try:
-            super().shutdown(timeout, close_env, raise_on_error)
-        finally:
-            for scheme in (getattr(self, "_weight_sync_schemes", None) or {}).values():
-                scheme.shutdown()
-
-
-def _shutdown_if_alive(collector: weakref.ref[_SyncCollector]) -> None:
-    alive = collector()
-    if alive is not None:
-        alive.shutdown(raise_on_error=False)
 
 
 def sync_policy_weights(
@@ -171,8 +146,17 @@ def sync_policy_weights(
     """Copy the policy's weights to every worker.
 
     The collector's own method fails on a module: it wants the weights as a tensordict.
+
+    Raises:
+        WorkerError: If a worker died.
     """
-    collector.update_policy_weights_(TensorDict.from_module(policy).data)
+    weights = TensorDict.from_module(policy).data
+    workers = collector.collector if isinstance(collector, OverlappedCollector) else collector
+    if isinstance(workers, SyncCollector):
+        with workers.watched():
+            collector.update_policy_weights_(weights)
+    else:
+        collector.update_policy_weights_(weights)
 
 
 def _check_counts(num_envs: int, num_workers: int, frames_per_batch: int) -> None:
@@ -199,6 +183,7 @@ def _make_worker_env(
     primers: dict[str, int],
     env_seed: int,
     policy_seed: int,
+    failure_file: Path | None,
 ) -> EnvBase:
     """Make one worker's envs, and seed its policy's noise."""
     env = SerialEnv(
@@ -213,6 +198,7 @@ def _make_worker_env(
     env.start()  # makes the envs now, so that they can't reseed torch's generator later
     specs = {key: Unbounded((size,)) for key, size in primers.items()}
     env = TransformedEnv(env, TensorDictPrimer(specs, expand_specs=True))
+    env.failure_file = failure_file
     # Every process starts with the same generator: unseeded, all workers act with equal noise.
     torch.manual_seed(policy_seed)
     return env
@@ -221,11 +207,6 @@ def _make_worker_env(
 def _call(create_env: EnvFactory, index: int, seed: int) -> EnvBase:
     """Let SerialEnv, which passes keywords, call a factory whatever its parameters' names."""
     return create_env(index, seed)
-
-
-def _ignore_interrupts() -> None:
-    """Leave Ctrl+C, which the terminal sends to all processes, to the main one."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class _KeepKeys:

@@ -31,10 +31,24 @@ class OverlappedCollector:
     def __iter__(self) -> Iterator[TensorDictBase]:
         """Give batches ``[N, T]``, each after asking for the one that follows it."""
         self._batches = iter(self.collector)
-        self._ask()
+        if self._under_way is None:
+            self._ask()
         while (batch := self._wait()) is not None:
             self._ask()
             yield batch
+
+    def under_way(self) -> TensorDictBase | None:
+        """Wait for the batch ``[N, T]`` under way, which stays to be taken; None if there is none.
+
+        Raises:
+            Exception: What it failed with.
+        """
+        return None if self._under_way is None else self._under_way.result()
+
+    def hold(self, batch: TensorDictBase) -> None:
+        """Have a batch ``[N, T]`` taken before any is asked for, as the one that was under way."""
+        self._under_way = Future()
+        self._under_way.set_result(batch)
 
     def update_policy_weights_(self, weights: Any) -> None:
         """Send weights to all workers, between two batches.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,13 @@ from torch import Tensor
 from torchrl.data import LazyMemmapStorage, LazyTensorStorage, TensorDictReplayBuffer
 
 from w2f_torchrl.data.masks import pack_mask, unpack_mask
+from w2f_torchrl.data.record_files import RecordFiles, fields_of
 from w2f_torchrl.data.sampler import StreamSampler
 from w2f_torchrl.data.streams import StreamCheckpointer, StreamHeads, StreamWriter
 
 MASK_KEY = ("next", "foreground_mask")
+ALLOCATED_ROWS = 1024
+"""Rows that disk space is set aside for at a time."""
 
 
 class StreamReplayBuffer(TensorDictReplayBuffer):
@@ -38,6 +42,7 @@ class StreamReplayBuffer(TensorDictReplayBuffer):
         prefetch: Batches to draw ahead.
         pin_memory: Whether samples lie in page-locked memory.
         generator: Random generator of the samples; by default torch's own.
+        folder: Where the storage's memory-mapped files are; None in memory.
     """
 
     def __init__(
@@ -51,6 +56,7 @@ class StreamReplayBuffer(TensorDictReplayBuffer):
         prefetch: int = 0,
         pin_memory: bool = False,
         generator: torch.Generator | None = None,
+        folder: Path | None = None,
     ) -> None:
         super().__init__(
             storage=storage,
@@ -63,6 +69,9 @@ class StreamReplayBuffer(TensorDictReplayBuffer):
             generator=generator,
         )
         self.heads = heads
+        self.folder = folder
+        self._allocated: set[int] = set()
+        self._cuts: list[tuple[int, int]] = []
         if prefetch:
             # TorchRL takes a thread for each batch ahead: their order would be left to chance.
             self._prefetch_executor = ThreadPoolExecutor(max_workers=1)
@@ -93,12 +102,115 @@ class StreamReplayBuffer(TensorDictReplayBuffer):
         if MASK_KEY in records.keys(include_nested=True):
             records = records.copy().set(MASK_KEY, pack_mask(records[MASK_KEY]))
         self._check_records(records)
+        if self.folder is not None:
+            self._allocate(records)
         slots: Tensor = self._extend(records)
         return slots
 
     def add(self, data: TensorDictBase) -> int:
         """Append one record, without batch size: ``pixels`` ``[3, H, W]`` and so on."""
         return int(self.extend(data.unsqueeze(0)))
+
+    # ---------------------------------------------------------------- for checkpoints
+
+    @property
+    def initialized(self) -> bool:
+        """Whether there have been records, so that their entries are known."""
+        return bool(self._storage.initialized)
+
+    @property
+    def rows(self) -> TensorDictBase:
+        """The storage: ``[S * ring]``, with one bit a mask pixel."""
+        rows: TensorDictBase = self._storage._storage
+        return rows
+
+    def initialize(self, record: TensorDictBase) -> None:
+        """Make the storage for records like this one (batch size ``[]``), if there is none."""
+        if not self.initialized:
+            self._storage._init(record.to(self._storage.device))
+
+    def place(self, stream: int, start: int, rows: Mapping[str, Tensor]) -> None:
+        """Put consecutive records back where they were; the heads are the caller's affair.
+
+        Args:
+            stream: Of which stream.
+            start: Position of the first.
+            rows: Entries ``[M, ...]`` as stored, by the path of their key.
+        """
+        count, ring = len(next(iter(rows.values()))), self.heads.ring
+        slots = self.heads.slots(torch.tensor(stream), torch.arange(start, start + count))
+        if self.folder is not None:
+            self._allocate_slots(slots)
+        # Where a block is longer than the ring, its last records remain.
+        kept = slice(max(count - ring, 0), None)
+        for name, entry in rows.items():
+            self.rows[tuple(name.split("/"))][slots[kept]] = entry[kept].to(self._storage.device)
+        self._storage._len = max(self._storage._len, int(slots.max()) + 1)
+
+    def end_episodes(self) -> None:
+        """Have the last record of every stream sampled as its episode's last: another follows.
+
+        Records are never changed, since checkpoints share them: the places are kept beside them.
+        """
+        written = self.heads.written.tolist()
+        oldest = (self.heads.written - self.heads.stored).tolist()
+        cuts = [*self._cuts, *((stream, end - 1) for stream, end in enumerate(written) if end)]
+        self._cuts = [(stream, place) for stream, place in cuts if place >= oldest[stream]]
+
+    def _mark_cuts(self, data: TensorDictBase, index: Tensor) -> None:
+        stream, position = torch.tensor(self._cuts).unbind(-1)
+        # Slots of positions that were overwritten since belong to other records.
+        kept = position >= (self.heads.written - self.heads.stored)[stream]
+        slots = self.heads.slots(stream, position)[kept]
+        data["next", "done"][torch.isin(index, slots)] = True
+
+    def gather(self, slots: Tensor) -> TensorDictBase:
+        """Read records again by their ``index``, int64 ``[B, T]``, as a sample has them."""
+        data = self._gather(slots.cpu())
+        if self._cuts:
+            self._mark_cuts(data, slots.cpu())
+        if MASK_KEY in data.keys(include_nested=True):
+            data.set(MASK_KEY, unpack_mask(data[MASK_KEY]))
+        return data
+
+    def sampling_state(self) -> dict[str, Any]:
+        """What the coming samples depend on, but for the records and the heads."""
+        return {
+            "sampler": self._sampler.state_dict(),
+            "generator": self._rng.get_state(),
+            "cuts": [list(cut) for cut in self._cuts],
+        }
+
+    def load_sampling_state(self, state: dict[str, Any]) -> None:
+        """Go on sampling from where :meth:`sampling_state` was called.
+
+        Raises:
+            ValueError: If slices had another length.
+        """
+        self._sampler.load_state_dict(state["sampler"])
+        self._rng.set_state(state["generator"].cpu())
+        self._cuts = [(stream, place) for stream, place in state["cuts"]]
+
+    def _allocate(self, records: TensorDictBase) -> None:
+        """Have disk space set aside for what is about to be written."""
+        if not self.initialized:
+            self.initialize(records.exclude("stream")[0])
+        new = torch.bincount(records["stream"].cpu(), minlength=self.heads.num_streams)
+        for stream, count in enumerate(new.tolist()):
+            position = int(self.heads.written[stream]) + torch.arange(count)
+            self._allocate_slots(self.heads.slots(torch.tensor(stream), position))
+
+    def _allocate_slots(self, slots: Tensor) -> None:
+        new = {slot // ALLOCATED_ROWS for slot in slots.tolist()} - self._allocated
+        if new:
+            assert self.folder is not None, "only memory-mapped files need it"
+            with RecordFiles(self.folder, fields_of(self.rows), create=True) as files:
+                for block in new:
+                    rows = min(ALLOCATED_ROWS, len(self.rows) - block * ALLOCATED_ROWS)
+                    files.allocate(block * ALLOCATED_ROWS, rows)
+            self._allocated |= new
+
+    # ---------------------------------------------------------------- sampling
 
     def _check_records(self, records: TensorDictBase) -> None:
         if records.ndim != 1:
@@ -120,6 +232,8 @@ class StreamReplayBuffer(TensorDictReplayBuffer):
         with self._replay_lock, self._write_lock:
             index, info = self._sampler.sample(self._storage, batch_size)
             data = self._gather(index)
+            if self._cuts:
+                self._mark_cuts(data, index)
         if MASK_KEY in data.keys(include_nested=True):
             data.set(MASK_KEY, unpack_mask(data[MASK_KEY]))
         data = self._transform(data)
@@ -156,6 +270,7 @@ def make_replay(
     batch_size: int,
     batch_length: int,
     path: str | Path | None = None,
+    ring: int | None = None,
     exist_ok: bool = False,
     newest_first: bool = True,
     prefetch: int = 0,
@@ -173,6 +288,8 @@ def make_replay(
         batch_size: Slices in a sample (B).
         batch_length: Records in a slice (T).
         path: A folder for memory-mapped files; None keeps the records in memory.
+        ring: Slots of a stream, at least what it keeps; None for just that. What is in the others
+            is not sampled: checkpoints may need it.
         exist_ok: Whether files of an earlier replay in that folder may be overwritten.
         newest_first: Whether each new chunk of T records is sampled once before older ones.
         prefetch: Batches to draw ahead in a thread. They don't contain what is written after they
@@ -195,7 +312,7 @@ def make_replay(
     for name, value in sizes.items():
         if value < 1:
             raise ValueError(f"{name} must be positive, got {value}.")
-    heads = StreamHeads(num_streams, capacity // num_streams)
+    heads = StreamHeads(num_streams, capacity // num_streams, ring)
     if batch_length > heads.capacity:
         raise ValueError(
             f"batch_length={batch_length} exceeds the {heads.capacity} records that each of "
@@ -208,7 +325,7 @@ def make_replay(
             f"CUDA is {'' if torch.cuda.is_available() else 'not '}available."
         )
     return StreamReplayBuffer(
-        _make_storage(num_streams * heads.capacity, path, exist_ok, torch.device(device)),
+        _make_storage(num_streams * heads.ring, path, exist_ok, torch.device(device)),
         heads,
         batch_size=batch_size,
         batch_length=batch_length,
@@ -216,6 +333,7 @@ def make_replay(
         prefetch=prefetch,
         pin_memory=pin_memory,
         generator=None if seed is None else torch.Generator().manual_seed(seed),
+        folder=None if path is None else Path(path),
     )
 
 

@@ -25,36 +25,48 @@ class StreamHeads:
     """The streams' write heads, shared by writer, sampler and checkpointer.
 
     Record ``position`` (counted from the stream's beginning) of stream s is at slot
-    ``s * capacity + position % capacity`` of the storage.
+    ``s * ring + position % ring`` of the storage.
 
     Args:
         num_streams: Streams S.
         capacity: Records that one stream keeps (C).
+        ring: Slots of a stream, at least C; None for C. The rest holds records that are no longer
+            sampled and that a checkpoint may need.
 
     Attributes:
         written: int64 ``[S]``, the records ever written to each stream.
+        first: int64 ``[S]``, the position that each stream begins at, after a checkpoint of a
+            smaller replay was loaded.
     """
 
-    def __init__(self, num_streams: int, capacity: int) -> None:
+    def __init__(self, num_streams: int, capacity: int, ring: int | None = None) -> None:
         self.num_streams = num_streams
         self.capacity = capacity
+        self.ring = ring or capacity
         self.written = torch.zeros(num_streams, dtype=torch.int64)
+        self.first = torch.zeros(num_streams, dtype=torch.int64)
 
     @property
     def stored(self) -> Tensor:
         """Records that each stream holds now: int64 ``[S]``."""
-        return self.written.clamp(max=self.capacity)
+        return (self.written - self.first).clamp(max=self.capacity)
 
     def slots(self, stream: Tensor, position: Tensor) -> Tensor:
         """Storage slots of the records at ``position`` of ``stream`` (broadcast)."""
-        return stream * self.capacity + position % self.capacity
+        return stream * self.ring + position % self.ring
+
+    def slot(self, stream: int, position: int) -> int:
+        """The storage slot of one record."""
+        return stream * self.ring + position % self.ring
 
     def state_dict(self) -> dict[str, Any]:
         """Return the layout and the heads in plain Python types."""
         return {
             "num_streams": self.num_streams,
             "capacity": self.capacity,
+            "ring": self.ring,
             "written": self.written.tolist(),
+            "first": self.first.tolist(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -65,11 +77,12 @@ class StreamHeads:
         """
         self.check_layout(state_dict)
         self.written.copy_(torch.tensor(state_dict["written"], dtype=torch.int64))
+        self.first.copy_(torch.tensor(state_dict["first"], dtype=torch.int64))
 
     def check_layout(self, state_dict: dict[str, Any]) -> None:
         """Raise a ValueError unless the saved layout is this one."""
-        saved = (state_dict["num_streams"], state_dict["capacity"])
-        if saved != (self.num_streams, self.capacity):
+        saved = (state_dict["num_streams"], state_dict["capacity"], state_dict["ring"])
+        if saved != (self.num_streams, self.capacity, self.ring):
             raise ValueError(
                 f"The saved replay has {saved[0]} streams of {saved[1]} records, this one has "
                 f"{self.num_streams} of {self.capacity}: the number of envs and the replay's "
@@ -127,6 +140,7 @@ class StreamWriter(Writer):
 
     def _empty(self, empty_write_count: bool = True) -> None:
         self.heads.written.zero_()
+        self.heads.first.zero_()
 
     @property
     def _write_count(self) -> int:
@@ -165,9 +179,9 @@ class StreamCheckpointer(StorageCheckpointerBase):
         if not storage.initialized:
             raise RuntimeError("An empty replay can't be saved: nothing was ever written to it.")
         rows = storage._storage
-        total = int(self.heads.stored.sum())
-        saved = rows[:1].cpu().expand(total).memmap_like(str(path))
-        for packed, ring in self._segments(self.heads.stored):
+        used = self.heads.written.clamp(max=self.heads.ring)
+        saved = rows[:1].cpu().expand(int(used.sum())).memmap_like(str(path))
+        for packed, ring in self._segments(used):
             saved[packed] = rows[ring]
         write_state(path, self.heads.state_dict())
 
@@ -178,20 +192,20 @@ class StreamCheckpointer(StorageCheckpointerBase):
         saved = TensorDict.load_memmap(str(path))
         if not storage.initialized:
             storage._init(saved[0])
-        stored = torch.tensor(state["written"]).clamp(max=self.heads.capacity)
-        for packed, ring in self._segments(stored):
+        used = torch.tensor(state["written"]).clamp(max=self.heads.ring)
+        for packed, ring in self._segments(used):
             storage._storage[ring] = saved[packed]
             storage._len = max(storage._len, ring.stop)
 
-    def _segments(self, stored: Tensor) -> list[tuple[slice, slice]]:
+    def _segments(self, used: Tensor) -> list[tuple[slice, slice]]:
         """For each stream that isn't empty: its rows in the file, and in the storage."""
-        starts = (stored.cumsum(0) - stored).tolist()
+        starts = (used.cumsum(0) - used).tolist()
         return [
             (
                 slice(start, start + num),
-                slice(stream * self.heads.capacity, stream * self.heads.capacity + num),
+                slice(stream * self.heads.ring, stream * self.heads.ring + num),
             )
-            for stream, (start, num) in enumerate(zip(starts, stored.tolist(), strict=True))
+            for stream, (start, num) in enumerate(zip(starts, used.tolist(), strict=True))
             if num
         ]
 

@@ -23,6 +23,7 @@ from w2f_torchrl.envs.distracted_rendering import (
 from w2f_torchrl.envs.distractions import Distraction, DistractionConfig
 from w2f_torchrl.envs.distractor import Distractor
 from w2f_torchrl.envs.rendering import SceneRenderer
+from w2f_torchrl.envs.simulation_state import SimulationState
 from w2f_torchrl.envs.tasks import (
     RenderMode,
     default_camera,
@@ -167,6 +168,7 @@ class PixelDMControlEnv(DMControlEnv):
             )
         self._distracts_each = distractions.step_unit if distractions is not None else None
         self._action_map = _ActionMap(env)
+        self._simulation = SimulationState(env)
         return env
 
     def _make_specs(self, env: Environment) -> None:
@@ -239,6 +241,33 @@ class PixelDMControlEnv(DMControlEnv):
         output["truncated"] = torch.tensor([self._episode_over and not terminated])
         output["done"] = torch.tensor([self._episode_over])
         return self._tensordict(output)
+
+    def resume_state(self) -> dict[str, Any]:
+        """All that coming steps depend on: simulation, task, random states and distractions.
+
+        Returns:
+            Plain values and tensors, which ``torch.load(weights_only=True)`` reads.
+        """
+        distractor = None if self.distractor is None else self.distractor.state_dict()
+        return {
+            "simulation": self._simulation.state_dict(),
+            "distractor": distractor,
+            "episode_over": self._episode_over,
+        }
+
+    def load_resume_state(self, state: dict[str, Any]) -> None:
+        """Go on from what :meth:`resume_state` gave, in an env made with the same arguments.
+
+        Raises:
+            ValueError: If the state is of another task or of other distractions.
+        """
+        if (self.distractor is None) != (state["distractor"] is None):
+            raise ValueError("the state and the env must both have distractions, or neither.")
+        self._simulation.load_state_dict(state["simulation"])
+        if self.distractor is not None:
+            self.distractor.load_state_dict(state["distractor"])
+        self._episode_over = state["episode_over"]
+        self._renderer.upload_height_fields()
 
     def _distract(self) -> None:
         assert self.distractor is not None, "a step unit comes with a distractor"

@@ -32,6 +32,9 @@ def register_env(domain: str, factory: EnvFactory) -> None:
     summed over the action repeat. It raises ValueError for a task or a setting that it does not
     support. Batches call it in worker processes, so it has to be importable from a module.
 
+    An env with ``resume_state()``, plain values and tensors, and ``load_resume_state(state)`` lets
+    a resumed run go on within its episodes; without, it begins new ones.
+
     Args:
         domain: The name that users pass to :func:`~w2f_torchrl.envs.make_env`.
         factory: Builds one env.

@@ -3,6 +3,9 @@
 A checkpoint is one file, ``checkpoint_<updates>.pt``: what :func:`torch.save` writes, followed by
 a footer with the SHA-256 digest of everything before it. One file, because a digest in a second
 file can be out of step with the first after a crash. ``torch.load`` ignores the footer.
+
+The replay's records lie in the run's ``replay`` folder and are shared by its checkpoints, each of
+which holds the digests of those that it needs (``w2f_torchrl.data.replay_files``).
 """
 
 from __future__ import annotations
@@ -18,10 +21,17 @@ from typing import IO, Any, Literal, NamedTuple, cast
 
 import torch
 
+from w2f_torchrl.data.record_files import MissingRecordsError, RecordsError
+from w2f_torchrl.data.replay_files import Manifest, verify_records
+
 logger = logging.getLogger(__name__)
 
 FORMAT_NAME = "w2f_torchrl.checkpoint"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+READABLE_VERSIONS = (1, 2)
+"""Version 1 holds no replay, no random streams and no state of the environments."""
+REPLAY_FOLDER = "replay"
+BEST_NAME = "best.pt"
 PACKAGES = ("torch", "torchrl", "tensordict", "numpy")
 
 _NAME = re.compile(r"checkpoint_(\d+)\.pt")
@@ -43,12 +53,14 @@ class Checkpoint(NamedTuple):
         updates: Learner updates done when it was saved.
         frames: Environment frames collected when it was saved.
         versions: Package name to version at the time of saving.
+        format_version: Of the file.
     """
 
     payload: dict[str, Any]
     updates: int
     frames: int
     versions: dict[str, str]
+    format_version: int
 
 
 def save_checkpoint(
@@ -58,6 +70,7 @@ def save_checkpoint(
     updates: int,
     frames: int,
     keep: int = 3,
+    name: str | None = None,
 ) -> Path:
     """Write a checkpoint atomically, then delete the oldest ones.
 
@@ -73,6 +86,8 @@ def save_checkpoint(
         frames: Environment frames so far.
         keep: How many checkpoints to keep, the new one included: it and the ``keep - 1`` highest
             numbers among the others.
+        name: Of the file, which is then not counted and deletes none; None for
+            ``checkpoint_<updates>.pt``.
 
     Returns:
         The path of the new checkpoint.
@@ -90,7 +105,7 @@ def save_checkpoint(
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     _remove_temporaries(directory)
-    path = directory / f"checkpoint_{updates:012d}.pt"
+    path = checkpoint_path(directory, updates) if name is None else directory / name
     temporary = directory / f".{path.name}.tmp"
     document = {
         "format": FORMAT_NAME,
@@ -107,10 +122,17 @@ def save_checkpoint(
     finally:
         temporary.unlink(missing_ok=True)
     _sync_directory(directory)
+    if name is not None:
+        return path
     others = [other for other in list_checkpoints(directory) if other != path]
     for old in others[: max(0, len(others) - (keep - 1))]:
         old.unlink()
     return path
+
+
+def checkpoint_path(directory: str | os.PathLike[str], updates: int) -> Path:
+    """The name of a checkpoint after so many updates."""
+    return Path(directory) / f"checkpoint_{updates:012d}.pt"
 
 
 def list_checkpoints(directory: str | os.PathLike[str]) -> list[Path]:
@@ -135,9 +157,10 @@ def latest_checkpoint(directory: str | os.PathLike[str]) -> Path | None:
 
 
 def latest_valid_checkpoint(directory: str | os.PathLike[str]) -> Path | None:
-    """Return the highest-numbered checkpoint whose digest holds.
+    """Return the highest-numbered checkpoint whose digests hold, its records' too.
 
-    A damaged one is skipped with a warning.
+    A damaged one is skipped with a warning. Records that are missing altogether are no damage: a
+    run that resumes without them fills its replay again, and says so.
 
     Args:
         directory: The directory of checkpoints.
@@ -151,17 +174,52 @@ def latest_valid_checkpoint(directory: str | os.PathLike[str]) -> Path | None:
     paths = list_checkpoints(directory)
     for path in reversed(paths):
         try:
-            verify_checkpoint(path)
+            verify_all(path)
         except CheckpointError as error:
             logger.warning("%s Trying the one before it.", error)
         else:
             return path
     if paths:
         raise CheckpointError(
-            f"All {len(paths)} checkpoints in {directory} are damaged. "
-            "Start over in another run_dir, or delete them."
+            f"All {len(paths)} checkpoints in {directory} are damaged. Start over in another "
+            f"run_dir. If only records are (the messages above name {REPLAY_FOLDER}), deleting "
+            "that folder lets the run resume with a replay that fills again."
         )
     return None
+
+
+def verify_all(path: str | os.PathLike[str]) -> None:
+    """Compare a checkpoint and its replay's records with their digests.
+
+    Args:
+        path: A checkpoint file.
+
+    Raises:
+        CheckpointError: If either is damaged; names the file. Records that are gone are no damage.
+    """
+    verify_checkpoint(path)
+    manifest = read_manifest(path)
+    if manifest is None:
+        return
+    try:
+        verify_records(manifest, records_folder(path))
+    except MissingRecordsError:
+        return
+    except RecordsError as error:
+        raise CheckpointError(f"Checkpoint {path}: {error}") from error
+
+
+def records_folder(path: str | os.PathLike[str], rank: int = 0) -> Path:
+    """Where the records of a rank's replay are, for a checkpoint of the first rank."""
+    name = REPLAY_FOLDER if rank == 0 else f"{REPLAY_FOLDER}_{rank}"
+    return Path(path).parent.parent / name
+
+
+def read_manifest(path: str | os.PathLike[str]) -> Manifest | None:
+    """What a checkpoint holds of the replay, None if it has none; no tensor is read."""
+    payload = torch.load(path, map_location="cpu", mmap=True, weights_only=True)["payload"]
+    manifest: Manifest | None = payload.get("replay") if isinstance(payload, dict) else None
+    return manifest
 
 
 def verify_checkpoint(path: str | os.PathLike[str]) -> None:
@@ -210,14 +268,18 @@ def load_checkpoint(
     if not isinstance(document, dict) or document.get("format") != FORMAT_NAME:
         raise CheckpointError(f"{path} is not a {FORMAT_NAME} file.")
     version = document.get("format_version")
-    if version != FORMAT_VERSION:
+    if version not in READABLE_VERSIONS:
         raise CheckpointError(
-            f"Checkpoint {path} has format version {version!r}; this w2f_torchrl reads version "
-            f"{FORMAT_VERSION}. It was saved with {document.get('versions')}: use the w2f_torchrl "
-            "of that time."
+            f"Checkpoint {path} has format version {version!r}; this w2f_torchrl reads versions "
+            f"{' and '.join(map(str, READABLE_VERSIONS))}. It was saved with "
+            f"{document.get('versions')}: use the w2f_torchrl of that time."
         )
     return Checkpoint(
-        document["payload"], document["updates"], document["frames"], document["versions"]
+        document["payload"],
+        document["updates"],
+        document["frames"],
+        document["versions"],
+        version,
     )
 
 
@@ -261,7 +323,7 @@ def resolve_resume(
             f"resume={resume} does not exist. Allowed: null, auto, or the path of a checkpoint, "
             "of a directory of checkpoints, or of a run."
         )
-    verify_checkpoint(path)
+    verify_all(path)
     return path
 
 
@@ -358,7 +420,7 @@ def _number(path: Path) -> int:
 
 
 def _remove_temporaries(directory: Path) -> None:
-    for path in directory.glob(".checkpoint_*.pt.tmp"):
+    for path in directory.glob(".*.pt.tmp"):
         path.unlink(missing_ok=True)
 
 

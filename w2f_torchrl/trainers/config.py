@@ -34,6 +34,7 @@ STORAGES = ("memory", "disk")
 PRECISIONS = ("float32", "bfloat16")
 LOGGER_PACKAGES = {"use_wandb": ("wandb", "moviepy"), "tensorboard": ("tensorboard",)}
 WANDB_MODES = ("auto", "online", "offline")
+ON_NAN = ("stop", "skip")
 EXECUTIONS = ("eager", "compile", "compile_all", "cuda_graph")
 GRADIENTS = ("auto", "ddp", "flat")
 
@@ -166,6 +167,9 @@ class TrainingConfig:
     prefill_steps: int | None = None
     """Agent steps collected before the first update, over all ranks; null: B x T for each rank,
     and one sequence per env."""
+    on_nan: str = "stop"
+    """When gradients are not finite: stop before the weights are spoiled, with the batch and the
+    state saved; or skip that update."""
     execution: str = "eager"
     """eager; compile (the core's pieces); compile_all (losses and time loop as one graph, slow to
     compile); cuda_graph (compile, and the whole update replayed as one graph; CUDA only)."""
@@ -489,6 +493,7 @@ def _validate_optimizer(optimizer: OptimizerConfig) -> None:
 def _validate_training(config: RunConfig) -> None:
     training, envs = config.training, config.environment.num_envs
     _choice("training.execution", training.execution, EXECUTIONS)
+    _choice("training.on_nan", training.on_nan, ON_NAN)
     _at_least("training.total_frames", training.total_frames, 1)
     _at_least("training.batch_size", training.batch_size, 1)
     _at_least("training.batch_length", training.batch_length, 2)

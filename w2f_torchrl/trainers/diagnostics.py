@@ -48,7 +48,8 @@ class Diagnostics:
         self.settings = config.logging
         self.seed, self.learner, self.logger = config.seed, learner, metrics_logger
         self.videos = config.evaluation.video
-        self._videos_at: int | None = None
+        self.videos_at: int | None = None
+        """Frames of the last evaluation that made videos."""
 
     # ---------------------------------------------------------------- after an update
 
@@ -117,9 +118,9 @@ class Diagnostics:
             updates: Updates so far.
         """
         every = self.settings.videos_every_frames
-        first = self._videos_at is None
-        if first or every == 0 or frames // every > (self._videos_at or 0) // every:
-            self._videos_at = frames
+        first = self.videos_at is None
+        if first or every == 0 or frames // every > (self.videos_at or 0) // every:
+            self.videos_at = frames
             if self.videos:
                 self._log_episode(evaluation, frames)
             if self.settings.imagination_windows:

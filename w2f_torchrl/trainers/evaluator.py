@@ -159,6 +159,7 @@ class Evaluator:
         self.device = config.torch_device()
         sizes = latent_sizes(config.model, action_size)
         self._primers = {key: Unbounded((size,)) for key, size in sizes.items()}
+        self._seed = seed
         self.env = self._make_env(seed)
         sets = evaluation_sets()
         self.set_envs = {
@@ -174,6 +175,12 @@ class Evaluator:
             evaluation_set=evaluation_set,
         )
         return env.append_transform(TensorDictPrimer(self._primers))
+
+    def seed(self, frames: int) -> None:
+        """Seed the envs by the run's frames: an evaluation doesn't depend on those before it."""
+        envs = {"run": self.env, **self.set_envs}
+        for name, env in envs.items():
+            env.set_seed(derive_seed(self._seed, name, frames), static_seed=True)
 
     def evaluate(self, world_model: WorldModel, episodes: int) -> Evaluation:
         """Play episodes in the run's own environment, then in those of the evaluation sets.

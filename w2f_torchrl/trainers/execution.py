@@ -56,6 +56,10 @@ class CapturableOptimizer(DreamerV3Optimizer):
     bias corrections, would be frozen into a captured graph. The same numbers and state dict.
     """
 
+    applied: Tensor | None = None
+    """A bool scalar on the device: where False, :meth:`step` changes nothing, whatever gradients
+    there are. None: every step is applied."""
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> None:
         """Update every parameter that has a gradient."""
@@ -71,19 +75,28 @@ class CapturableOptimizer(DreamerV3Optimizer):
         if not isinstance(count, Tensor):  # TorchRL's checkpoints hold an int
             count = torch.tensor(float(count), device=parameters[0].device)
             group["step"] = count
-        count.add_(1)
-        warmup = group["warmup_steps"]
-        rate = group["lr"] * ((count - 1) / warmup).clamp(max=1) if warmup else group["lr"]
         beta1, beta2 = group["beta1"], group["beta2"]
         gradients = [p.grad.float() for p in parameters if p.grad is not None]
+        good = self.applied
+        if good is None:
+            good = torch.ones((), dtype=torch.bool, device=count.device)
+        else:
+            gradients = [torch.where(good, gradient, 0) for gradient in gradients]
+        count.add_(good)
+        warmup = group["warmup_steps"]
+        rate = group["lr"] * ((count - 1) / warmup).clamp(max=1) if warmup else group["lr"]
+        rate = torch.where(good, rate, 0.0)
         gradients = _clip(gradients, parameters, group)
         rms, momentum = self._moments(parameters)
-        torch._foreach_mul_(rms, beta2)
+        # Zero gradients add nothing below: with decays of 1 and a rate of 0 nothing changes.
+        keep1, keep2 = (torch.where(good, beta, 1.0) for beta in (beta1, beta2))
+        count = count.clamp(min=1)
+        torch._foreach_mul_(rms, keep2)
         torch._foreach_addcmul_(rms, gradients, gradients, value=1 - beta2)
         denominator = torch._foreach_div(rms, 1 - torch.pow(beta2, count))
         torch._foreach_sqrt_(denominator)
         torch._foreach_add_(denominator, group["eps"])
-        torch._foreach_mul_(momentum, beta1)
+        torch._foreach_mul_(momentum, keep1)
         torch._foreach_add_(momentum, torch._foreach_div(gradients, denominator), alpha=1 - beta1)
         change = torch._foreach_mul(momentum, rate / (1 - torch.pow(beta1, count)))
         torch._foreach_sub_(parameters, change)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from tensordict import TensorDictBase
-from torch import nn
+from torch import Tensor, nn
 from torchrl.trainers.algorithms import DreamerV3Optimizer
 
 from w2f_torchrl.modules import (
@@ -26,6 +26,7 @@ from w2f_torchrl.trainers.execution import (
     Update,
     compile_core,
 )
+from w2f_torchrl.trainers.finite import FiniteGuard
 from w2f_torchrl.trainers.gradients import ComposedLoss, Losses, SharedGradients, share_gradients
 
 
@@ -44,6 +45,8 @@ class Learner(nn.Module):
         gradients: ``none``: this process learns alone. ``ddp`` (DistributedDataParallel) or
             ``flat`` (one all-reduce of one buffer): they are averaged over the ranks of the
             process group, which must be there; all ranks start from rank 0's networks.
+        on_nan: What an update does whose gradients are not finite: ``skip`` it, or ``stop``: it and
+            all after it change nothing. Either is to be read off the metric ``finite``.
     """
 
     def __init__(
@@ -58,6 +61,7 @@ class Learner(nn.Module):
         device: torch.device | str = "cpu",
         execution: str = "eager",
         gradients: str = "none",
+        on_nan: str = "stop",
     ):
         super().__init__()
         settings = optimizer or OptimizerConfig()
@@ -71,11 +75,14 @@ class Learner(nn.Module):
         self.loss = World2FilterLoss(world_model, actor[0].module, build_critic(model), loss)
         # Shares the encoder, the foreground's prior and posterior and the actor.
         self.policy = build_policy(world_model, actor)
+        self.guard = FiniteGuard(self.loss, on_nan)
         self.to(device)
         self.device_type = torch.device(device).type
         self.mixed_precision = settings.precision == "bfloat16"
         self.parameters_trained = [p for p in self.loss.parameters() if p.requires_grad]
-        optimizer_class = CapturableOptimizer if execution == "cuda_graph" else DreamerV3Optimizer
+        # TorchRL's counts on the host, which would have to know whether an update is applied.
+        on_host = self.device_type == "cpu"
+        optimizer_class = DreamerV3Optimizer if on_host else CapturableOptimizer
         self.optimizer = optimizer_class(
             self.parameters_trained,
             lr=settings.lr,
@@ -86,6 +93,8 @@ class Learner(nn.Module):
             warmup_steps=settings.warmup_updates,
         )
         self.execution = execution
+        self.intact = True
+        """False while an update changes the networks: an exception then leaves them half done."""
         self._losses: Losses = self.loss.forward
         self._update: Update = self._eager_update
         self._choose_execution()
@@ -108,6 +117,7 @@ class Learner(nn.Module):
             device=config.torch_device(),
             execution=config.training.execution,
             gradients=gradients,
+            on_nan=config.training.on_nan,
         )
 
     def _choose_execution(self) -> None:
@@ -116,7 +126,12 @@ class Learner(nn.Module):
         if self.execution == "compile_all":
             self._losses = torch.compile(self.loss.forward)
         if self.execution == "cuda_graph":
-            self._update = GraphedUpdate(self._eager_update, self.loss, self.optimizer)
+            self._update = self._graphed()
+
+    def _graphed(self) -> GraphedUpdate:
+        assert isinstance(self.optimizer, CapturableOptimizer), "cuda_graph is for CUDA"
+        changed = nn.ModuleList([self.loss, self.guard])
+        return GraphedUpdate(self._eager_update, changed, self.optimizer)
 
     @property
     def world_model(self) -> WorldModel:
@@ -131,11 +146,13 @@ class Learner(nn.Module):
 
         Returns:
             Detached scalars on the device, nothing read by the host: every ``loss_*`` and the
-            metrics, ``wm/grad_norm`` included (before clipping).
+            metrics, ``wm/grad_norm`` included (before clipping), and ``finite``, whether the update
+            was applied.
         """
         return self._update(sample)
 
     def _eager_update(self, sample: TensorDictBase) -> TensorDictBase:
+        remembered = self.guard.remember()
         with torch.autocast(self.device_type, torch.bfloat16, enabled=self.mixed_precision):
             total, metrics = self._gradients.composed(sample)
         self.optimizer.zero_grad()
@@ -143,9 +160,31 @@ class Learner(nn.Module):
         self._gradients.average()
         grads = [p.grad for p in self.parameters_trained if p.grad is not None]
         metrics["wm/grad_norm"] = torch.nn.utils.get_total_norm(grads)
-        self.optimizer.step()
-        self.loss.update_slow_critic()
+        good, metrics = self.guard.judge(metrics, metrics["wm/grad_norm"], remembered)
+        self.intact = False
+        self._apply_if(good)
+        self.intact = True
         return metrics
+
+    def _apply_if(self, good: Tensor) -> None:
+        if not isinstance(self.optimizer, CapturableOptimizer):
+            if good:  # the host is the device
+                self.optimizer.step()
+                self.loss.update_slow_critic()
+            return
+        self.optimizer.applied = good
+        self.optimizer.step()
+        slow = list(self.loss.slow_critic.parameters())
+        before = [parameter.clone() for parameter in slow]
+        self.loss.update_slow_critic()
+        for parameter, old in zip(slow, before, strict=True):
+            parameter.copy_(torch.where(good, parameter, old))
+
+    def is_finite(self) -> bool:
+        """Whether every parameter and every moment of the optimizer is finite; reads the device."""
+        moments = [m for state in self.optimizer.state.values() for m in state.values()]
+        tensors = [*self.loss.parameters(), *moments]
+        return all(bool(t.isfinite().all()) for t in tensors if isinstance(t, Tensor))
 
     def checkpoint(self) -> dict[str, Any]:
         """Everything that the learner needs to go on: parameters, normaliser, optimizer."""
@@ -166,4 +205,4 @@ class Learner(nn.Module):
             ) from error
         self.optimizer.load_state_dict(checkpoint["optimizer"])
         if isinstance(self._update, GraphedUpdate):  # it holds the old moments' addresses
-            self._update = GraphedUpdate(self._eager_update, self.loss, self.optimizer)
+            self._update = self._graphed()

@@ -65,11 +65,13 @@ class MaskSource:
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs, in plain Python types and tensors."""
-        return {"name": self.name, "frames": self.frames}
+        sums = {"sums": dict(self._sums), "counts": dict(self._counts)}
+        return {"name": self.name, "frames": self.frames, **sums}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over a saved state of the same source."""
         self.frames = state["frames"]
+        self._sums, self._counts = dict(state.get("sums", {})), dict(state.get("counts", {}))
 
     def _note(self, name: str, total: float, count: int) -> None:
         if count:
@@ -182,15 +184,19 @@ class TaughtSource(SegmentedSource):
         return super().metrics() | {"segmentation/teacher_share": share}
 
     def state_dict(self) -> dict[str, Any]:
-        """The counters and the student; labelled frames are gathered again."""
+        """The counters, the student, and the labelled frames that it learns from."""
         network = {"widths": self.student.network.widths, "network": self.student.state_dict()}
-        return super().state_dict() | {"taught": self.taught} | network
+        frames = {"pool": self.pool, "new": self._new}
+        return super().state_dict() | {"taught": self.taught} | network | frames
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over a saved state."""
         super().load_state_dict(state)
         self.taught = state["taught"]
         self.student.load_state_dict(state["network"])
+        self._new = state.get("new", 0)
+        if state.get("pool") is not None:  # checkpoints of version 1 have none
+            self.pool = state["pool"]
 
     def _learn(self, frames: Tensor, masks: Tensor) -> None:
         self._keep(frames, masks)

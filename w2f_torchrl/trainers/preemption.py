@@ -19,8 +19,12 @@ _RESTART_COUNTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
 
 
 def stop_signals() -> tuple[signal.Signals, ...]:
-    """Signals at which a run ends with a checkpoint."""
-    return (signal.SIGINT, signal.SIGTERM, *_requeue_signals())
+    """Signals at which a run ends with a checkpoint.
+
+    Ctrl+C; a cluster's end of a job; and those that clusters can be told to send before it.
+    """
+    usual = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+    return (*(number for number in usual if number not in _requeue_signals()), *_requeue_signals())
 
 
 def is_restart(run_dir: Path) -> bool:

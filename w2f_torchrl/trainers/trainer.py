@@ -5,34 +5,37 @@ from __future__ import annotations
 import logging
 import math
 import os
-import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from operator import itemgetter
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from tensordict import TensorDictBase
+from tensordict import TensorDict, TensorDictBase
+from torch import Tensor
 
 from w2f_torchrl.data import (
     UpdateSchedule,
+    WorkerError,
+    collector_state,
+    load_collector_state,
     make_collector,
-    make_replay,
     records_from_rollout,
     sync_policy_weights,
 )
+from w2f_torchrl.data.replay_files import Manifest
 from w2f_torchrl.envs import evaluation_sets
 from w2f_torchrl.modules import latent_sizes
+from w2f_torchrl.trainers.checkpoint_writer import CheckpointWriter
 from w2f_torchrl.trainers.checkpointing import (
+    Checkpoint,
     CheckpointError,
     discard_checkpoints_after,
     load_checkpoint,
+    records_folder,
     resolve_resume,
-    save_checkpoint,
 )
 from w2f_torchrl.trainers.config import ConfigError, RunConfig, config_to_dict, save_config
 from w2f_torchrl.trainers.diagnostics import Diagnostics
@@ -44,9 +47,21 @@ from w2f_torchrl.trainers.distributed import (
 )
 from w2f_torchrl.trainers.environments import build_env, create_env
 from w2f_torchrl.trainers.evaluator import Evaluator
+from w2f_torchrl.trainers.finite import FINITE
+from w2f_torchrl.trainers.interruptions import keep_exception, save_batch, stop_on_signal
 from w2f_torchrl.trainers.learner import Learner
 from w2f_torchrl.trainers.mask_source import TaughtSource
-from w2f_torchrl.trainers.preemption import hand_over, is_restart, stop_signals
+from w2f_torchrl.trainers.open_replay import check_layout, open_replay
+from w2f_torchrl.trainers.preemption import hand_over, is_restart
+from w2f_torchrl.trainers.resuming import (
+    cut_metrics,
+    describe_difference,
+    keep_wandb_run,
+    rank_checkpoint,
+    read_wandb_run,
+    replay_of,
+)
+from w2f_torchrl.trainers.run_lock import RunLock
 from w2f_torchrl.trainers.run_logging import RunClock, build_loggers, finish_run
 from w2f_torchrl.trainers.segmentation import (
     build_mask_source,
@@ -57,6 +72,7 @@ from w2f_torchrl.trainers.segmentation import (
 from w2f_torchrl.utils.environment import note_environment
 from w2f_torchrl.utils.logging import MetricsLogger, ProgressBar
 from w2f_torchrl.utils.memory import keep_freed_memory
+from w2f_torchrl.utils.random_state import random_state, restore_random_state
 from w2f_torchrl.utils.seeding import derive_seed
 
 if TYPE_CHECKING:
@@ -77,8 +93,9 @@ class Trainer:
 
     Raises:
         ConfigError: If a setting is out of range.
-        CheckpointError: If the run directory holds a run already and ``resume`` is null, or the
-            checkpoint to resume from is missing, damaged or of another model.
+        CheckpointError: If the run directory holds a run already and ``resume`` is null, or is in
+            use by another process, or the checkpoint to resume from is missing, damaged or of
+            another model.
     """
 
     def __init__(self, config: RunConfig):
@@ -87,6 +104,14 @@ class Trainer:
         config.validate()
         self.config = config
         self.run_dir = Path(config.run_dir)
+        self._lock = RunLock(self.run_dir)
+        try:
+            self._prepare(config)
+        except BaseException:
+            self._lock.release()
+            raise
+
+    def _prepare(self, config: RunConfig) -> None:
         self.device = config.torch_device()
         self.ranks.connect(self.device, config.distributed.timeout_seconds)
         # torchrun counts on the machine where a rank failed only.
@@ -116,15 +141,30 @@ class Trainer:
         self._filtering: FilteringMeter | None = None
         self._sums: TensorDictBase | None = None
         self._summed = 0
+        self._window: list[Tensor] = []
+        """Slots ``[B, T]`` of each sample that the sums are of."""
         self._rate_mark: tuple[float, int, int] | None = None
+        self._evaluated = self._saved = 0
+        self._best: float | None = None
+        self._built = False
+        self._between_batches = True
+        """Whether the replay holds all that the collector gave: else its state is of no use."""
+        self._resume: dict[str, Any] = {}
+        self._manifest: Manifest | None = None
+        self._resumed_from = checkpoint
         self.run_dir.mkdir(parents=True, exist_ok=True)
+        self.ranks.on_first(self._lock.acquire)
+        saved = None if checkpoint is None else load_checkpoint(checkpoint)
+        if checkpoint is not None and saved is not None and self.ranks.is_first:
+            cut_metrics(self.run_dir, saved, checkpoint)
+            keep_wandb_run(self.run_dir, saved.payload.get("resume", {}).get("wandb"), checkpoint)
         self.logger = (
             MetricsLogger(self.run_dir, build_loggers(config))
             if self.ranks.is_first
             else cast(MetricsLogger, Silent())
         )
-        if checkpoint is not None:
-            self._restore(checkpoint)
+        if checkpoint is not None and saved is not None:
+            self._restore(saved, checkpoint)
         else:
             # resume=auto of a run that ended before its first checkpoint begins again.
             self.logger.truncate_after(-1)
@@ -147,6 +187,7 @@ class Trainer:
             )
 
     def _resolve_resume(self, again: bool) -> Path | None:
+        self._lock.acquire()
         # A launcher that starts a run again means to go on with it.
         resume = self.config.resume or ("auto" if again else None)
         checkpoint = resolve_resume(resume, self.run_dir)
@@ -163,42 +204,67 @@ class Trainer:
         return self.steps * self.config.environment.action_repeat
 
     def train(self) -> None:
-        """Run to the last frame, or until Ctrl+C or SIGTERM; ends with a checkpoint either way.
+        """Run to the last frame, or until a stop signal; ends with a checkpoint either way.
+
+        The signals are SIGINT (Ctrl+C), SIGTERM, SIGUSR1 and SIGUSR2.
 
         Raises:
             SystemExit: If the scheduler has asked for the machine, in a job that submitit started.
         """
-        config = self.config
-        self._build_workers()
         try:
-            with _stop_on_signal() as stopped:
-                for batch in self.collector:
-                    self._take(batch)
-                    self._learn(stopped)
-                    stop = self.ranks.agree(bool(stopped))
-                    if stop or self.frames >= config.training.total_frames:
-                        break
-                    sync_policy_weights(self.collector, self.learner.policy)
-                    self._evaluate_if_due()
-                    self._checkpoint_if_due()
-                if not stop and config.evaluation.every_frames:
-                    self.evaluate()
-            self._flush()
-        except FloatingPointError:
-            # The weights may be spoiled already: the last checkpoint stays the newest.
-            self._close()
-            raise
+            self._build_workers()
+            with stop_on_signal() as stopped:
+                stop = self._run(stopped)
+                logger.info("checkpoint: %s", self.save())
         except BaseException as error:
-            if is_lost_rank(self.ranks, error):  # said at once: torchrun ends this rank soon
-                logger.error("%s", describe_lost_rank(self.ranks, error))
-            if self.ranks.size == 1:  # the other ranks may be elsewhere, or gone
-                self.save()
+            self._fail(error)
             self._close()
             raise
-        logger.info("checkpoint: %s", self.save())
-        self._close()
+        if errors := self._close():
+            raise errors[0]
         if stop:
             hand_over(stopped, self.run_dir, is_first=self.ranks.is_first)
+
+    def _run(self, stopped: list[int]) -> bool:
+        """Go on from wherever the counters are: learn what is due, then collect.
+
+        Returns:
+            Whether a signal ended the run.
+        """
+        batches = iter(self.collector)
+        while True:
+            self._learn(stopped)
+            stop = self.ranks.agree(bool(stopped))
+            if stop or self.frames >= self.config.training.total_frames:
+                break
+            sync_policy_weights(self.collector, self.learner.policy)
+            self._evaluate_if_due()
+            self._checkpoint_if_due()
+            self._between_batches = False
+            self._take(next(batches))
+            self._between_batches = True
+        if not stop:
+            if self.config.evaluation.every_frames and self._evaluated != self.frames:
+                self.evaluate()
+            self._flush()
+        return stop
+
+    def _fail(self, error: BaseException) -> None:
+        """Keep an exception, and save what can be saved; nothing is raised."""
+        if is_lost_rank(self.ranks, error):  # said at once: torchrun ends this rank soon
+            logger.error("%s", describe_lost_rank(self.ranks, error))
+        counters = {"frames": self.frames, "updates": self.updates}
+        text = keep_exception(self.run_dir, error, **counters)
+        logger.error("%s at frame %d, update %d", repr(error)[:500], self.frames, self.updates)
+        # The other ranks may be elsewhere, or gone; gradients are the same on all of them.
+        together = self.ranks.size == 1 or isinstance(error, FloatingPointError)
+        if not (together and self._built and self.learner.intact and self.learner.is_finite()):
+            logger.error("no emergency checkpoint: the last one stays the newest")
+            return
+        try:
+            logger.info("emergency checkpoint: %s", self.save(exception=text))
+        except Exception:  # whatever it is, the first exception is what the caller must see
+            logger.exception("the emergency checkpoint failed; the last one stays the newest")
 
     # ---------------------------------------------------------------- parts of the loop
 
@@ -231,14 +297,18 @@ class Trainer:
         """Do the updates that are due."""
         if self.steps < self._first_steps:
             return
-        for done in range(due := self.schedule(self.steps)):
+        due = self.schedule(self.steps)
+        # Counted one by one: what isn't done is due again after a resume.
+        self.schedule.updates -= due
+        for _ in range(due):
             if self.ranks.agree(bool(stopped)):
-                # What was granted and not done is due again after a resume.
-                self.schedule.updates -= due - done
                 return
-            sample = self.replay.sample().to(self.device, non_blocking=True)
+            sample = self.replay.sample()
+            self._window.append(sample["index"])
+            sample = sample.to(self.device, non_blocking=True)
             self._accumulate(self.learner.update(sample))
             self.updates += 1
+            self.schedule.updates += 1
             if self.updates % self.config.logging.every_updates == 0:
                 self._flush()
             self.diagnostics.after_update(sample, frames=self.frames, updates=self.updates)
@@ -252,7 +322,7 @@ class Trainer:
         """Write the mean of the metrics since the last call; the only read of the device."""
         if self._sums is None:
             return
-        means = (self._sums / self._summed).to("cpu")
+        means = self._means()
         row = {k: float(v) for k, v in means.items()}
         if self.config.needs_masks:
             row |= self.masks.metrics()
@@ -272,9 +342,41 @@ class Trainer:
         self._rate_mark = (now, self.frames, self.updates)
         row["speed/seconds"] = self.clock.seconds()
         self.logger.log(row, frames=self.frames, updates=self.updates)
-        self._sums, self._summed = None, 0
+        self._sums, self._summed, self._window = None, 0, []
         if bad:
             raise FloatingPointError(f"not finite at update {self.updates}: {', '.join(bad)}.")
+
+    def _means(self) -> TensorDictBase:
+        """Means over the updates that were applied, on the host.
+
+        Raises:
+            FloatingPointError: If one was not, with ``training.on_nan=stop``, or none was.
+        """
+        assert self._sums is not None, "there are sums to take means of"
+        sums = self._sums.to("cpu")
+        good = round(float(sums.pop(FINITE)))
+        if good < self._summed and (self.config.training.on_nan == "stop" or not good):
+            raise self._not_finite(sums, good)
+        means: TensorDictBase = sums / good
+        if good < self._summed:
+            means["train/skipped_updates"] = torch.tensor(float(self._summed - good))
+            logger.warning("%d of %d updates were skipped", self._summed - good, self._summed)
+        return means
+
+    def _not_finite(self, sums: TensorDictBase, good: int) -> FloatingPointError:
+        """Save the batch of the first bad update, and go back to the counters before it."""
+        if self.config.training.on_nan == "stop":
+            self.updates -= self._summed - good
+            self.schedule.updates -= self._summed - good
+        names = sorted(k for k, v in sums.items() if not torch.isfinite(v))
+        name = f"not_finite_after_{self.updates:012d}_rank_{self.ranks.rank}.pt"
+        path = save_batch(self.run_dir / name, self.replay, self._window[good])
+        self._sums, self._summed, self._window = None, 0, []
+        return FloatingPointError(
+            f"gradients are not finite after update {self.updates} ({', '.join(names)}). The "
+            f"networks are those of before. The batch is in {path}. training.on_nan=skip goes on "
+            "without such updates, as long as not all of a row of metrics are."
+        )
 
     def _evaluate_if_due(self) -> None:
         every = self.config.evaluation.every_frames
@@ -287,12 +389,19 @@ class Trainer:
         if not self.ranks.is_first:  # it doesn't wait: it collects meanwhile
             self._evaluated = self.frames
             return {}
+        self.evaluator.seed(self.frames)
         evaluation = self.evaluator.evaluate(
             self.learner.world_model, self.config.evaluation.episodes
         )
         if self.config.evaluation.filtering:
-            evaluation.metrics |= self._measure_filtering()
+            # The episodes are recorded in every process anew: not at the training's cost.
+            with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+                evaluation.metrics |= self._measure_filtering()
         self._evaluated = self.frames
+        score = evaluation.metrics["eval/return_mean"]
+        if self._best is None or score > self._best:
+            self._best = score
+            self.writer.save_best(self._networks(), updates=self.updates, frames=self.frames)
         self.logger.log(evaluation.metrics, frames=self.frames, updates=self.updates)
         self.diagnostics.after_evaluation(evaluation, frames=self.frames, updates=self.updates)
         return evaluation.metrics
@@ -342,8 +451,11 @@ class Trainer:
         workers = config.collection.num_workers
         if workers is None:
             workers = _default_workers(envs, self.ranks.local_size)
-        # After a resume the workers' noise must not be that of the run's beginning.
-        seed = config.seed if self.steps == 0 else derive_seed(config.seed, "resume", self.steps)
+        self._workers = workers
+        exact = self._collector_goes_on()
+        # Otherwise the workers' noise must not be that of the run's beginning.
+        fresh = exact or self._resumed_from is None
+        seed = config.seed if fresh else derive_seed(config.seed, "resume", self.steps)
         if self.ranks.is_first:
             self.evaluator = Evaluator(
                 config,
@@ -352,20 +464,10 @@ class Trainer:
                 self.action_size,
                 self.masks.segment,
             )
-        if self.steps == 0:
+        if self._resumed_from is None:
             prepare(self.masks, config, partial(build_env, config.environment))
             self._share_student()
-        self.replay = make_replay(
-            capacity=config.replay.capacity,
-            num_streams=envs,
-            batch_size=training.batch_size,
-            batch_length=training.batch_length,
-            path=self._replay_folder() if config.replay.storage == "disk" else None,
-            exist_ok=True,
-            newest_first=config.replay.newest_first,
-            pin_memory=self.device.type == "cuda",
-            seed=derive_seed(seed, "replay", self.ranks.rank),
-        )
+        self._open_replay(derive_seed(seed, "replay", self.ranks.rank), exact)
         self.collector = make_collector(
             partial(create_env, config),
             self.learner.policy,
@@ -385,107 +487,224 @@ class Trainer:
             if self.ranks.is_first
             else cast(ProgressBar, Silent())
         )
-        self._evaluated = self.frames
-        self._saved = self.updates
+        self.writer = CheckpointWriter(
+            self._checkpoint_folder(), config.checkpoint.keep, self._files
+        )
+        if exact:
+            load_collector_state(self.collector, self._resume["collector"])
+        if self._resume:
+            self.diagnostics.videos_at = self._resume["videos_at"]
+            restore_random_state(self._resume["random"])
+        self._built = True
 
-    def _close(self) -> None:
-        self.progress.close()
-        self.collector.shutdown()
-        if not self.ranks.is_first:
-            return
-        self.evaluator.close()
-        counts = {"frames": self.frames, "updates": self.updates}
-        finish_run(self.config, self.logger, self.clock, **counts)
+    def _collector_goes_on(self) -> bool:
+        """Whether the environments go on from where the checkpoint has them."""
+        if self._resumed_from is None:
+            return False
+        environment = self._environment_settings()
+        reason: str | None = "their state is in no checkpoint of this rank"
+        if self._resume:
+            reason = describe_difference(self._resume["environment"], environment)
+            if self._resume["collector"] is None:
+                reason = "their state was not saved (an exception, or envs without resume_state)"
+        if self._manifest is None and self.steps:
+            reason = "the replay is empty"
+        if reason is not None:
+            logger.warning("the environments begin new episodes: %s", reason)
+        return reason is None
+
+    def _environment_settings(self) -> dict[str, Any]:
+        settings: dict[str, Any] = config_to_dict(self.config)["environment"]
+        workers = {"workers": self._workers, "ranks": self.ranks.size}
+        return settings | workers | {"overlap": self.config.collection.overlap}
+
+    def _open_replay(self, seed: int, exact: bool) -> None:
+        source = None
+        if self._resumed_from is not None:
+            source = records_folder(self._resumed_from, self.ranks.rank)
+        folder = records_folder(self.run_dir / "checkpoints" / "any", self.ranks.rank)
+        self.replay, self._files = open_replay(
+            self.config, folder, seed=seed, manifest=self._manifest, source=source
+        )
+        if self._manifest is not None:
+            try:
+                self.replay.load_sampling_state(self._resume["sampling"])
+            except ValueError as error:
+                raise CheckpointError(f"training.batch_length: {error}") from error
+            if not exact:
+                self.replay.end_episodes()
+
+    def _close(self) -> list[Exception]:
+        """End processes, threads and files, whatever there is of them; errors are logged."""
+        ends: list[Callable[[], None]] = [
+            getattr(getattr(self, name), method)
+            for name, method in (
+                ("progress", "close"),
+                ("collector", "shutdown"),
+                ("evaluator", "close"),
+                ("writer", "close"),
+            )
+            if hasattr(self, name)
+        ]
+        if self.ranks.is_first:
+            counts = {"frames": self.frames, "updates": self.updates}
+            ends.append(partial(finish_run, self.config, self.logger, self.clock, **counts))
+        errors = []
+        for end in ends:
+            try:
+                end()
+            except Exception as error:  # the other parts must end too
+                logger.exception("closing the run")
+                errors.append(error)
+        self._lock.release()
+        return errors
 
     # ---------------------------------------------------------------- checkpoints
 
     def _checkpoint_if_due(self) -> None:
         every = self.config.checkpoint.every_updates
-        if self.updates // every > self._saved // every:
-            self.save()
+        due = self.updates // every > self._saved // every
+        if self.config.replay.storage == "disk":
+            # A batch brings a stream at most two records a step.
+            full = self.writer.make_room(2 * self.config.collection.steps_per_batch)
+            due |= any(self.ranks.gather([full]))
+        if due:
+            self._save(wait=False)
 
-    def _replay_folder(self) -> Path:
-        return self.run_dir / ("replay" if self.ranks.is_first else f"replay_{self.ranks.rank}")
+    def _checkpoint_folder(self) -> Path:
+        folder = self.run_dir / "checkpoints"
+        return folder if self.ranks.is_first else rank_checkpoint(folder, self.ranks.rank)
 
     def _share_student(self) -> None:
         """Let all ranks go on with the student that rank 0 saves."""
         if isinstance(self.masks, TaughtSource):
             self.ranks.copy_from_first(self.masks.student.state_dict().values())
 
-    def save(self) -> Path:
-        """Write a checkpoint of the models, the optimizer and the counters.
+    def save(self, exception: str | None = None) -> Path:
+        """Write a checkpoint of all that the run needs to go on, and wait until it is on disk.
 
-        All ranks call it, and rank 0 writes: what it holds is equal on all of them.
+        All ranks call it. Rank 0 writes what is equal on all of them; each its own replay and envs.
+
+        Args:
+            exception: The traceback of what ended the run.
+
+        Returns:
+            The checkpoint's path.
         """
-        self._flush()
+        return self._save(wait=True, exception=exception)
+
+    def _save(self, *, wait: bool, exception: str | None = None) -> Path:
         self._saved = self.updates
         self._share_student()
-        if not self.ranks.is_first:
-            return self.run_dir / "checkpoints"
-        self.logger.sync()
-        if isinstance(self.masks, TaughtSource):
-            self.masks.student.save(self.run_dir / "student.pt")
-        return save_checkpoint(
-            self.run_dir / "checkpoints",
-            {
-                "config": config_to_dict(self.config),
-                "action_size": self.action_size,
-                "learner": self.learner.checkpoint(),
-                "steps": self.steps,
-                "first_steps": self._first_steps,
-                "schedule": self.schedule.state_dict(),
-                "ranks": self.ranks.size,
-                "segmentation": self.masks.state_dict(),
-            },
-            updates=self.updates,
-            frames=self.frames,
-            keep=self.config.checkpoint.keep,
-        )
+        payload: dict[str, Any] = {"resume": self._resume_state()}
+        if self.ranks.is_first:
+            self.logger.sync()
+            if isinstance(self.masks, TaughtSource):
+                self.masks.student.save(self.run_dir / "student.pt")
+            payload |= self._networks() | {"exception": exception}
+        return self.writer.save(payload, updates=self.updates, frames=self.frames, wait=wait)
 
-    def _restore(self, path: Path) -> None:
-        saved = load_checkpoint(path, self.device)
-        self.learner.restore(saved.payload["learner"])
-        check_same_source(saved.payload["segmentation"], self.masks)
-        self.masks.load_state_dict(saved.payload["segmentation"])
-        self.steps, self.updates = saved.payload["steps"], saved.updates
-        if saved.payload.get("ranks", 1) == self.ranks.size:
-            self.schedule.load_state_dict(saved.payload["schedule"])
-        else:
-            self.schedule.change_ratio(saved.payload["schedule"], self.steps)
-        # The replay is not in the checkpoint: it fills again before the first update, and the
-        # steps that this takes owe no updates. A run that ended while it filled has been spared a
-        # whole filling already, of which only a part was used.
+    def _networks(self) -> dict[str, Any]:
+        """What is the same on all ranks: networks, optimizer, counters."""
+        return {
+            "config": config_to_dict(self.config),
+            "action_size": self.action_size,
+            "learner": self.learner.checkpoint(),
+            "steps": self.steps,
+            "first_steps": self._first_steps,
+            "schedule": self.schedule.state_dict(),
+            "ranks": self.ranks.size,
+            "segmentation": self.masks.state_dict(),
+        }
+
+    def _resume_state(self) -> dict[str, Any]:
+        """What a resumed run needs beside its networks to do the same as one that wasn't ended."""
+        return {
+            "collector": self._collector_state(),
+            "environment": self._environment_settings(),
+            "sampling": self.replay.sampling_state(),
+            "random": random_state(),
+            "metrics_bytes": self.logger.path.stat().st_size if self.ranks.is_first else None,
+            "sums": None if self._sums is None else self._sums.to_dict(),
+            "summed": self._summed,
+            "window": self._window,
+            "last_return": self._last_return,
+            "evaluated": self._evaluated,
+            "best": self._best,
+            "videos_at": self.diagnostics.videos_at,
+            "wandb": read_wandb_run(self.run_dir),
+        }
+
+    def _collector_state(self) -> dict[str, Any] | None:
+        if not self._between_batches:
+            return None
+        try:
+            return collector_state(self.collector)
+        except WorkerError as error:
+            logger.warning("the environments' state is lost: %s", error)
+            return None
+
+    def _restore(self, saved: Checkpoint, path: Path) -> None:
+        payload = saved.payload
+        self.learner.restore(payload["learner"])
+        check_same_source(payload["segmentation"], self.masks)
+        self.masks.load_state_dict(payload["segmentation"])
+        self.steps, self.updates = payload["steps"], saved.updates
+        self._first_steps = payload["first_steps"]
+        self._evaluated, self._saved = self.frames, self.updates
+        self._restore_schedule(payload)
+        own = saved if self.ranks.is_first else self._own_part(path)
+        manifest = None if own is None else replay_of(own, path, self.ranks.rank)
+        # All ranks' replays, or none: their updates are the same.
+        if all(self.ranks.gather([manifest is not None])) and manifest is not None:
+            check_layout(self.config, manifest)
+            self._manifest = manifest
+        elif saved.format_version == 1 or self.steps:
+            self._fill_again()
+        self._take_over({} if own is None else own.payload.get("resume", {}))
+        self.logger.truncate_after(saved.frames, saved.updates)
+        discard_checkpoints_after(self._checkpoint_folder(), saved.updates)
+        logger.info("resumed %s at %d frames, %d updates", path, saved.frames, saved.updates)
+
+    def _restore_schedule(self, payload: dict[str, Any]) -> None:
+        if payload.get("ranks", 1) != self.ranks.size:
+            self.schedule.change_ratio(payload["schedule"], self.steps)
+            return
+        try:
+            self.schedule.load_state_dict(payload["schedule"])
+        except ValueError as error:
+            raise CheckpointError(f"training.train_ratio: {error}") from error
+
+    def _own_part(self, path: Path) -> Checkpoint | None:
+        """What this rank, not the first, saved of its own at the time of a checkpoint."""
+        own = rank_checkpoint(path.parent, self.ranks.rank) / path.name
+        if not own.exists():
+            logger.warning("%s has no part of rank %d", path, self.ranks.rank)
+            return None
+        return load_checkpoint(own)
+
+    def _take_over(self, resume: dict[str, Any]) -> None:
+        self._resume = resume
+        if resume:
+            sums = resume["sums"]
+            self._sums = None if sums is None else TensorDict(sums).to(self.device)
+            self._summed, self._window = resume["summed"], resume["window"]
+            self._last_return = resume["last_return"]
+            self._evaluated, self._best = resume["evaluated"], resume["best"]
+
+    def _fill_again(self) -> None:
+        """Without a replay: it fills before the next update, and those steps owe no updates.
+
+        A run that ended while it filled has been spared a whole filling already, of which only a
+        part was used.
+        """
         prefill = self.config.prefill_steps
-        unused = max(saved.payload["first_steps"] - self.steps, 0)
+        unused = max(self._first_steps - self.steps, 0)
         self.schedule.start += prefill - min(unused, prefill)
         self._first_steps = self.steps + prefill
-        self.logger.truncate_after(saved.frames, saved.updates)
-        if self.ranks.is_first:
-            discard_checkpoints_after(self.run_dir / "checkpoints", saved.updates)
-        logger.info("resumed %s at %d frames, %d updates", path, saved.frames, saved.updates)
 
 
 def _default_workers(num_envs: int, local_ranks: int) -> int:
     """One worker per core of this rank, at most one per env, and a divisor of their number."""
     cores = max(len(os.sched_getaffinity(0)) // local_ranks, 1)
     return max(n for n in range(1, min(cores, num_envs) + 1) if num_envs % n == 0)
-
-
-@contextmanager
-def _stop_on_signal() -> Iterator[list[int]]:
-    """Collect signals in a list, so that the loop can end between two updates."""
-    received: list[int] = []
-
-    def note(number: int, frame: FrameType | None) -> None:
-        del frame
-        if received and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        received.append(number)
-        logger.warning("stopping after this update; a second Ctrl+C stops at once")
-
-    previous = {number: signal.signal(number, note) for number in stop_signals()}
-    try:
-        yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

@@ -1,0 +1,175 @@
+"""Rows of records in raw files, one file a key, as TensorDict lays out memory-mapped tensors."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import NamedTuple
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from torch import Tensor
+
+
+class RecordsError(RuntimeError):
+    """Records on disk are damaged; the message names where."""
+
+
+class MissingRecordsError(RecordsError):
+    """There are no files of records where a checkpoint has them."""
+
+
+class Field(NamedTuple):
+    """One entry of a record.
+
+    Attributes:
+        dtype: Name of the torch dtype, ``"uint8"`` say.
+        shape: Shape of one record's entry.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype."""
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        return dtype
+
+    @property
+    def size(self) -> int:
+        """Bytes of one record's entry."""
+        return torch.Size(self.shape).numel() * self.torch_dtype.itemsize
+
+
+Fields = dict[str, Field]
+
+
+def fields_of(rows: TensorDictBase) -> Fields:
+    """The entries of records ``[M]``, by the path of their file without its suffix."""
+    return {
+        "/".join(key if isinstance(key, tuple) else (key,)): Field(
+            str(leaf.dtype).removeprefix("torch."), tuple(leaf.shape[1:])
+        )
+        for key, leaf in sorted(rows.items(True, True), key=lambda item: str(item[0]))
+    }
+
+
+def zero_record(fields: Fields) -> TensorDict:
+    """One record of zeros, batch size ``[]``."""
+    out = TensorDict({}, [])
+    for name, field in fields.items():
+        out[tuple(name.split("/"))] = torch.zeros(field.shape, dtype=field.torch_dtype)
+    return out
+
+
+class RecordFiles:
+    """The open files of one folder.
+
+    Args:
+        folder: Where.
+        fields: The entries of a record.
+        create: Whether to make what is missing; otherwise files are only read.
+        rows: Rows of the files that are made; what was never written takes no space.
+
+    Raises:
+        MissingRecordsError: If a file is missing and ``create`` is False.
+    """
+
+    def __init__(self, folder: Path, fields: Fields, *, create: bool = False, rows: int = 0):
+        self.folder, self.fields = folder, fields
+        self._descriptors: dict[str, int] = {}
+        try:
+            for name, field in fields.items():
+                path = folder / f"{name}.memmap"
+                if create:
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                flags = os.O_RDWR | os.O_CREAT if create else os.O_RDONLY
+                self._descriptors[name] = os.open(path, flags, 0o644)
+                if create and os.fstat(self._descriptors[name]).st_size < rows * field.size:
+                    os.ftruncate(self._descriptors[name], rows * field.size)
+        except FileNotFoundError as error:
+            self.close()
+            raise MissingRecordsError(f"The replay's records {error.filename} are gone.") from error
+
+    def write(self, row: int, entries: Mapping[str, Tensor]) -> None:
+        """Write consecutive rows from ``row`` on.
+
+        Raises:
+            OSError: If the disk is full.
+        """
+        for name, field in self.fields.items():
+            data = memoryview(_as_bytes(entries[name]).numpy().data)
+            offset = row * field.size
+            while data:
+                count = os.pwrite(self._descriptors[name], data, offset)
+                data, offset = data[count:], offset + count
+
+    def read(self, row: int, count: int) -> dict[str, Tensor]:
+        """Read ``count`` rows from ``row`` on."""
+        return {
+            name: torch.frombuffer(
+                bytearray(self._read(name, field, row, count)), dtype=field.torch_dtype
+            ).view(count, *field.shape)
+            for name, field in self.fields.items()
+        }
+
+    def digest(self, row: int, count: int) -> bytes:
+        """SHA-256 of ``count`` rows from ``row`` on, entry after entry."""
+        digest = hashlib.sha256()
+        for name, field in self.fields.items():
+            digest.update(self._read(name, field, row, count))
+        return digest.digest()
+
+    def allocate(self, row: int, count: int) -> None:
+        """Have the file system set space aside for rows, which mapped files need before a write.
+
+        A write to a mapped page that the disk has no room for ends the process.
+
+        Raises:
+            OSError: If the disk is full.
+        """
+        for name, field in self.fields.items():
+            os.posix_fallocate(self._descriptors[name], row * field.size, count * field.size)
+
+    def sync(self) -> None:
+        """Force everything to disk."""
+        for descriptor in self._descriptors.values():
+            os.fdatasync(descriptor)
+
+    def _read(self, name: str, field: Field, row: int, count: int) -> bytes:
+        size = count * field.size
+        data = os.pread(self._descriptors[name], size, row * field.size)
+        while len(data) < size:
+            more = os.pread(self._descriptors[name], size - len(data), row * field.size + len(data))
+            if not more:
+                raise RecordsError(f"{self.folder / name}.memmap is cut short.")
+            data += more
+        return data
+
+    def close(self) -> None:
+        """Close the files."""
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
+        self._descriptors = {}
+
+    def __enter__(self) -> RecordFiles:
+        """Return the files."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Close the files."""
+        self.close()
+
+
+def _as_bytes(entry: Tensor) -> Tensor:
+    entry = entry.detach().as_subclass(Tensor).cpu().contiguous()
+    return entry.reshape(-1).view(torch.uint8)

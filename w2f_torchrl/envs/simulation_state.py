@@ -1,0 +1,114 @@
+"""All that a dm_control simulation's future depends on, read and put back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import mujoco
+import numpy as np
+import numpy.typing as npt
+import torch
+from dm_control.rl.control import Environment
+
+Array = npt.NDArray[Any]
+
+# Parts of a model that are large and that no task changes.
+_CONSTANT = ("mesh_", "skin_", "tex_", "bvh_", "oct_", "names", "text_", "paths", "flex_")
+_STATE = mujoco.mjtState.mjSTATE_INTEGRATION
+_COUNTERS = ("_step_count", "_reset_next_step")
+
+
+class SimulationState:
+    """Reads and writes the state of one dm_control environment.
+
+    The state holds MuJoCo's integration state (positions, velocities, activations, controls, mocap
+    bodies, warm start), the model's arrays that the task has changed since it was loaded (a
+    target's place, a terrain), the task's own values and random state, and the episode's counters.
+
+    Args:
+        env: The environment, before its first reset.
+    """
+
+    def __init__(self, env: Environment) -> None:
+        self._env = env
+        self._model = {name: array.copy() for name, array in self._model_arrays().items()}
+
+    def _model_arrays(self) -> dict[str, Array]:
+        model = self._env.physics.model.ptr
+        names = (n for n in dir(model) if not n.startswith(("__", *_CONSTANT)))
+        values = ((name, getattr(model, name)) for name in names)
+        return {n: v for n, v in values if isinstance(v, np.ndarray) and v.flags.writeable}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state as plain values and tensors."""
+        physics, task = self._env.physics, self._env.task
+        size = mujoco.mj_stateSize(physics.model.ptr, _STATE)
+        integration = np.empty(size)
+        mujoco.mj_getState(physics.model.ptr, physics.data.ptr, integration, _STATE)
+        return {
+            "integration": torch.from_numpy(integration),
+            "model": {
+                name: torch.from_numpy(array.copy())
+                for name, array in self._model_arrays().items()
+                if array.tobytes() != self._model[name].tobytes()
+            },
+            "task": pack(vars(task)),
+            "environment": {name: getattr(self._env, name) for name in _COUNTERS},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Put a state back, into an environment that was loaded with the same seed.
+
+        Raises:
+            ValueError: If the state is of another model.
+        """
+        physics = self._env.physics
+        size = mujoco.mj_stateSize(physics.model.ptr, _STATE)
+        if len(state["integration"]) != size:
+            raise ValueError(
+                f"the state has {len(state['integration'])} numbers, and this model's has {size}: "
+                "it is of another task."
+            )
+        for name, array in self._model_arrays().items():
+            changed = state["model"].get(name)
+            array[...] = self._model[name] if changed is None else changed.numpy()
+        integration = state["integration"].numpy()
+        mujoco.mj_setState(physics.model.ptr, physics.data.ptr, integration, _STATE)
+        # What positions and velocities imply, contacts and the cameras' places say: dm_control ends
+        # each of its steps with this.
+        mujoco.mj_step1(physics.model.ptr, physics.data.ptr)
+        unpack(state["task"], vars(self._env.task))
+        for name in _COUNTERS:
+            setattr(self._env, name, state["environment"][name])
+
+
+def pack(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """Turn an object's numbers, arrays and random states into plain values and tensors.
+
+    Values of other types are left out: they are taken for settings.
+    """
+    packed: dict[str, Any] = {}
+    for name, value in attributes.items():
+        if type(value) in (bool, int, float, str, type(None)):
+            packed[name] = value
+        elif isinstance(value, np.random.RandomState):
+            state: Any = value.get_state(legacy=True)
+            keys = torch.from_numpy(state[1].astype(np.int64))
+            packed[name] = {"random": [state[0], keys, *state[2:]]}
+        elif isinstance(value, (np.ndarray, np.generic)) and value.dtype.kind in "biuf":
+            packed[name] = {"array": torch.from_numpy(np.array(value))}
+    return packed
+
+
+def unpack(packed: Mapping[str, Any], attributes: dict[str, Any]) -> None:
+    """Put back what :func:`pack` made."""
+    for name, value in packed.items():
+        if not isinstance(value, Mapping):
+            attributes[name] = value
+        elif "random" in value:
+            kind, keys, *rest = value["random"]
+            attributes[name].set_state((kind, keys.numpy().astype(np.uint32), *rest))
+        else:
+            array = value["array"].numpy().copy()
+            attributes[name] = array if array.ndim else array[()]

@@ -1,0 +1,85 @@
+"""What ends a run before its time: signals and exceptions."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+import torch
+from tensordict import NestedKey
+from torch import Tensor
+
+from w2f_torchrl.data import StreamReplayBuffer
+from w2f_torchrl.trainers.preemption import stop_signals
+
+logger = logging.getLogger(__name__)
+
+EXCEPTIONS_NAME = "exceptions.txt"
+
+
+@contextmanager
+def stop_on_signal() -> Iterator[list[int]]:
+    """Collect the stop signals in a list, so that the loop can end between two updates.
+
+    A second Ctrl+C raises KeyboardInterrupt at once.
+    """
+    received: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        del frame
+        if received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        received.append(number)
+        logger.warning(
+            "%s: stopping after this update; a second Ctrl+C stops at once",
+            signal.Signals(number).name,
+        )
+
+    previous = {number: signal.signal(number, note) for number in stop_signals()}
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def save_batch(path: Path, replay: StreamReplayBuffer, slots: Tensor) -> Path:
+    """Save the batch that an update failed on.
+
+    Args:
+        path: Where to.
+        replay: Still holds the records.
+        slots: Where, int64 ``[B, T]``.
+
+    Returns:
+        A file for ``torch.load(weights_only=True)``: the entries ``[B, T, ...]`` by their key.
+    """
+    records = replay.gather(slots)
+    torch.save({"/".join(_path(key)): leaf for key, leaf in records.items(True, True)}, path)
+    return path
+
+
+def _path(key: NestedKey) -> tuple[str, ...]:
+    return key if isinstance(key, tuple) else (key,)
+
+
+def keep_exception(run_dir: Path, error: BaseException, *, frames: int, updates: int) -> str:
+    """Append an exception to ``run_dir/exceptions.txt``.
+
+    Returns:
+        Its traceback.
+    """
+    text = "".join(traceback.format_exception(error))
+    when = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
+    try:
+        with (run_dir / EXCEPTIONS_NAME).open("a") as stream:
+            stream.write(f"{when}, frame {frames}, update {updates}\n{text}\n")
+    except OSError as full:  # of the exceptions to keep, a full disk is one
+        logger.error("%s can't be written: %s", run_dir / EXCEPTIONS_NAME, full)
+    return text

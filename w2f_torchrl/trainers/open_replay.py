@@ -1,0 +1,92 @@
+"""The replay of a run and its files, as new or as a checkpoint has them."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from w2f_torchrl.data import StreamReplayBuffer, make_replay
+from w2f_torchrl.data.replay_files import Manifest, ReplayFiles, new_generation, ring_rows
+from w2f_torchrl.trainers.checkpointing import CheckpointError
+from w2f_torchrl.trainers.config import RunConfig
+
+
+def open_replay(
+    config: RunConfig,
+    folder: Path,
+    *,
+    seed: int,
+    manifest: Manifest | None = None,
+    source: Path | None = None,
+) -> tuple[StreamReplayBuffer, ReplayFiles]:
+    """Make the replay of a run, and fill it.
+
+    Args:
+        config: The run's settings.
+        folder: Where its records are kept.
+        seed: Seed of the samples.
+        manifest: A checkpoint's, verified; None for an empty replay.
+        source: The folder of records that it belongs to.
+
+    Raises:
+        CheckpointError: If the number of envs or the pictures' size has changed.
+    """
+    envs, replay = config.environment.num_envs, config.replay
+    ring, generation = ring_rows(replay.capacity // envs, checkpoint_slack(config)), None
+    if manifest is not None:
+        check_layout(config, manifest)
+        same_folder = source is not None and source.resolve() == folder.resolve()
+        if same_folder and manifest["capacity"] == replay.capacity // envs:
+            ring, generation = manifest["ring"], manifest["generation"]
+    generation = generation or new_generation(folder)
+    on_disk = replay.storage == "disk"
+    buffer = make_replay(
+        capacity=replay.capacity,
+        num_streams=envs,
+        batch_size=config.training.batch_size,
+        batch_length=config.training.batch_length,
+        path=folder / generation if on_disk else None,
+        ring=ring if on_disk else None,
+        exist_ok=True,
+        newest_first=replay.newest_first,
+        pin_memory=config.torch_device().type == "cuda",
+        seed=seed,
+    )
+    files = ReplayFiles(buffer, folder, generation, ring)
+    if manifest is not None and source is not None:
+        files.load(manifest, source)
+    return buffer, files
+
+
+def checkpoint_slack(config: RunConfig) -> int:
+    """Records that a stream writes while the run's checkpoints are kept, and some more."""
+    envs, keep = config.environment.num_envs, config.checkpoint.keep
+    capacity = config.replay.capacity // envs
+    training, ranks = config.training, config.distributed.ranks
+    if not training.train_ratio:
+        return keep * capacity
+    records = config.effective_batch_size * training.batch_length
+    updates_per_step = training.train_ratio / records
+    steps = config.checkpoint.every_updates / updates_per_step / envs / ranks
+    # An episode of L steps makes L + 1 records.
+    between = math.ceil(1.1 * steps) + 2 * config.collection.steps_per_batch
+    return keep * min(between, capacity)
+
+
+def check_layout(config: RunConfig, manifest: Manifest) -> None:
+    """Refuse records that the run's settings don't fit.
+
+    Raises:
+        CheckpointError: Naming the setting.
+    """
+    streams, envs = len(manifest["written"]), config.environment.num_envs
+    if streams != envs:
+        raise CheckpointError(
+            f"environment.num_envs={envs} must stay {streams}, as the checkpoint's replay has it."
+        )
+    size = manifest["fields"]["next/pixels"][1][-1]
+    if size != config.environment.image_size:
+        raise CheckpointError(
+            f"environment.image_size={config.environment.image_size} must stay {size}, as the "
+            "checkpoint's replay has it."
+        )
