@@ -1,0 +1,366 @@
+"""Break runs on purpose, and write down what happened, when it was noticed and what was lost.
+
+    python benchmarks/faults.py --out benchmarks/results/faults.json
+    python benchmarks/faults.py --only worker_killed disk_full
+
+Every fault is real: signals, a file system of a few megabytes (needs root), changed bytes, an env
+that fails in its worker, a server that isn't there. SIGKILL again and again is benchmarks/kills.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import math
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from fault_runs import fork, leave_curves_out, rows, small_run, wait_for
+from results_file import write_results
+
+from w2f_torchrl.trainers import Trainer
+from w2f_torchrl.trainers.checkpointing import list_checkpoints, load_checkpoint, read_manifest
+
+Row = dict[str, Any]
+QUIET = {"evaluation": {"every_frames": 0}}
+
+
+class Attempt:
+    """One run in a child process, with what its log says.
+
+    Args:
+        root: A folder of its own.
+        before_update: Called in the child before each update.
+        settings: Of the run.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        before_update: Callable[[Trainer, Any], None] | None = None,
+        **settings: Any,
+    ) -> None:
+        self.run_dir, self._log = root / "run", root / "log"
+        self._log.unlink(missing_ok=True)
+        config = small_run(self.run_dir, "world2filter", **(QUIET | settings))
+
+        def work() -> None:
+            logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
+            logging.getLogger("torchrl").setLevel(logging.ERROR)
+            leave_curves_out()
+            trainer = Trainer(config)
+            update = trainer.learner.update
+
+            def watched(sample: Any) -> Any:
+                if before_update is not None:
+                    before_update(trainer, sample)
+                return update(sample)
+
+            trainer.learner.update = watched  # type: ignore[method-assign]
+            trainer.train()
+
+        self.child = fork(work, self._log)
+
+    @property
+    def log(self) -> str:
+        """What it has written so far."""
+        return self._log.read_text() if self._log.exists() else ""
+
+    def says(self, text: str, seconds: float = 300.0) -> float:
+        """Wait until its log has a text; returns when (monotonic seconds)."""
+        if not wait_for(lambda: text in self.log, seconds, every=0.01):
+            raise RuntimeError(f"never said {text!r}: {self.log[-3000:]}")
+        return time.monotonic()
+
+    def end(self) -> int:
+        """Wait for it; returns its exit code."""
+        return os.waitstatus_to_exitcode(os.waitpid(self.child, 0)[1])
+
+    def reaches(self, updates: int) -> None:
+        """Wait until the run has a row of metrics after so many updates."""
+        metrics = self.run_dir / "metrics.jsonl"
+
+        def there() -> bool:
+            return metrics.exists() and any(r["updates"] >= updates for r in rows(self.run_dir))
+
+        if not wait_for(there, 300.0, every=0.02):
+            raise RuntimeError(f"no progress: {self.log[-3000:]}")
+
+
+def line(attempt: Attempt, *words: str) -> str:
+    """The first line of a log that has all of these words."""
+    found = [text for text in attempt.log.splitlines() if all(word in text for word in words)]
+    return found[0][:300].replace(str(attempt.run_dir), "RUN") if found else "nothing"
+
+
+def goes_on(root: Path, **settings: Any) -> int:
+    """Resume to the end; returns the updates that it began with."""
+    attempt = Attempt(root, **settings)
+    if attempt.end():
+        raise RuntimeError(attempt.log[-3000:])
+    return int(line(attempt, "resumed").rsplit(",", 1)[1].split()[0])
+
+
+def signals(root: Path) -> Row:
+    """SIGTERM, SIGINT, SIGUSR1 and SIGUSR2, one after the other, in one run."""
+    times, lost = {}, 0
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        folder = root / number.name
+        folder.mkdir()
+        attempt = Attempt(folder)
+        attempt.reaches(10)
+        os.kill(attempt.child, number)
+        start = time.monotonic()
+        attempt.says("stopping after this update")
+        code = attempt.end()
+        times[number.name] = round(time.monotonic() - start, 2)
+        saved = load_checkpoint(list_checkpoints(attempt.run_dir / "checkpoints")[-1])
+        lost += code or saved.updates < 10
+    return {
+        "fault": "SIGTERM, SIGINT, SIGUSR1, SIGUSR2",
+        "what_happened": "checkpoint after the update at hand, exit code 0",
+        "seconds_to_notice": max(times.values()),
+        "seconds": times,
+        "lost": "nothing" if not lost else "unexpected",
+    }
+
+
+def worker_killed(root: Path) -> Row:
+    """SIGKILL of one of two worker processes."""
+    attempt = Attempt(root, collection={"num_workers": 2})
+    attempt.reaches(5)
+    workers = children_of(attempt.child, "spawn_main")
+    os.kill(workers[0], signal.SIGKILL)
+    start = time.monotonic()
+    noticed = attempt.says("was killed by SIGKILL") - start
+    code = attempt.end()
+    left = [pid for pid in workers[1:] if Path(f"/proc/{pid}").exists()]
+    message = line(attempt, "WorkerError", "frame")
+    begun = goes_on(root, collection={"num_workers": 2})
+    return {
+        "fault": "SIGKILL of a collector's worker",
+        "what_happened": f"WorkerError, emergency checkpoint, exit code {code}, "
+        f"{len(left)} processes left; resumed at update {begun}",
+        "seconds_to_notice": round(noticed, 2),
+        "lost": "the batch that was being collected; episodes begin anew",
+        "message": message,
+    }
+
+
+def render_failure(root: Path) -> Row:
+    """An env that can't draw any more, in a worker process."""
+    os.environ["W2F_FAULT_DRAWS"] = "150"
+    attempt = Attempt(root, collection={"num_workers": 1})
+    try:
+        failed = attempt.says("no more pictures")
+        noticed = attempt.says("WorkerError") - failed
+        code = attempt.end()
+    finally:
+        del os.environ["W2F_FAULT_DRAWS"]
+    message = line(attempt, "WorkerError", "frame")
+    begun = goes_on(root, collection={"num_workers": 1})
+    return {
+        "fault": "rendering fails in a worker",
+        "what_happened": f"WorkerError with the worker's traceback, emergency checkpoint, exit "
+        f"code {code}; resumed at update {begun}",
+        "seconds_to_notice": round(noticed, 2),
+        "lost": "the batch that was being collected; episodes begin anew",
+        "message": message,
+    }
+
+
+def disk_full(root: Path) -> Row:
+    """A file system of 24 MB that another file fills while the run goes on."""
+    disk = root / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "none", str(disk)], check=True)
+    try:
+        attempt = Attempt(disk)
+        attempt.reaches(10)
+        filler = disk / "filler"
+        start = time.monotonic()
+        with filler.open("wb", buffering=0) as stream:
+            try:
+                while True:
+                    stream.write(bytes(4096))
+            except OSError:
+                pass
+        code = attempt.end()
+        noticed = time.monotonic() - start
+        good = newest_good(attempt.run_dir)
+        filler.unlink()
+        message = line(attempt, "No space left")
+        begun = goes_on(disk)
+    finally:
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)
+    return {
+        "fault": "disk full",
+        "what_happened": f"the run ends with the error, exit code {code}; the checkpoint before "
+        f"is whole (update {good}); with room again it resumed at update {begun}",
+        "seconds_to_notice": round(noticed, 2),
+        "lost": "updates since the last checkpoint that fitted",
+        "message": message,
+    }
+
+
+def newest_good(run_dir: Path) -> int:
+    """Updates of the newest checkpoint that loads."""
+    return load_checkpoint(list_checkpoints(run_dir / "checkpoints")[-1]).updates
+
+
+def damaged(root: Path, how: str) -> Row:
+    """The newest checkpoint, or records that only it has, cut short or with one bit changed."""
+    attempt = Attempt(root)
+    attempt.reaches(25)
+    os.kill(attempt.child, signal.SIGTERM)
+    attempt.end()
+    paths = list_checkpoints(attempt.run_dir / "checkpoints")
+    if how == "truncated":
+        os.truncate(paths[-1], paths[-1].stat().st_size // 2)
+    elif how == "flipped":
+        flip_bit(paths[-1], paths[-1].stat().st_size // 3)
+    else:
+        manifest = read_manifest(paths[-1])
+        assert manifest is not None, "the run has a replay"
+        pixels = attempt.run_dir / "replay" / manifest["generation"] / "next/pixels.memmap"
+        flip_bit(pixels, (manifest["written"][0] - 1) % manifest["ring"] * 3 * 16 * 16 + 7)
+    before = load_checkpoint(paths[-2]).updates
+    again = Attempt(root)
+    start = time.monotonic()
+    noticed = again.says("Trying the one before it") - start
+    if again.end():
+        raise RuntimeError(again.log[-3000:])
+    names = {
+        "truncated": "a checkpoint cut short",
+        "flipped": "a bit of a checkpoint flipped",
+        "record": "a bit of a replay's record flipped",
+    }
+    return {
+        "fault": names[how],
+        "what_happened": f"the one before it is taken (update {before}), with a warning",
+        "seconds_to_notice": round(noticed, 2),
+        "lost": "the updates between the two checkpoints, done again",
+        "message": line(again, "Trying the one before it"),
+    }
+
+
+def flip_bit(path: Path, position: int) -> None:
+    """Change one bit of a file."""
+    with path.open("r+b") as stream:
+        stream.seek(position)
+        byte = stream.read(1)[0]
+        stream.seek(position)
+        stream.write(bytes([byte ^ 1]))
+
+
+def not_a_number(root: Path, on_nan: str) -> Row:
+    """A reward that is not a number, in the samples of updates 12 and 13."""
+
+    def poison(trainer: Trainer, sample: Any) -> None:
+        if trainer.updates in (12, 13):
+            sample["next", "reward"][0, 2] = math.nan
+
+    attempt = Attempt(root, poison, training={"on_nan": on_nan})
+    code = attempt.end()
+    if on_nan == "skip":
+        skipped = sum(row.get("train/skipped_updates", 0) for row in rows(attempt.run_dir))
+        happened, lost = f"{skipped:.0f} updates were not applied; exit code {code}", "2 updates"
+        message = line(attempt, "were skipped")
+    else:
+        saved = load_checkpoint(list_checkpoints(attempt.run_dir / "checkpoints")[-1])
+        finite = all(bool(v.isfinite().all()) for v in saved.payload["learner"]["loss"].values())
+        batch = len(list(attempt.run_dir.glob("not_finite_after_*")))
+        message = line(attempt, "gradients are not finite")
+        happened = (
+            f"no update is applied from then on; {batch} batch and the state of before (update "
+            f"{saved.updates}, all finite: {finite}) saved; exit code {code}; resumed at update "
+            f"{goes_on(root)}"
+        )
+        lost = "at most logging.every_updates updates, done again"
+    return {
+        "fault": f"NaN in the loss, training.on_nan={on_nan}",
+        "what_happened": happened,
+        "seconds_to_notice": "with the next row of metrics (5 updates here)",
+        "lost": lost,
+        "message": message,
+    }
+
+
+def two_runs(root: Path) -> Row:
+    """A second process on the run directory of one that is at work."""
+    first = Attempt(root)
+    first.reaches(5)
+    log = root / "second.log"
+    config = small_run(first.run_dir, "world2filter", **QUIET)
+    start = time.monotonic()
+    second = fork(lambda: Trainer(config).train(), log)
+    code = os.waitstatus_to_exitcode(os.waitpid(second, 0)[1])
+    noticed = time.monotonic() - start
+    os.kill(first.child, signal.SIGTERM)
+    ended = first.end()
+    text = next(t for t in log.read_text().splitlines() if "in use by" in t)
+    return {
+        "fault": "two runs in one directory",
+        "what_happened": f"the second is refused, exit code {code}; the first ended with {ended}",
+        "seconds_to_notice": round(noticed, 2),
+        "lost": "nothing",
+        "message": text.split("is in use")[1]
+        .split(" on ")[0]
+        .replace(" by process", " by process"),
+    }
+
+
+def children_of(parent: int, word: str) -> list[int]:
+    """Ids of a process's children whose command line has a word."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            fields = (path / "stat").read_text().rsplit(")", 1)[1].split()
+            command = (path / "cmdline").read_bytes().decode()
+        except OSError:  # it ended meanwhile
+            continue
+        if int(fields[1]) == parent and word in command:
+            found.append(int(path.name))
+    return sorted(found)
+
+
+FAULTS: dict[str, Callable[[Path], Row]] = {
+    "signals": signals,
+    "worker_killed": worker_killed,
+    "render_failure": render_failure,
+    "disk_full": disk_full,
+    "truncated": lambda root: damaged(root, "truncated"),
+    "flipped": lambda root: damaged(root, "flipped"),
+    "record": lambda root: damaged(root, "record"),
+    "nan_stop": lambda root: not_a_number(root, "stop"),
+    "nan_skip": lambda root: not_a_number(root, "skip"),
+    "two_runs": two_runs,
+}
+
+
+def main() -> None:
+    """Break what was asked for, and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", nargs="*", choices=list(FAULTS), default=list(FAULTS))
+    parser.add_argument("--out", default="benchmarks/results/faults.json")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    table = []
+    for name in options.only:
+        with tempfile.TemporaryDirectory() as folder:
+            row = FAULTS[name](Path(folder))
+        table.append({"name": name} | row)
+        sys.stderr.write(f"{name}: {row}\n")
+        write_results(options.out, {"faults": table})
+
+
+if __name__ == "__main__":
+    main()
