@@ -8,7 +8,7 @@
 Contenders: ours for each latent (``whole`` is DreamerV3) and mode of execution; ``torchrl_parts``,
 an eager update of TorchRL's rollout, losses, optimizer and target network; on CUDA
 ``torchrl_stepper``, TorchRL's DreamerV3OptimizationStepper with its defaults (on a CPU it is the
-parts, eager). Every round times each once, in turn, so that a drift of the machine's speed hits
+parts, eager); with ``--r2dreamer CHECKOUT`` that project's update at the same widths. Every round times each once, in turn, so that a drift of the machine's speed hits
 all: CPU time of the process, or on CUDA the time until the device has finished. Kept are medians
 and the median over the rounds of each ratio; the operations and FLOP of one update; on CUDA its
 peak memory; and the FLOP rate as a share of the measured rate of a large product.
@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peers import r2dreamer_update
 from results_file import write_results
 from tensordict import TensorDict, TensorDictBase
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -190,6 +191,9 @@ def make_contenders(args: argparse.Namespace) -> dict[str, tuple[Update, TensorD
     if args.device != "cpu":
         stepper = stepper_update(args.model, args.device, mixed, bare)
         contenders["torchrl_stepper"] = (stepper, bare)
+    if args.r2dreamer:
+        peer = r2dreamer_update(args.r2dreamer, args.model, device=args.device, mixed=mixed)
+        contenders["r2dreamer"] = (peer, sample)
     for latent in args.latents:
         for execution in ("eager", *args.modes):
             learner = Learner(
@@ -212,7 +216,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     keep_freed_memory()
     contenders = make_contenders(args)
     seconds, first, peak = measure(contenders, args.rounds, args.device)
-    table = summarise(seconds, ("torchrl_parts", "torchrl_stepper", "dreamer_v3"))
+    table = summarise(seconds, ("torchrl_parts", "torchrl_stepper", "r2dreamer", "dreamer_v3"))
     dtype = torch.bfloat16 if args.precision == "bfloat16" else torch.float32
     rate = product_gflops(args.device, dtype, make_clock(args.device))
     for name, (update, sample) in contenders.items():
@@ -223,7 +227,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         table[name]["share_of_product_rate"] = round(share, 3)
     for name, mebibytes in peak.items():
         table[name]["peak_mib"] = mebibytes
-    settings = {k: v for k, v in vars(args).items() if k != "out"}
+    settings = {k: v for k, v in vars(args).items() if k not in ("out", "r2dreamer")}
     return {
         "settings": settings,
         "first_update_wall_seconds": first,
@@ -247,6 +251,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--modes", nargs="*", default=["compile"], choices=EXECUTIONS[1:], help="beside eager"
     )
+    parser.add_argument("--r2dreamer", type=Path, help="a checkout of r2dreamer, timed beside")
     parser.add_argument("--out", type=Path)
     return parser.parse_args(arguments)
 

@@ -1,0 +1,103 @@
+"""Updates of other projects, from their checkouts, for :mod:`learner`.
+
+Nothing of theirs is kept here: a checkout is named on the command line and imported as it is.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from tensordict import TensorDict, TensorDictBase
+
+from w2f_torchrl.modules import PRESETS
+
+ACTION_SIZE = 6
+
+
+def r2dreamer_update(
+    checkout: Path, preset: str, *, device: str = "cpu", mixed: bool = False
+) -> Callable[[TensorDictBase], Any]:
+    """An update of r2dreamer with ``rep_loss=dreamer``: DreamerV3 with a reconstruction.
+
+    Its own configuration with the widths of one of our presets. On a CPU it is eager and in the
+    given precision; on CUDA as it is published: compiled with CUDA graphs, and in float16.
+
+    Args:
+        checkout: The root of its repository.
+        preset: A name of :data:`~w2f_torchrl.modules.PRESETS`.
+        device: ``"cpu"`` or ``"cuda"``.
+        mixed: On a CPU: autocast to bfloat16.
+
+    Returns:
+        An update of samples as ``learner.make_sample`` makes them.
+
+    Raises:
+        FileNotFoundError: If the checkout lacks a file that is needed.
+    """
+    base = checkout / "configs" / "model" / "_base_.yaml"
+    if not base.exists():
+        raise FileNotFoundError(f"--r2dreamer={checkout} is no checkout of r2dreamer: no {base}.")
+    config = _configuration(base, preset, device)
+    sys.path.insert(0, str(checkout))
+    try:
+        dreamer = importlib.import_module("dreamer")
+    finally:
+        sys.path.remove(str(checkout))
+    if device == "cpu":  # its float16 is for GPUs
+        dreamer.autocast = lambda **kwargs: torch.autocast("cpu", torch.bfloat16, enabled=mixed)
+    spaces = {"image": SimpleNamespace(shape=(64, 64, 3))}
+    agent = dreamer.Dreamer(
+        config.model, SimpleNamespace(spaces=spaces), SimpleNamespace(shape=(ACTION_SIZE,))
+    ).to(device)
+    return lambda sample: agent.update(_Buffer(sample, agent.rssm))
+
+
+def _configuration(base: Path, preset: str, device: str) -> Any:
+    sizes = PRESETS[preset]
+    model = OmegaConf.load(base)
+    own = {
+        "deter": sizes.belief_size,
+        "hidden": sizes.hidden_size,
+        "discrete": sizes.num_classes,
+        "depth": sizes.cnn_depth,
+        "units": sizes.units,
+        "act": "SiLU",
+        "norm": True,
+        "rep_loss": "dreamer",
+        "compile": device != "cpu",
+    }
+    keys = {"mlp_keys": "$^", "cnn_keys": "image"}
+    root = {"device": device, "env": {"encoder": keys, "decoder": keys}}
+    return OmegaConf.create(root | {"model": OmegaConf.merge(model, own)})
+
+
+class _Buffer:
+    """One batch in the place of its replay."""
+
+    def __init__(self, sample: TensorDictBase, rssm: Any):
+        following = sample["next"]
+        flags = {"is_last": following["done"], "is_terminal": following["terminated"]}
+        self._batch = TensorDict(
+            {
+                "image": following["pixels"].movedim(2, -1),
+                "action": sample["action"],
+                "reward": following["reward"],
+                "is_first": sample["is_init"].squeeze(-1),
+                **flags,
+            },
+            sample.shape,
+        )
+        self._initial = rssm.initial(len(sample))
+
+    def sample(self) -> tuple[TensorDict, None, tuple[torch.Tensor, torch.Tensor]]:
+        return self._batch, None, self._initial
+
+    def update(self, *latents: Any) -> None:
+        """Nothing is stored."""
