@@ -8,10 +8,11 @@
 Contenders: ours for each latent (``whole`` is DreamerV3) and mode of execution; ``torchrl_parts``,
 an eager update of TorchRL's rollout, losses, optimizer and target network; on CUDA
 ``torchrl_stepper``, TorchRL's DreamerV3OptimizationStepper with its defaults (on a CPU it is the
-parts, eager); with ``--r2dreamer CHECKOUT`` that project's update at the same widths. Every round times each once, in turn, so that a drift of the machine's speed hits
-all: CPU time of the process, or on CUDA the time until the device has finished. Kept are medians
-and the median over the rounds of each ratio; the operations and FLOP of one update; on CUDA its
-peak memory; and the FLOP rate as a share of the measured rate of a large product.
+parts, eager); with ``--r2dreamer CHECKOUT`` that project's update at the same widths. Every round
+times each once, in turn, so that a drift of the machine's speed hits all: CPU time of the process,
+or on CUDA the time until the device has finished. Kept are medians and the median over the rounds
+of each ratio; the operations and FLOP of one update; on CUDA its peak memory; and the FLOP rate as
+a share of the measured rate of a large product.
 """
 
 from __future__ import annotations
