@@ -21,7 +21,7 @@ class LossConfig:
     """Weight of the foreground's colours."""
     mask: float = 0.1
     """Weight of the predicted mask's cross-entropy. A wrong pixel costs 3 nats and more, a wrong
-    colour about 0.3: at 0.1 both weigh alike, on the scale that DreamerV3's other weights assume."""
+    colour about 0.3: at 0.1 both weigh alike, on the scale that the other weights assume."""
     background: float = 1.0
     """Weight of the background's colours."""
     reward: float = 1.0
