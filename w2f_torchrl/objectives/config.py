@@ -19,9 +19,10 @@ class LossConfig:
     """Weight of the picture's reconstruction (`algo=dreamer_v3` only)."""
     foreground: float = 1.0
     """Weight of the foreground's colours."""
-    mask: float = 0.1
+    mask: float = 1.0
     """Weight of the predicted mask's cross-entropy. A wrong pixel costs 3 nats and more, a wrong
-    colour about 0.3: at 0.1 both weigh alike, on the scale that the other weights assume."""
+    colour about 0.3: at 0.1 both weigh alike, which suits scenes that don't distract; before a
+    video the mask is then found much later."""
     background: float = 1.0
     """Weight of the background's colours."""
     reward: float = 1.0
