@@ -318,6 +318,30 @@ def two_runs(root: Path) -> Row:
     }
 
 
+def wandb_unreachable(root: Path) -> Row:
+    """The online mode of wandb, and a server that isn't there."""
+    server = {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "0" * 40}
+    os.environ.update(server)
+    start = time.monotonic()
+    try:
+        attempt = Attempt(root, logging={"use_wandb": True, "wandb_mode": "online"})
+        noticed = attempt.says("wandb can't be reached") - start
+        code = attempt.end()
+    finally:
+        for name in server:
+            del os.environ[name]
+    kept = list((attempt.run_dir / "wandb").glob("offline-run-*/*.wandb"))
+    updates = rows(attempt.run_dir)[-1]["updates"]
+    return {
+        "fault": "wandb unreachable",
+        "what_happened": f"logged offline, {len(kept)} file to sync, {updates} updates, exit code "
+        f"{code}",
+        "seconds_to_notice": round(noticed, 2),
+        "lost": "nothing",
+        "message": line(attempt, "can't be reached"),
+    }
+
+
 def children_of(parent: int, word: str) -> list[int]:
     """Ids of a process's children whose command line has a word."""
     found = []
@@ -343,6 +367,7 @@ FAULTS: dict[str, Callable[[Path], Row]] = {
     "nan_stop": lambda root: not_a_number(root, "stop"),
     "nan_skip": lambda root: not_a_number(root, "skip"),
     "two_runs": two_runs,
+    "wandb_unreachable": wandb_unreachable,
 }
 
 

@@ -8,12 +8,12 @@ from w2f_torchrl._lazy import lazy_exports
 
 if TYPE_CHECKING:
     from w2f_torchrl.data.collection import make_collector, sync_policy_weights
-    from w2f_torchrl.data.collector_state import collector_state, load_collector_state
     from w2f_torchrl.data.mask_store import MaskStore, load_masks
     from w2f_torchrl.data.masks import pack_mask, unpack_mask
     from w2f_torchrl.data.overlap import OverlappedCollector
     from w2f_torchrl.data.records import records_from_rollout
     from w2f_torchrl.data.replay import StreamReplayBuffer, make_replay
+    from w2f_torchrl.data.resumable import collector_state, load_collector_state
     from w2f_torchrl.data.schedule import UpdateSchedule
     from w2f_torchrl.data.workers import WorkerError
 else:
@@ -21,7 +21,7 @@ else:
         __name__,
         {
             "collection": ("make_collector", "sync_policy_weights"),
-            "collector_state": ("collector_state", "load_collector_state"),
+            "resumable": ("collector_state", "load_collector_state"),
             "mask_store": ("MaskStore", "load_masks"),
             "masks": ("pack_mask", "unpack_mask"),
             "overlap": ("OverlappedCollector",),

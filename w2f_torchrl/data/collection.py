@@ -17,8 +17,8 @@ from torchrl.envs import EnvBase, SerialEnv, TransformedEnv
 from torchrl.envs.transforms import TensorDictPrimer
 from torchrl.envs.utils import ExplorationType
 
-from w2f_torchrl.data.collector_state import ResumableCollector
 from w2f_torchrl.data.overlap import OverlappedCollector
+from w2f_torchrl.data.resumable import ResumableCollector
 from w2f_torchrl.data.workers import SyncCollector, ignore_stop_signals
 from w2f_torchrl.utils.seeding import derive_seed
 

@@ -125,7 +125,7 @@ class StreamReplayBuffer(TensorDictReplayBuffer):
         return rows
 
     def initialize(self, record: TensorDictBase) -> None:
-        """Make the storage for records like this one (batch size ``[]``), if there is none."""
+        """Make the storage ``[S * ring]`` for records like this one, if there is none."""
         if not self.initialized:
             self._storage._init(record.to(self._storage.device))
 
