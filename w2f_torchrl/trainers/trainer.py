@@ -631,7 +631,7 @@ class Trainer:
             "last_return": self._last_return,
             "evaluated": self._evaluated,
             "best": self._best,
-            "videos_at": self.diagnostics.videos_at,
+            "videos_at": self.diagnostics.videos_at if self.ranks.is_first else None,
             "wandb": read_wandb_run(self.run_dir),
         }
 
