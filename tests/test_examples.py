@@ -55,11 +55,11 @@ def test_an_env_and_a_segmenter_of_ones_own(tmp_path: Path):
     with pytest.raises(ValueError, match="disc has centre"):
         make_env("disc", "edge")
 
-    own_env_and_segmenter.main(["--run-dir", str(tmp_path / "run"), "--frames", "500"])
+    own_env_and_segmenter.main(["--run-dir", str(tmp_path / "run"), "--frames", "700"])
     written = rows(tmp_path / "run")
     last = [row for row in written if "eval/return_mean" in row][-1]
     assert last["eval/length_mean"] == own_env_and_segmenter.EPISODE
-    errors = [row["wm/mask_loss"] for row in written if "wm/mask_loss" in row]
+    errors = [row["wm/fg_loss"] for row in written if "wm/fg_loss" in row]
     assert errors[-1] < 0.9 * errors[0]  # the masks reached the losses, and something is learned
 
 
