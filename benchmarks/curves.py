@@ -136,6 +136,20 @@ def bin_means(frames: Array, values: Array, edges: Array) -> list[dict[str, Any]
     return bins
 
 
+def follows_protocol(run: Run) -> bool:
+    """Whether a run's environment is that of the published curves: no number is comparable else.
+
+    Args:
+        run: The run.
+
+    Returns:
+        True for 64 x 64 pixels, an action repeat of 2, and no distraction.
+    """
+    environment = run.settings["environment"]
+    wanted = {"image_size": 64, "action_repeat": 2, "distraction": "none"}
+    return all(environment.get(key) == value for key, value in wanted.items())
+
+
 def read_published(path: Path, task: str) -> list[dict[str, float]]:
     """Read the published curve of a task.
 
@@ -269,6 +283,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     random_file = args.random or (default if default.exists() else None)
     random_policy = json.loads(random_file.read_text()) if random_file else None
     published = read_published(args.published, args.task)
+    if strangers := [run.name for run in runs if not follows_protocol(run)]:
+        sys.stderr.write(f"no published curve: {', '.join(strangers)} ran another protocol\n")
+        published = []
     last_frame = max(run.last_frame for run in runs)
     edges = np.arange(0, last_frame + args.bin_frames, args.bin_frames, dtype=np.float64)
     draw(runs, edges, published, random_policy, args.out)

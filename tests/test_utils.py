@@ -395,7 +395,9 @@ def make_run(run_dir: Path, count: int = 60, algo: str = "world2filter", seed: i
                 row |= {"eval/return_mean": 9.0 * step, "eval/return_std": 5.0}
             metrics.log(row, frames=1000 * step, updates=step)
     (run_dir / "config.yaml").write_text(
-        f"algo: {{name: {algo}, latent: null}}\nenvironment: {{domain: cartpole, task: balance}}\n"
+        f"algo: {{name: {algo}, latent: null}}\n"
+        "environment: {domain: cartpole, task: balance, image_size: 64, action_repeat: 2, "
+        "distraction: none}\n"
         f"training: {{path: /somewhere/private}}\nevaluation: {{episodes: 4}}\nseed: {seed}\n"
         f"run_dir: {run_dir}\n"
     )
@@ -493,6 +495,17 @@ def test_curves_compare_runs_with_the_published_points(curves, tmp_path, capsys)
     assert "/somewhere" not in json.dumps(run["settings"])
     assert "run_dir" not in run["settings"]
     assert capsys.readouterr().out.split() == [str(out), str(result)]
+
+
+def test_another_protocol_is_not_compared_with_the_published_curve(curves, tmp_path, capsys):
+    run = make_run(tmp_path / "a")
+    config = run / "config.yaml"
+    config.write_text(config.read_text().replace("action_repeat: 2", "action_repeat: 8"))
+    result = tmp_path / "o.json"
+    out = ["--out", str(tmp_path / "o.png"), "--json", str(result)]
+    curves.main([str(run), "--task", "cartpole_balance", *out])
+    assert json.loads(result.read_text())["runs"][0]["at_published_points"] == []
+    assert "world2filter, seed 0 ran another protocol" in capsys.readouterr().err
 
 
 def test_curves_name_what_is_wrong(curves, tmp_path):
