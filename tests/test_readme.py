@@ -202,6 +202,8 @@ def check_arguments(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse)
     monkeypatch.setattr(sys, "argv", [script, *arguments])
+    # A program that registers an env does so in a process of its own, not after another test.
+    monkeypatch.setattr("w2f_torchrl.envs.tasks._REGISTRY", {})
     monkeypatch.syspath_prepend(str((ROOT / script).parent))
     with pytest.raises((ParsedError, SystemExit)) as caught:
         runpy.run_path(str(ROOT / script), run_name="__main__")

@@ -318,8 +318,9 @@ def test_unknown_keys_and_types_are_named():
 
 def test_defaults_are_the_papers():
     run, loss = RunConfig(), LossConfig()
-    assert run.updates_per_step == 0.5  # 250 updates per 1000 frames at an action repeat of 2
     assert (run.training.batch_size, run.training.batch_length) == (16, 64)
+    # 250 updates per 1000 frames at an action repeat of 2.
+    assert run.training.train_ratio / (16 * 64) == 0.5
     assert (run.optimizer.lr, run.optimizer.agc, run.optimizer.warmup_updates) == (4e-5, 0.3, 1000)
     assert (loss.representation, loss.dynamics, loss.replay_critic) == (0.1, 1.0, 0.3)
     assert (loss.imagination_horizon, loss.discount_horizon, loss.entropy) == (15, 333.0, 3e-4)
