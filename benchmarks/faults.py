@@ -96,8 +96,9 @@ class Attempt:
 
 
 def line(attempt: Attempt, *words: str) -> str:
-    """The first line of a log that has all of these words."""
+    """The first line of a log that has all of these words, without a traceback and its paths."""
     found = [text for text in attempt.log.splitlines() if all(word in text for word in words)]
+    found = [text.split("\\nTraceback")[0] for text in found]
     return found[0][:300].replace(str(attempt.run_dir), "RUN") if found else "nothing"
 
 
