@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from torchrl.modules import PercentileValueNorm, SymExpTwoHot
 from torchrl.objectives import categorical_kl_terms
 
 from w2f_torchrl.modules import ModelConfig, build_actor, build_critic, build_world_model
+from w2f_torchrl.modules.config import BACKGROUND_ENCODERS
 from w2f_torchrl.objectives import (
     LossConfig,
     World2FilterLoss,
@@ -45,9 +47,10 @@ SIZE = 16
 LATENTS = ["whole", "split", "shared", "foreground"]
 
 
-def make_loss(latent: str, **loss: object) -> World2FilterLoss:
+def make_loss(latent: str, encoder: str = "own", **loss: object) -> World2FilterLoss:
     torch.manual_seed(0)
-    world_model = build_world_model(TINY, action_size=2, image_size=SIZE, latent=latent)
+    config = dataclasses.replace(TINY, background_encoder=encoder)
+    world_model = build_world_model(config, action_size=2, image_size=SIZE, latent=latent)
     actor, critic = build_actor(TINY, 2), build_critic(TINY)
     # Reward and critic start at zero, which would hide what a gradient test looks for.
     for head in (world_model.reward, critic):
@@ -376,7 +379,7 @@ def gradients(loss: World2FilterLoss, entries: list[str], sample: TensorDict) ->
     }
 
 
-BACKGROUND = ("world_model.background_rollout", "world_model.decoder.background")
+BACKGROUND = ("world_model.background_", "world_model.decoder.background")
 # The scenery sees no action: TorchRL's cell gets a constant zero in its place, from which only the
 # bias can learn.
 IDLE = "background_rollout.rssm_prior.module.rnn.action_projection"
@@ -398,14 +401,15 @@ def test_actor_critic_reward_and_continuation_never_touch_the_background():
     assert got["world_model.reward.model.0.weight"] > 0
 
 
-def test_background_losses_never_touch_the_foreground_latent():
-    loss, sample = make_loss("split", free_nats=0.0), make_sample()
+@pytest.mark.parametrize("encoder", BACKGROUND_ENCODERS)
+def test_background_losses_never_touch_the_foreground_latent(encoder):
+    loss, sample = make_loss("split", encoder, free_nats=0.0), make_sample()
     entries = [f"loss_background{s}" for s in ("", "_dynamics", "_representation")]
     got = gradients(loss, entries, sample)
+    reached = (*BACKGROUND, "world_model.encoder") if encoder == "shared" else BACKGROUND
     for name, value in got.items():
-        shared = name.startswith((*BACKGROUND, "world_model.encoder"))
         if IDLE not in name:
-            assert (value > 0) == shared, name
+            assert (value > 0) == name.startswith(reached), name
 
 
 @pytest.mark.parametrize("latent", LATENTS)

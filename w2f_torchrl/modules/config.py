@@ -7,6 +7,8 @@ from dataclasses import dataclass, fields
 #: Where the mask decides what is learned: see :func:`w2f_torchrl.modules.build_world_model`.
 LATENTS = ("split", "shared", "foreground")
 
+BACKGROUND_ENCODERS = ("own", "shared")
+
 
 @dataclass
 class ModelConfig:
@@ -39,7 +41,11 @@ class ModelConfig:
     background_num_classes: int = 16
     """Classes of each categorical of the background state (latent ``split`` only)."""
     background_cnn_depth: int = 8
-    """Base channels of the background decoder."""
+    """Base channels of the background's decoder, and of its encoder if it has one."""
+    background_encoder: str = "own"
+    """own: the background has an encoder of its own (latent ``split`` only), so that the scenery
+    neither fills the foreground's encoder nor has a say in what it learns; shared: both latents
+    read one encoder."""
     num_blocks: int = 8
     """Blocks of the belief's recurrent layer, each with weights of its own."""
     dynamics_layers: int = 1
@@ -92,6 +98,11 @@ class ModelConfig:
                     f"model.{name}={getattr(self, name)} must be a multiple of "
                     f"model.num_blocks={self.num_blocks}."
                 )
+        if self.background_encoder not in BACKGROUND_ENCODERS:
+            raise ValueError(
+                f"model.background_encoder={self.background_encoder!r} is unknown; allowed: "
+                f"{', '.join(BACKGROUND_ENCODERS)}."
+            )
         if self.num_bins % 2 == 0:
             raise ValueError(f"model.num_bins={self.num_bins} must be odd, so that 0 is a bin.")
         if not 0 <= self.unimix < 1:

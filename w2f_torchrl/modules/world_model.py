@@ -48,8 +48,19 @@ class WorldModel(TensorDictModuleBase):
         embedding = self.encoder.output_features((3, image_size, image_size))
         self.rollout = _build_rollout(config, embedding, action_size)
         self.background_rollout = None
+        self.background_encoder: ImageEncoder | None = None
         if latent == "split":
-            self.background_rollout = _build_rollout(_background(config), embedding, None)
+            read = "encoded_latents"
+            if config.background_encoder == "own":
+                self.background_encoder = ImageEncoder(
+                    depth=config.background_cnn_depth,
+                    mults=config.cnn_multipliers,
+                    kernel_size=config.kernel_size,
+                )
+                embedding = self.background_encoder.output_features((3, image_size, image_size))
+                read = "background_encoded_latents"
+            background = _background(config)
+            self.background_rollout = _build_rollout(background, embedding, None, read)
         self.decoder = _build_decoder(config, image_size, latent)
         features = config.state_size + config.belief_size
         self.reward = MLP(features, config.num_bins, config.head_layers, config.units, outscale=0.0)
@@ -84,9 +95,13 @@ class WorldModel(TensorDictModuleBase):
 
     def infer(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Write the posterior latents ``[B, T, ...]`` only."""
+        pixels = tensordict.get(("next", "pixels"))
         encode = self.compiled.get("encoder", self.encoder)
-        tensordict.set(("next", "encoded_latents"), encode(tensordict.get(("next", "pixels"))))
+        tensordict.set(("next", "encoded_latents"), encode(pixels))
         self.rollout(tensordict)
+        if self.background_encoder is not None:
+            encode = self.compiled.get("background_encoder", self.background_encoder)
+            tensordict.set(("next", "background_encoded_latents"), encode(pixels))
         if self.background_rollout is not None:
             self.background_rollout(tensordict)
         return tensordict
@@ -145,7 +160,9 @@ def _background(config: ModelConfig) -> ModelConfig:
     return ModelConfig(**values)
 
 
-def _build_rollout(config: ModelConfig, embedding: int, action_size: int | None) -> RSSMRollout:
+def _build_rollout(
+    config: ModelConfig, embedding: int, action_size: int | None, read: str = "encoded_latents"
+) -> RSSMRollout:
     # Every value that TorchRL's constructors default to otherwise is passed.
     prior = RSSMPriorV3(
         action_shape=(action_size or 1,),
@@ -181,7 +198,7 @@ def _build_rollout(config: ModelConfig, embedding: int, action_size: int | None)
         ),
         TensorDictModule(
             posterior,
-            [("next", belief), ("next", "encoded_latents")],
+            [("next", belief), ("next", read)],
             [("next", f"{prefix}posterior_logits"), ("next", state)],
         ),
         action_key=action_key,

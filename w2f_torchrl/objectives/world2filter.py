@@ -90,6 +90,16 @@ class World2FilterLoss(LossModule):
 
     def forward(self, sample: TensorDictBase) -> TensorDict:
         """Compute every loss on a batch of replayed sequences ``[B, T]``."""
+        out = self.compute(sample)
+        losses = {name: out.get(name).detach() for name in self.out_keys}
+        return out.update(self._loss_metrics(losses))
+
+    def compute(self, sample: TensorDictBase) -> TensorDict:
+        """The losses, and those metrics that are no losses under other names.
+
+        What ``training.execution=compile_all`` compiles: of a loss and its detached copy Inductor
+        makes one output, to which no gradient is passed.
+        """
         model_td = self.world_model(sample.select(*self.in_keys))
         losses, metrics = self.world_model_losses(model_td)
         following = model_td.get("next")
@@ -110,8 +120,7 @@ class World2FilterLoss(LossModule):
         losses = {f"loss_{k}": getattr(self.config, _scale(k)) * v for k, v in losses.items()}
         if set(losses) != set(self.out_keys):
             raise RuntimeError(f"losses {sorted(losses)} differ from {sorted(self.out_keys)}.")
-        metrics |= more | self._loss_metrics({k: v.detach() for k, v in losses.items()})
-        return TensorDict({**losses, **metrics}, [])
+        return TensorDict({**losses, **metrics, **more}, [])
 
     # ---------------------------------------------------------------- world model
 

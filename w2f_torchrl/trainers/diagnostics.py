@@ -171,6 +171,7 @@ def parts(learner: Learner) -> dict[str, nn.Module]:
     found: dict[str, nn.Module | None] = {
         "encoder": model.encoder,
         "dynamics": model.rollout,
+        "background_encoder": model.background_encoder,
         "background_dynamics": model.background_rollout,
         "decoder": model.decoder,
         "reward": model.reward,

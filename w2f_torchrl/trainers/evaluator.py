@@ -111,6 +111,7 @@ def load_learner(
         CheckpointError: If the file is missing, damaged or of an unknown format.
     """
     payload = load_checkpoint(checkpoint, device).payload
+    payload["config"]["model"].setdefault("background_encoder", "shared")  # before the setting
     config = to_run_config(payload["config"])
     config.device = str(device)
     learner = Learner.from_config(config, payload["action_size"])

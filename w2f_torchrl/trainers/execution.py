@@ -28,14 +28,16 @@ Update = Callable[[TensorDictBase], TensorDictBase]
 
 
 def compile_core(loss: World2FilterLoss) -> None:
-    """Compile encoder, decoders, one step of each recurrence (and back), and the model's losses.
+    """Compile encoders, decoders, one step of each recurrence (and back), and the model's losses.
 
     Acting is not touched: the policy calls the encoder itself, with batches of other sizes.
     """
     # Every shape is known: kernels for any size would be slower, and the two recurrences, which
     # share their code, would otherwise be compiled for any.
     world_model = loss.world_model
-    world_model.compiled["encoder"] = torch.compile(world_model.encoder.forward, dynamic=False)
+    for name in ("encoder", "background_encoder"):
+        if (encoder := getattr(world_model, name)) is not None:
+            world_model.compiled[name] = torch.compile(encoder.forward, dynamic=False)
     for module in world_model.decoder.modules():
         if isinstance(module, ImageDecoder):
             module.compile(dynamic=False)

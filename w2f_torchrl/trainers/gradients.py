@@ -12,7 +12,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from w2f_torchrl.objectives import World2FilterLoss
 
-Losses = Callable[[TensorDictBase], TensorDictBase]
 Forward = Callable[[TensorDictBase], tuple[Tensor, TensorDictBase]]
 
 
@@ -23,17 +22,15 @@ class ComposedLoss(nn.Module):
 
     Args:
         loss: Holds the parameters.
-        losses: The forward pass of ``loss``, or the same compiled.
     """
 
-    def __init__(self, loss: World2FilterLoss, losses: Losses):
+    def __init__(self, loss: World2FilterLoss):
         super().__init__()
         self.loss = loss
-        self._losses = losses
 
     def forward(self, sample: TensorDictBase) -> tuple[Tensor, TensorDictBase]:
         """Samples ``[B, T]`` to the scalar that is minimised and the scalars that are logged."""
-        losses = self._losses(sample)
+        losses = self.loss.forward(sample)
         total: Tensor = sum(losses[name] for name in self.loss.out_keys)
         return total, losses.detach()
 

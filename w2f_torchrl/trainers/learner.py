@@ -27,7 +27,7 @@ from w2f_torchrl.trainers.execution import (
     compile_core,
 )
 from w2f_torchrl.trainers.finite import FiniteGuard
-from w2f_torchrl.trainers.gradients import ComposedLoss, Losses, SharedGradients, share_gradients
+from w2f_torchrl.trainers.gradients import ComposedLoss, SharedGradients, share_gradients
 
 
 class Learner(nn.Module):
@@ -95,11 +95,10 @@ class Learner(nn.Module):
         self.execution = execution
         self.intact = True
         """False while an update changes the networks: an exception then leaves them half done."""
-        self._losses: Losses = self.loss.forward
         self._update: Update = self._eager_update
         self._choose_execution()
         self._gradients: SharedGradients = share_gradients(
-            gradients, ComposedLoss(self.loss, self._losses), self.parameters_trained
+            gradients, ComposedLoss(self.loss), self.parameters_trained
         )
 
     @classmethod
@@ -124,7 +123,7 @@ class Learner(nn.Module):
         if self.execution in ("compile", "cuda_graph"):
             compile_core(self.loss)
         if self.execution == "compile_all":
-            self._losses = torch.compile(self.loss.forward)
+            self.loss.compute = torch.compile(self.loss.compute)  # type: ignore[method-assign]
         if self.execution == "cuda_graph":
             self._update = self._graphed()
 
