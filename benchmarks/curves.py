@@ -1,7 +1,11 @@
 r"""Return curves of runs beside the published DreamerV3 curve and a random policy.
 
-python benchmarks/curves.py runs/a runs/b --task cartpole_balance \
-    --out curves.png --json curves.json
+python benchmarks/curves.py runs/a runs/b --out curves.png --json curves.json
+python benchmarks/curves.py --train benchmarks/curves/cartpole_easy.yaml --runs runs/cartpole_easy \
+    --parallel 2 --out curves.png --json curves.json
+
+The second form trains a list of configurations with several seeds first, or goes on where it was
+interrupted. Runs of one name but other seeds are drawn as one curve.
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from curve_runs import Runs, read_jobs
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from omegaconf import DictConfig, OmegaConf
@@ -46,7 +51,8 @@ SETTINGS = (
 class Run(NamedTuple):
     """A run's settings and returns; frames and values are float64 ``[N]``."""
 
-    name: str
+    label: str
+    seed: int
     task: str
     settings: dict[str, Any]
     episodes: tuple[Array, Array]
@@ -54,15 +60,21 @@ class Run(NamedTuple):
     eval_std: tuple[Array, Array]
     last_frame: int
 
+    @property
+    def name(self) -> str:
+        """``<label>, seed <seed>``."""
+        return f"{self.label}, seed {self.seed}"
 
-def load_run(run_dir: Path) -> Run:
+
+def load_run(run_dir: Path, label: str | None = None) -> Run:
     """Read a run directory.
 
     Args:
         run_dir: A directory with ``config.yaml`` and ``metrics.jsonl``.
+        label: What runs are called that differ in their seeds only; by default ``<algo> <latent>``.
 
     Returns:
-        The run, named ``<algo> <latent>, seed <seed>``.
+        The run.
 
     Raises:
         FileNotFoundError: If a file is missing.
@@ -84,7 +96,8 @@ def load_run(run_dir: Path) -> Run:
         raise ValueError(f"{run_dir / 'metrics.jsonl'} is empty.")
     algo = " ".join(filter(None, [values["algo.name"], OmegaConf.select(config, "algo.latent")]))
     return Run(
-        name=f"{algo}, seed {values['seed']}",
+        label=algo if label is None else label,
+        seed=int(values["seed"]),
         task=f"{values['environment.domain']}_{values['environment.task']}",
         settings={key: _plain(config[key]) for key in SETTINGS if key in config},
         episodes=metric_series(records, "episode/return"),
@@ -204,7 +217,7 @@ def summarise(run: Run, edges: Array, published: Sequence[Mapping[str, float]]) 
             entry["std_over_episodes"] = float(deviation)
     if evaluations:
         evaluations[-1]["episodes"] = run.settings.get("evaluation", {}).get("episodes")
-    last = returns[frames > 0.9 * run.last_frame]
+    last = _final_returns(run)
     return {
         "name": run.name,
         "task": run.task,
@@ -216,6 +229,70 @@ def summarise(run: Run, edges: Array, published: Sequence[Mapping[str, float]]) 
         "final_training_return": {"over": "the last 10 % of frames"} | _moments(last),
         "final_evaluation": evaluations[-1] if evaluations else None,
     }
+
+
+def summarise_labels(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """Return means and standard deviations over seeds, one entry for each label.
+
+    Args:
+        runs: The runs.
+
+    Returns:
+        ``final_training_return`` (of each run over its last 10 % of frames) and
+        ``final_evaluation``, each with the value of every seed.
+    """
+    entries = []
+    for label, members in by_label(runs).items():
+        training = [_final_returns(run).mean() for run in members if len(_final_returns(run))]
+        evaluated = [run.eval_mean[1][-1] for run in members if len(run.eval_mean[1])]
+        entries.append(
+            {
+                "label": label,
+                "seeds": [run.seed for run in members],
+                "frames": [run.last_frame for run in members],
+                "final_training_return": _over_seeds(training),
+                "final_evaluation": _over_seeds(evaluated),
+            }
+        )
+    return entries
+
+
+def by_label(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """Group runs that differ in their seeds only.
+
+    Args:
+        runs: The runs.
+
+    Returns:
+        Lists in the order given.
+
+    Raises:
+        ValueError: If runs of one label have one seed, or other settings.
+    """
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(run.label, []).append(run)
+    for label, members in groups.items():
+        if len({run.seed for run in members}) < len(members):
+            raise ValueError(f"two runs are called {members[0].name}; tell them apart by --labels.")
+        first = {**members[0].settings, "seed": None}
+        if any({**run.settings, "seed": None} != first for run in members):
+            raise ValueError(
+                f"the runs called {label} differ in more than their seeds; tell them apart by "
+                "--labels."
+            )
+    return groups
+
+
+def _over_seeds(values: Sequence[float]) -> dict[str, Any]:
+    array = np.array(values, dtype=np.float64)
+    moments = _moments(array)
+    return {"mean": moments["mean"], "sd_over_seeds": moments["sd"], "each": array.tolist()}
+
+
+def _final_returns(run: Run) -> Array:
+    frames, returns = run.episodes
+    return returns[frames > 0.9 * run.last_frame]
 
 
 def draw(
@@ -239,8 +316,8 @@ def draw(
     last_frame = max(run.last_frame for run in runs)
     if published:  # a short run's picture still reaches the first published point
         last_frame = max(last_frame, int(published[0]["env_steps"]))
-    for color, run in zip(COLORS, runs, strict=False):
-        _draw_run(axes, run, edges, color)
+    for number, (label, members) in enumerate(by_label(runs).items()):
+        _draw_label(axes, label, members, edges, COLORS[number])
     if published:
         steps, means, deviations = (
             np.array([row[name] for row in published])
@@ -264,8 +341,11 @@ def draw(
 def main(arguments: Sequence[str] | None = None) -> None:
     """Read the runs, draw the picture and write the JSON file."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("run_dirs", type=Path, nargs="+", help="runs, or directories of sweeps")
-    parser.add_argument("--task", required=True, help="<domain>_<task>")
+    parser.add_argument("run_dirs", type=Path, nargs="*", help="runs, or directories of sweeps")
+    parser.add_argument("--labels", nargs="+", help="what each of the runs is called")
+    parser.add_argument("--train", type=Path, help="a list of configurations to train first")
+    parser.add_argument("--runs", type=Path, help="where the list's runs are")
+    parser.add_argument("--parallel", type=int, default=1, help="the list's runs at a time")
     parser.add_argument(
         "--published", type=Path, default=HERE / "reference" / "dmc_vision_dreamerv3.csv"
     )
@@ -276,13 +356,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     if args.bin_frames < 1:
         parser.error(f"--bin-frames must be at least 1, got {args.bin_frames}.")
-    runs = [load_run(path) for path in collect_runs(args.run_dirs)]
-    if wrong := [run.name for run in runs if run.task != args.task]:
-        parser.error(f"--task is {args.task}, and {wrong} ran another task.")
-    default = HERE / "results" / f"random_policy_{args.task}.json"
+    runs = _runs(parser, args)
+    tasks = sorted({run.task for run in runs})
+    if len(tasks) > 1:
+        parser.error(f"the runs are of several tasks: {', '.join(tasks)}.")
+    if (labels := len(by_label(runs))) > len(COLORS):
+        parser.error(f"{labels} curves are too many for one picture: at most {len(COLORS)}.")
+    task = tasks[0]
+    default = HERE / "results" / f"random_policy_{task}.json"
     random_file = args.random or (default if default.exists() else None)
     random_policy = json.loads(random_file.read_text()) if random_file else None
-    published = read_published(args.published, args.task)
+    published = read_published(args.published, task)
     if strangers := [run.name for run in runs if not follows_protocol(run)]:
         sys.stderr.write(f"no published curve: {', '.join(strangers)} ran another protocol\n")
         published = []
@@ -290,8 +374,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     edges = np.arange(0, last_frame + args.bin_frames, args.bin_frames, dtype=np.float64)
     draw(runs, edges, published, random_policy, args.out)
     results = {
-        "task": args.task,
+        "task": task,
         "bin_frames": args.bin_frames,
+        "labels": summarise_labels(runs),
         "runs": [summarise(run, edges, published) for run in runs],
         "random_policy": random_policy and random_policy["return_mean"],
     }
@@ -299,17 +384,51 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sys.stdout.write(f"{args.out}\n{args.json}\n")
 
 
-def _draw_run(axes: Axes, run: Run, edges: Array, color: str) -> None:
-    bins = [entry for entry in bin_means(*run.episodes, edges) if entry["episodes"]]
-    centres = [(entry["from"] + min(entry["to"], run.last_frame)) / 2 for entry in bins]
-    means = [entry["mean"] for entry in bins]
-    axes.scatter(*run.episodes, s=6, color=color, alpha=0.25, lw=0)
-    axes.plot(centres, means, color=color, lw=1.8, label=f"{run.name}, training episodes")
-    if len(run.eval_mean[0]):
+def _runs(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[Run]:
+    if bool(args.run_dirs) == bool(args.train):
+        parser.error("give either run directories or --train LIST.")
+    if args.train is None:
+        paths = collect_runs(args.run_dirs)
+        labels = args.labels or [None] * len(paths)
+        if len(labels) != len(paths):
+            parser.error(f"--labels has {len(labels)} entries for {len(paths)} runs.")
+        return [load_run(path, label) for path, label in zip(paths, labels, strict=True)]
+    if args.runs is None or args.parallel < 1 or args.labels:
+        parser.error("--train needs --runs FOLDER, --parallel of at least 1, and no --labels.")
+    jobs = read_jobs(args.train)
+    trained = Runs(args.runs, args.parallel, lambda line: sys.stderr.write(f"{line}\n")).train(jobs)
+    return [load_run(path, label) for label, paths in trained.items() for path in paths]
+
+
+def _draw_label(
+    axes: Axes, label: str, runs: Sequence[Run], edges: Array, color: str
+) -> None:
+    """The mean over seeds of the binned training returns, between the least and the greatest."""
+    last_frame = max(run.last_frame for run in runs)
+    table = np.array(
+        [[_or_nan(entry["mean"]) for entry in bin_means(*run.episodes, edges)] for run in runs]
+    )
+    filled = np.isfinite(table).all(0)
+    table, lows = table[:, filled], edges[:-1][filled]
+    centres = (lows + np.minimum(edges[1:][filled], last_frame)) / 2
+    seeds = "1 seed" if len(runs) == 1 else f"{len(runs)} seeds"
+    axes.plot(centres, table.mean(0), color=color, lw=1.8, label=f"{label}, training ({seeds})")
+    if len(runs) == 1:
+        axes.scatter(*runs[0].episodes, s=6, color=color, alpha=0.25, lw=0)
+    else:
+        axes.fill_between(centres, table.min(0), table.max(0), color=color, alpha=0.15, lw=0)
+    if all(len(run.eval_mean[0]) for run in runs):
+        number = min(len(run.eval_mean[0]) for run in runs)
+        frames = np.mean([run.eval_mean[0][:number] for run in runs], 0)
+        means = np.mean([run.eval_mean[1][:number] for run in runs], 0)
         axes.plot(
-            *run.eval_mean, color=color, lw=1, ls="-.", marker="o", ms=4, mfc="white",
-            label=f"{run.name}, evaluation",
+            frames, means, color=color, lw=1, ls="-.", marker="o", ms=4, mfc="white",
+            label=f"{label}, evaluation",
         )  # fmt: skip
+
+
+def _or_nan(value: float | None) -> float:
+    return float("nan") if value is None else value
 
 
 def _moments(values: Array) -> dict[str, Any]:
