@@ -29,7 +29,7 @@ from typing import Any
 import yaml
 from hydra import compose, initialize_config_module
 
-import sota_configs.world2filter  # noqa: F401  # its settings and presets
+import sota_configs.world2filter  # its settings and presets
 from w2f_torchrl.trainers.checkpointing import latest_checkpoint
 from w2f_torchrl.trainers.config import to_run_config
 from w2f_torchrl.utils.metrics_file import read_metrics
@@ -80,7 +80,9 @@ def read_jobs(path: Path) -> list[Job]:
     own = {}
     for label, overrides in configurations.items():
         if not re.fullmatch(r"[\w.-]+", str(label)):
-            raise ValueError(f"{path}: configurations has {label!r}: names are letters, digits, _.-")
+            raise ValueError(
+                f"{path}: configurations has {label!r}: names are letters, digits, _.-"
+            )
         own[str(label)] = _overrides(path, str(label), overrides or [])
     for label, overrides in own.items():
         _check_settings(path, label, [*shared, *overrides])

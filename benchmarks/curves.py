@@ -400,9 +400,7 @@ def _runs(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[Run
     return [load_run(path, label) for label, paths in trained.items() for path in paths]
 
 
-def _draw_label(
-    axes: Axes, label: str, runs: Sequence[Run], edges: Array, color: str
-) -> None:
+def _draw_label(axes: Axes, label: str, runs: Sequence[Run], edges: Array, color: str) -> None:
     """The mean over seeds of the binned training returns, between the least and the greatest."""
     last_frame = max(run.last_frame for run in runs)
     table = np.array(

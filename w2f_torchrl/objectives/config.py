@@ -13,8 +13,10 @@ FOREGROUND_SCALES: tuple[str, ...] = get_args(ForegroundScale)
 
 @dataclass
 class LossConfig:
-    """Scales and constants of the losses; the defaults are the paper's (hyperparameter table),
-    beside ``mask``, which the paper has not."""
+    """Scales and constants of the losses.
+
+    The defaults are the paper's (hyperparameter table), beside ``mask``, which it has not.
+    """
 
     image: float = 1.0
     """Weight of the picture's reconstruction (`algo=dreamer_v3` only)."""
