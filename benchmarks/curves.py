@@ -343,6 +343,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run_dirs", type=Path, nargs="*", help="runs, or directories of sweeps")
     parser.add_argument("--labels", nargs="+", help="what each of the runs is called")
+    parser.add_argument("--task", help="<domain>_<task>: refuse runs of another")
     parser.add_argument("--train", type=Path, help="a list of configurations to train first")
     parser.add_argument("--runs", type=Path, help="where the list's runs are")
     parser.add_argument("--parallel", type=int, default=1, help="the list's runs at a time")
@@ -357,9 +358,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.bin_frames < 1:
         parser.error(f"--bin-frames must be at least 1, got {args.bin_frames}.")
     runs = _runs(parser, args)
-    tasks = sorted({run.task for run in runs})
+    tasks = sorted({run.task for run in runs} | ({args.task} if args.task else set()))
     if len(tasks) > 1:
-        parser.error(f"the runs are of several tasks: {', '.join(tasks)}.")
+        parser.error(f"one task makes a picture, these are {', '.join(tasks)}.")
     if (labels := len(by_label(runs))) > len(COLORS):
         parser.error(f"{labels} curves are too many for one picture: at most {len(COLORS)}.")
     task = tasks[0]

@@ -1,6 +1,6 @@
 """Draw what a trained world model sees of an episode that it acts in, and measure its mask.
 
-    python benchmarks/reconstruction_sheet.py runs/demo/checkpoints/checkpoint_000000000504.pt \
+    python benchmarks/reconstruction_sheet.py runs/demo/checkpoints/checkpoint_000000000792.pt \
         --out docs/images/demo_reconstruction.png --json benchmarks/results/demo.json
 
 Actions are sampled, so that the agent moves even after a short training.

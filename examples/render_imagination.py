@@ -1,6 +1,6 @@
 """Load a checkpoint and film what its world model imagines.
 
-python examples/render_imagination.py runs/demo/checkpoints/checkpoint_000000000504.pt \
+python examples/render_imagination.py runs/demo/checkpoints/checkpoint_000000000792.pt \
     --out imagination.mp4
 
 Plays an episode. Out of it the model sees five frames of each window (green bar) and then imagines

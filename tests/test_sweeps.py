@@ -10,8 +10,10 @@ import sys
 import time
 from pathlib import Path
 
+import curve_runs
 import curves
 import pytest
+import yaml
 from test_trainers import ROOT
 from tiny_run import missing_and_repeated, tiny_overrides
 
@@ -43,6 +45,74 @@ def test_curves_collect_a_sweeps_runs(tmp_path):
     assert curves.collect_runs([runs[2], runs[0]]) == [runs[2], runs[0]]
     with pytest.raises(FileNotFoundError, match="is no run directory and holds none"):
         curves.collect_runs([tmp_path / "sweep" / "2_not_begun"])
+
+
+def write_list(path: Path, **changes: object) -> Path:
+    content = {
+        "overrides": ["experiment=smoke"],
+        "seeds": [0, 1],
+        "configurations": {"a": ["algo=dreamer_v3"], "b": None},
+    }
+    path.write_text(yaml.safe_dump(content | changes))
+    return path
+
+
+def test_a_list_of_configurations_is_all_of_them_with_each_seed(tmp_path):
+    jobs = curve_runs.read_jobs(write_list(tmp_path / "list.yaml"))
+    assert [job.name for job in jobs] == ["a_seed0", "b_seed0", "a_seed1", "b_seed1"]
+    assert jobs[0].overrides == ("experiment=smoke", "algo=dreamer_v3")
+    for path in (ROOT / "benchmarks" / "curves").glob("*.yaml"):
+        assert curve_runs.read_jobs(path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seeds": [1, 1]}, "names a seed twice"),
+        ({"seeds": "0"}, "seeds is '0': must be a list of integers"),
+        ({"configurations": {}}, "configurations is {}: must be a mapping"),
+        ({"configurations": {"a b": []}}, "configurations has 'a b'"),
+        ({"configurations": {"a": ["seed=3"]}}, "a sets seed, which the list sets"),
+        ({"configurations": {"a": ["loss.mask=-1"]}}, r"configuration a: loss\.mask=-1"),
+        ({"configurations": {"a": ["loss.masc=1"]}}, "configuration a: .*masc"),
+        ({"other": 1}, "must hold seeds, configurations"),
+    ],
+)
+def test_a_bad_list_is_refused_before_anything_runs(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        curve_runs.read_jobs(write_list(tmp_path / "list.yaml", **changes))
+
+
+STUB = """
+import json, os, pathlib, sys
+settings = dict(argument.split("=", 1) for argument in sys.argv[1:])
+assert settings["resume"] == "auto"
+run = pathlib.Path(settings["run_dir"])
+(run / "checkpoints").mkdir(parents=True, exist_ok=True)
+(run / "config.yaml").write_text("training: {total_frames: 100}")
+metrics = run / "metrics.jsonl"
+frames = 100 if metrics.exists() else 50  # the first start is interrupted
+with metrics.open("a") as file:
+    print(json.dumps({"frames": frames, "updates": frames}), file=file)
+(run / "checkpoints" / f"checkpoint_{frames:012d}.pt").touch()
+"""
+
+
+def test_a_list_goes_on_where_it_was_interrupted(tmp_path, monkeypatch):
+    (tmp_path / "stub.py").write_text(STUB)
+    monkeypatch.setattr(curve_runs, "SCRIPT", tmp_path / "stub.py")
+    jobs = curve_runs.read_jobs(write_list(tmp_path / "list.yaml"))
+    lines: list[str] = []
+    runs = curve_runs.Runs(tmp_path / "runs", 2, lines.append)
+    with pytest.raises(RuntimeError, match=r"4 of 4 runs failed: see .*a_seed0\.log"):
+        runs.train(jobs)
+    found = runs.train(jobs)
+    assert found == {
+        label: [tmp_path / "runs" / f"{label}_seed{seed}" for seed in (0, 1)] for label in "ab"
+    }
+    lines.clear()
+    assert runs.train(jobs) == found
+    assert sorted(lines) == [f"{job.name}: done before" for job in sorted(jobs, key=str)]
 
 
 def updates(run: Path) -> int:
