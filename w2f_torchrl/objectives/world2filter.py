@@ -99,6 +99,12 @@ class World2FilterLoss(LossModule):
 
         What ``training.execution=compile_all`` compiles: of a loss and its detached copy Inductor
         makes one output, to which no gradient is passed.
+
+        Args:
+            sample: Records ``[B, T]``.
+
+        Returns:
+            Scalars: every ``loss_*``, and detached metrics.
         """
         model_td = self.world_model(sample.select(*self.in_keys))
         losses, metrics = self.world_model_losses(model_td)
