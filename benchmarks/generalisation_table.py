@@ -128,6 +128,9 @@ def summarise(played: Sequence[Played], difficulty: str) -> dict[str, object]:
     for method in dict.fromkeys(p.method for p in played):
         for name in _sets(played):
             runs = [p for p in played if (p.method, p.set) == (method, name)]
+            if absent := sorted({p.task for p in played} - {p.task for p in runs}):
+                missing.append(f"{method}, {name}: not played on {', '.join(absent)}")
+                continue
             try:
                 aggregates.append({"method": method, "set": name} | aggregate(runs)._asdict())
             except ValueError as error:
@@ -185,9 +188,18 @@ def draw(summary: dict[str, list[dict[str, object]]]) -> Figure:
             if not chosen:
                 continue
             error = np.clip([values[0] - values[1], values[2] - values[0]], 0, None)
-            axes.bar(places, values[0], width, yerr=error, capsize=2, label=method)
+            # The color is the method's in every panel, whoever else is in it.
+            axes.bar(
+                places, values[0], width, yerr=error, capsize=2, label=method, color=f"C{index}"
+            )
         axes.set_xticks(np.arange(len(sets)) + 0.4 - width / 2, sets, rotation=20, ha="right")
         axes.set_ylabel("mean return")
         axes.set_title(task)
-    panels[0].legend(fontsize="small")
+    named = dict(zip(*panels[0].get_legend_handles_labels()[::-1], strict=True))
+    for axes in panels[1:]:
+        named = dict(zip(*axes.get_legend_handles_labels()[::-1], strict=True)) | named
+    figure.legend(
+        [named[method] for method in methods], methods, loc="outside upper center",
+        ncols=len(methods), fontsize="small", frameon=False,
+    )  # fmt: skip
     return figure

@@ -87,3 +87,23 @@ def test_what_cannot_be_aggregated_is_said_and_nothing_is_lost():
 def test_sets_that_were_not_played_leave_no_gap():
     runs = [r for r in all_runs() if r.set == "train_videos_easy"]
     assert summarise(runs, "easy")["gaps"] == []
+
+
+def test_a_method_has_one_color_in_every_panel_and_no_aggregate_over_other_tasks():
+    rows = [
+        played(method, task, seed, "clean", 500)
+        for method, tasks in (("a", "xy"), ("b", "x"), ("c", "xy"))
+        for task in tasks
+        for seed in range(2)
+    ]
+    summary = summarise(rows, "easy")
+    panels = draw(summary).axes
+    colors = [
+        {bars.get_label(): bars.patches[0].get_facecolor() for bars in axes.containers
+         if bars.get_label() in "abc"}
+        for axes in panels
+    ]  # fmt: skip
+    assert set(colors[0]) == set("abc")
+    assert colors[1] == {method: colors[0][method] for method in "ac"}
+    assert {entry["method"] for entry in summary["aggregates"]} == {"a", "c"}
+    assert "b, clean: not played on y" in summary["not_aggregated"]
