@@ -22,7 +22,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,9 @@ import yaml
 from hydra import compose, initialize_config_module
 
 import sota_configs.world2filter  # its settings and presets
+from w2f_torchrl.report.runs import flatten
 from w2f_torchrl.trainers.checkpointing import latest_checkpoint
-from w2f_torchrl.trainers.config import to_run_config
+from w2f_torchrl.trainers.config import config_to_dict, to_run_config
 from w2f_torchrl.utils.metrics_file import read_metrics
 
 SCRIPT = Path(sota_configs.world2filter.__file__)
@@ -45,6 +46,8 @@ class Job:
     label: str
     seed: int
     overrides: tuple[str, ...]
+    settings: dict[str, str] = field(compare=False, repr=False)
+    """Every setting by its dotted name, as text."""
 
     @property
     def name(self) -> str:
@@ -84,9 +87,12 @@ def read_jobs(path: Path) -> list[Job]:
                 f"{path}: configurations has {label!r}: names are letters, digits, _.-"
             )
         own[str(label)] = _overrides(path, str(label), overrides or [])
-    for label, overrides in own.items():
-        _check_settings(path, label, [*shared, *overrides])
-    return [Job(label, seed, (*shared, *own[label])) for seed in seeds for label in own]
+    settings = {
+        label: _settings(path, label, [*shared, *overrides]) for label, overrides in own.items()
+    }
+    return [
+        Job(label, seed, (*shared, *own[label]), settings[label]) for seed in seeds for label in own
+    ]
 
 
 def _overrides(path: Path, name: str, value: Any) -> list[str]:
@@ -98,13 +104,32 @@ def _overrides(path: Path, name: str, value: Any) -> list[str]:
     return value
 
 
-def _check_settings(path: Path, label: str, overrides: Sequence[str]) -> None:
+def _settings(path: Path, label: str, overrides: Sequence[str]) -> dict[str, str]:
     try:
         with initialize_config_module("sota_configs", version_base="1.3"):
-            config = compose("config", list(overrides))
-        to_run_config(config).validate()
+            config = to_run_config(compose("config", list(overrides)))
+        config.validate()
     except Exception as error:  # Hydra has many kinds
         raise ValueError(f"{path}: configuration {label}: {error}") from error
+    return flatten(config_to_dict(config))
+
+
+def check_same_settings(job: Job, run_dir: Path) -> None:
+    """Refuse a run directory that another list, or an earlier form of this one, has made.
+
+    Raises:
+        ValueError: Naming the first setting that differs.
+    """
+    path = run_dir / "config.yaml"
+    if not path.exists():
+        return
+    made = flatten(yaml.safe_load(path.read_text()))
+    for key, value in job.settings.items():
+        if key not in RESERVED and made.get(key) != value:
+            raise ValueError(
+                f"{run_dir} was trained with {key}={made.get(key)}, and the list has {value}: take "
+                "another --runs folder, or remove the run."
+            )
 
 
 def is_finished(run_dir: Path) -> bool:
@@ -142,8 +167,11 @@ class Runs:
             The run directories of each label.
 
         Raises:
+            ValueError: If a run was trained before with other settings.
             RuntimeError: If runs failed, once the others have ended; with the names of their logs.
         """
+        for job in jobs:
+            check_same_settings(job, self.folder / job.name)
         self.folder.mkdir(parents=True, exist_ok=True)
         previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
@@ -188,6 +216,8 @@ class Runs:
                 start_new_session=True,
             )
             self._processes.add(process)
+            if self._stopped:  # while it was being started
+                process.terminate()
             code = process.wait()
             self._processes.discard(process)
         done = is_finished(run_dir)

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -89,30 +90,78 @@ settings = dict(argument.split("=", 1) for argument in sys.argv[1:])
 assert settings["resume"] == "auto"
 run = pathlib.Path(settings["run_dir"])
 (run / "checkpoints").mkdir(parents=True, exist_ok=True)
-(run / "config.yaml").write_text("training: {total_frames: 100}")
+total = int(settings["training.total_frames"])
 metrics = run / "metrics.jsonl"
-frames = 100 if metrics.exists() else 50  # the first start is interrupted
+frames = total if metrics.exists() else total // 2  # the first start is interrupted
+if not metrics.exists():
+    from omegaconf import OmegaConf
+    from hydra import compose, initialize_config_module
+    import sota_configs.world2filter
+    with initialize_config_module("sota_configs", version_base="1.3"):
+        OmegaConf.save(compose("config", sys.argv[1:]), run / "config.yaml")
 with metrics.open("a") as file:
     print(json.dumps({"frames": frames, "updates": frames}), file=file)
 (run / "checkpoints" / f"checkpoint_{frames:012d}.pt").touch()
 """
 
 
-def test_a_list_goes_on_where_it_was_interrupted(tmp_path, monkeypatch):
-    (tmp_path / "stub.py").write_text(STUB)
+LENGTH = "training.total_frames=100"
+
+
+def stub_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stub: str) -> list[str]:
+    """Let the lists' runs be those of a stub; returns the lines that are said."""
+    (tmp_path / "stub.py").write_text(stub)
     monkeypatch.setattr(curve_runs, "SCRIPT", tmp_path / "stub.py")
-    jobs = curve_runs.read_jobs(write_list(tmp_path / "list.yaml"))
-    lines: list[str] = []
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    return []
+
+
+def test_a_list_goes_on_where_it_was_interrupted(tmp_path, monkeypatch):
+    lines = stub_runs(tmp_path, monkeypatch, STUB)
+    path = write_list(tmp_path / "list.yaml", overrides=["experiment=smoke", LENGTH], seeds=[3])
+    jobs = curve_runs.read_jobs(path)
     runs = curve_runs.Runs(tmp_path / "runs", 2, lines.append)
-    with pytest.raises(RuntimeError, match=r"4 of 4 runs failed: see .*a_seed0\.log"):
+    with pytest.raises(RuntimeError, match=r"2 of 2 runs failed: see .*a_seed3\.log"):
         runs.train(jobs)
     found = runs.train(jobs)
-    assert found == {
-        label: [tmp_path / "runs" / f"{label}_seed{seed}" for seed in (0, 1)] for label in "ab"
-    }
+    assert found == {label: [tmp_path / "runs" / f"{label}_seed3"] for label in "ab"}
     lines.clear()
     assert runs.train(jobs) == found
-    assert sorted(lines) == [f"{job.name}: done before" for job in sorted(jobs, key=str)]
+    assert sorted(lines) == [f"{job.name}: done before" for job in jobs]
+    changed = ["experiment=smoke", LENGTH, "optimizer.lr=0.5"]
+    jobs = curve_runs.read_jobs(write_list(path, overrides=changed, seeds=[3]))
+    with pytest.raises(ValueError, match=r"was trained with optimizer\.lr=.*the list has 0\.5"):
+        runs.train(jobs)
+
+
+WAITING = """
+import pathlib, signal, sys
+run = pathlib.Path(dict(argument.split("=", 1) for argument in sys.argv[1:])["run_dir"])
+run.mkdir(parents=True)
+signal.signal(signal.SIGTERM, lambda *_: (run / "saved").touch() or sys.exit(0))
+(run / "started").touch()
+signal.pause()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_lists_runs_with_their_checkpoints(tmp_path, monkeypatch, number):
+    lines = stub_runs(tmp_path, monkeypatch, WAITING)
+    jobs = curve_runs.read_jobs(write_list(tmp_path / "list.yaml"))
+    folder = tmp_path / "runs"
+
+    def interrupt() -> None:
+        while len(list(folder.glob("*/started"))) < 2:
+            time.sleep(0.02)
+        os.kill(os.getpid(), number)
+
+    before = signal.getsignal(signal.SIGTERM)
+    threading.Thread(target=interrupt, daemon=True).start()
+    with pytest.raises(KeyboardInterrupt):
+        curve_runs.Runs(folder, 2, lines.append).train(jobs)
+    assert {p.parent.name for p in folder.glob("*/saved")} == {"a_seed0", "b_seed0"}
+    assert not (folder / "a_seed1").exists()
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def updates(run: Path) -> int:
