@@ -24,7 +24,12 @@ from w2f_torchrl.modules import LATENTS, ModelConfig
 from w2f_torchrl.objectives import LossConfig
 from w2f_torchrl.trainers import ConfigError, Learner, RunConfig, Trainer, load_policy
 from w2f_torchrl.trainers import config as config_module
-from w2f_torchrl.trainers.checkpointing import CheckpointError, list_checkpoints, load_checkpoint
+from w2f_torchrl.trainers.checkpointing import (
+    CheckpointError,
+    list_checkpoints,
+    load_checkpoint,
+    save_checkpoint,
+)
 from w2f_torchrl.trainers.config import to_run_config
 from w2f_torchrl.utils.logging import read_metrics
 from w2f_torchrl.utils.video import read_video
@@ -229,6 +234,20 @@ def test_a_loaded_policy_plays_in_three_lines(tmp_path):
     bare = make_env("cartpole", "balance", image_size=16)
     with pytest.raises(KeyError, match="make_tensordict_primer"):
         bare.rollout(2, policy)
+
+
+@pytest.mark.render
+def test_a_checkpoint_from_before_the_backgrounds_own_encoder_loads(tmp_path):
+    config = tiny_run(tmp_path / "run", evaluation={"every_frames": 0})
+    config.model.background_encoder = "shared"
+    Trainer(config).train()
+    saved = load_checkpoint(list_checkpoints(tmp_path / "run" / "checkpoints")[-1])
+    del saved.payload["config"]["model"]["background_encoder"]
+    old = save_checkpoint(tmp_path / "old", saved.payload, updates=1, frames=1)
+    assert load_policy(old).world_model.background_encoder is None
+    other = tiny_run(tmp_path / "run", resume="auto", evaluation={"every_frames": 0})
+    with pytest.raises(CheckpointError, match=r"another model: .*background_encoder"):
+        Trainer(other)
 
 
 @pytest.mark.render

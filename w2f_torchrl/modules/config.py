@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 #: Where the mask decides what is learned: see :func:`w2f_torchrl.modules.build_world_model`.
 LATENTS = ("split", "shared", "foreground")
 
+#: Whether the background of latent ``split`` has an encoder of its own.
 BACKGROUND_ENCODERS = ("own", "shared")
 
 

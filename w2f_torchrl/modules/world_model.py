@@ -42,25 +42,18 @@ class WorldModel(TensorDictModuleBase):
     def __init__(self, config: ModelConfig, action_size: int, image_size: int, latent: Latent):
         super().__init__()
         self.config, self.latent = config, latent
-        self.encoder = ImageEncoder(
-            depth=config.cnn_depth, mults=config.cnn_multipliers, kernel_size=config.kernel_size
-        )
+        self.encoder = _build_encoder(config)
         embedding = self.encoder.output_features((3, image_size, image_size))
         self.rollout = _build_rollout(config, embedding, action_size)
         self.background_rollout = None
         self.background_encoder: ImageEncoder | None = None
         if latent == "split":
-            read = "encoded_latents"
+            background, embedding_key = _background(config), "encoded_latents"
             if config.background_encoder == "own":
-                self.background_encoder = ImageEncoder(
-                    depth=config.background_cnn_depth,
-                    mults=config.cnn_multipliers,
-                    kernel_size=config.kernel_size,
-                )
+                self.background_encoder = _build_encoder(background)
                 embedding = self.background_encoder.output_features((3, image_size, image_size))
-                read = "background_encoded_latents"
-            background = _background(config)
-            self.background_rollout = _build_rollout(background, embedding, None, read)
+                embedding_key = "background_encoded_latents"
+            self.background_rollout = _build_rollout(background, embedding, None, embedding_key)
         self.decoder = _build_decoder(config, image_size, latent)
         features = config.state_size + config.belief_size
         self.reward = MLP(features, config.num_bins, config.head_layers, config.units, outscale=0.0)
@@ -156,12 +149,22 @@ def _background(config: ModelConfig) -> ModelConfig:
         "belief_size": config.background_belief_size,
         "hidden_size": config.background_hidden_size,
         "num_classes": config.background_num_classes,
+        "cnn_depth": config.background_cnn_depth,
     }
     return ModelConfig(**values)
 
 
+def _build_encoder(config: ModelConfig) -> ImageEncoder:
+    return ImageEncoder(
+        depth=config.cnn_depth, mults=config.cnn_multipliers, kernel_size=config.kernel_size
+    )
+
+
 def _build_rollout(
-    config: ModelConfig, embedding: int, action_size: int | None, read: str = "encoded_latents"
+    config: ModelConfig,
+    embedding: int,
+    action_size: int | None,
+    embedding_key: str = "encoded_latents",
 ) -> RSSMRollout:
     # Every value that TorchRL's constructors default to otherwise is passed.
     prior = RSSMPriorV3(
@@ -198,7 +201,7 @@ def _build_rollout(
         ),
         TensorDictModule(
             posterior,
-            [("next", belief), ("next", read)],
+            [("next", belief), ("next", embedding_key)],
             [("next", f"{prefix}posterior_logits"), ("next", state)],
         ),
         action_key=action_key,
