@@ -156,9 +156,14 @@ def test_a_signal_ends_a_lists_runs_with_their_checkpoints(tmp_path, monkeypatch
         os.kill(os.getpid(), number)
 
     before = signal.getsignal(signal.SIGTERM)
+    # A job in the background of a shell has SIGINT ignored, and then no Ctrl+C.
+    ctrl_c = signal.signal(signal.SIGINT, signal.default_int_handler)
     threading.Thread(target=interrupt, daemon=True).start()
-    with pytest.raises(KeyboardInterrupt):
-        curve_runs.Runs(folder, 2, lines.append).train(jobs)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            curve_runs.Runs(folder, 2, lines.append).train(jobs)
+    finally:
+        signal.signal(signal.SIGINT, ctrl_c)
     assert {p.parent.name for p in folder.glob("*/saved")} == {"a_seed0", "b_seed0"}
     assert not (folder / "a_seed1").exists()
     assert signal.getsignal(signal.SIGTERM) is before
