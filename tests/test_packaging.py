@@ -72,6 +72,9 @@ def test_citation_is_of_this_version_and_license():
     assert [author.name for author in citation.authors] == [
         author["name"] for author in project()["authors"]
     ]
+    readme = (ROOT / "README.md").read_text()
+    for value in (citation.title, citation.version, citation.license, citation.authors[0].name):
+        assert f"{{{value}}}" in readme, "the BibTeX entry of README.md is another than CITATION.cff"
 
 
 @pytest.mark.parametrize("lock", LOCKS)
