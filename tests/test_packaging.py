@@ -74,7 +74,7 @@ def test_citation_is_of_this_version_and_license():
     ]
     readme = (ROOT / "README.md").read_text()
     for value in (citation.title, citation.version, citation.license, citation.authors[0].name):
-        assert f"{{{value}}}" in readme, "the BibTeX entry of README.md is another than CITATION.cff"
+        assert f"{{{value}}}" in readme, "README.md's BibTeX is not CITATION.cff's"
 
 
 @pytest.mark.parametrize("lock", LOCKS)
