@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tensordict import TensorDict
@@ -284,6 +286,8 @@ def test_presets_are_the_papers():
         ({"config": "size2m"}, "model='size2m' is unknown; presets: size1m"),
         ({"latent": "both"}, "latent='both' is unknown; allowed: whole, split"),
         ({"image_size": 50}, "environment.image_size=50 must be a multiple of 16"),
+        ({"config": replace(PRESETS["size1m"], kernel_size=1)}, "model.kernel_size=1 must be odd"),
+        ({"config": replace(PRESETS["size1m"], kernel_size=4)}, "model.kernel_size=4 must be odd"),
     ],
 )
 def test_bad_settings_are_named(kwargs, match):

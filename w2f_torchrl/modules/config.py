@@ -60,7 +60,7 @@ class ModelConfig:
     actor_critic_layers: int = 3
     """Layers of actor and critic."""
     kernel_size: int = 5
-    """Side of the convolutions' kernels, pixels."""
+    """Side of the convolutions' kernels, pixels, odd: 3 or more, for a stride of 2."""
     cnn_multipliers: tuple[int, ...] = (2, 3, 4, 4)
     """Factors of the base channels, one for each stage that halves the picture."""
     unimix: float = 0.01
@@ -99,6 +99,11 @@ class ModelConfig:
                     f"model.{name}={getattr(self, name)} must be a multiple of "
                     f"model.num_blocks={self.num_blocks}."
                 )
+        if self.kernel_size < 3 or self.kernel_size % 2 == 0:
+            raise ValueError(
+                f"model.kernel_size={self.kernel_size} must be odd and at least 3: at a stride of "
+                "2, a kernel of 1 would never see three of four pixels."
+            )
         if self.background_encoder not in BACKGROUND_ENCODERS:
             raise ValueError(
                 f"model.background_encoder={self.background_encoder!r} is unknown; allowed: "
