@@ -1,8 +1,9 @@
 """Dense layers with fewer passes over memory and, on CPUs, oneDNN's matrix product.
 
-Torch multiplies float32 matrices by MKL, which takes twice oneDNN's time on processors that are not
-Intel's (``benchmarks/learner.py`` times both). Torch ships oneDNN's product too, as the operator
-that its compiler uses; where an installation lacks it, or it does not apply, MKL computes. A layer
+Torch multiplies float32 matrices by MKL, which uses AVX-512 on Intel's processors alone and takes
+twice oneDNN's time on the others that have it (``benchmarks/learner.py`` times both); without
+AVX-512 MKL is the faster one. Torch ships oneDNN's product too, as the operator that its compiler
+uses; where an installation lacks it, or it does not apply, MKL computes. A layer
 of linear map, norm and activation is one node of the graph here, with its backward pass written
 out. On other devices, under autocast and in compiled graphs these are torch's plain operations.
 
@@ -12,6 +13,7 @@ Shape letters: N rows, I inputs, O outputs, G blocks, w = width of a block.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -32,7 +34,7 @@ def _find_onednn() -> Callable[..., Tensor] | None:
     return cast(Callable[..., Tensor], torch.ops.mkldnn._linear_pointwise.default)
 
 
-_onednn = _find_onednn()
+_onednn = _find_onednn() if torch.backends.cpu.get_cpu_capability() == "AVX512" else None
 
 
 def by_hand(x: Tensor) -> bool:
@@ -115,19 +117,33 @@ def norm(x: Tensor, gain: Tensor, eps: float) -> tuple[Normed, Tensor]:
     """``silu(gain * x / rms(x))`` over the last dimension, and what its backward pass needs."""
     if x.dtype is not gain.dtype:  # from an autocast product
         x = x.to(gain.dtype)
-    scale = x.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+    scale = inverse_rms(x, eps)
     normed = x * scale
     scaled = normed * gain
     return Normed(normed, scaled, scale), F.silu(scaled)
+
+
+def inverse_rms(x: Tensor, eps: float) -> Tensor:
+    """``1 / sqrt(mean(x^2) + eps)`` over the last dimension ``[..., I]``: ``[..., 1]``."""
+    if not by_hand(x):
+        return x.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return torch.addcmul(constant(eps, x.dtype), length, length, value=1 / x.shape[-1]).rsqrt_()
+
+
+@cache
+def constant(value: float, dtype: torch.dtype) -> Tensor:
+    """A number as a tensor on the CPU, for operations that are fused for tensors only."""
+    with torch.inference_mode(False):  # the first call's mode must not be that of all others
+        return torch.tensor(value, dtype=dtype, device="cpu")
 
 
 def activate(x: Tensor, normalise: Any) -> Tensor:
     """TorchRL's norm and SiLU ``[..., I]``, without a gradient; ``x`` may be overwritten."""
     if not by_hand(x):
         return F.silu(cast(Tensor, normalise(x)))
-    scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_()
-    scale = scale.div_(x.shape[-1]).add_(normalise.eps).rsqrt_()
-    return F.silu(x.mul_(scale).mul_(normalise.weight), inplace=True)
+    x.mul_(inverse_rms(x, normalise.eps)).mul_(normalise.weight)
+    return F.silu(x, inplace=True)
 
 
 def norm_backward(grad: Tensor, saved: Normed, gain: Tensor) -> tuple[Tensor, Tensor]:

@@ -42,7 +42,7 @@ class _SquaredError(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, prediction: Tensor, pixels: Tensor, weight: Tensor | None) -> Tensor:
-        residual = torch.sub(prediction, pixels.to(prediction.dtype).div_(255))
+        residual = torch.sub(prediction, pixels.to(prediction.dtype), alpha=1 / 255)
         weighted = residual if weight is None else residual * weight
         ctx.save_for_backward(weighted)
         return _dot(weighted, residual) / _pictures(prediction)
