@@ -177,7 +177,7 @@ def test_an_exception_while_collecting_cuts_the_episodes(tmp_path):
     with pytest.raises(RuntimeError, match="no masks"):
         trainer.train()
     resumed = Trainer(short_run(tmp_path))
-    ends = [end - 1 for end in resumed._manifest["written"]]
+    ends = [end - 1 for end in resumed.resumption.manifest["written"]]
     resumed.train()
     assert resumed.updates == 48
     assert resumed.replay._cuts == list(enumerate(ends))
