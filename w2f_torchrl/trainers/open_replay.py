@@ -33,22 +33,14 @@ def open_replay(
         envs_go_on: Whether the envs continue the episodes that the last records are of.
 
     Raises:
-        CheckpointError: If the number of envs, the pictures' size or the slices' length has
-            changed.
+        CheckpointError: If the slices' length has changed.
     """
-    envs, replay = config.environment.num_envs, config.replay
-    ring, generation = ring_rows(replay.capacity // envs, checkpoint_slack(config)), None
-    manifest = None if resumption is None else resumption.manifest
-    if resumption is not None and manifest is not None:
-        check_layout(config, manifest)
-        same_folder = resumption.records.resolve() == folder.resolve()
-        if same_folder and manifest["capacity"] == replay.capacity // envs:
-            ring, generation = manifest["ring"], manifest["generation"]
-    generation = generation or new_generation(folder)
+    replay = config.replay
+    ring, generation = _ring_and_generation(config, folder, resumption)
     on_disk = replay.storage == "disk"
     buffer = make_replay(
         capacity=replay.capacity,
-        num_streams=envs,
+        num_streams=config.environment.num_envs,
         batch_size=config.training.batch_size,
         batch_length=config.training.batch_length,
         path=folder / generation if on_disk else None,
@@ -59,10 +51,26 @@ def open_replay(
         seed=seed,
     )
     files = ReplayFiles(buffer, folder, generation, ring)
-    if resumption is not None and manifest is not None:
-        files.load(manifest, resumption.records)
+    if resumption is not None and resumption.manifest is not None:
+        files.load(resumption.manifest, resumption.records)
         _resume_sampling(buffer, resumption, envs_go_on)
     return buffer, files
+
+
+def _ring_and_generation(
+    config: RunConfig, folder: Path, resumption: Resumption | None
+) -> tuple[int, str]:
+    """Rows that a stream's files have, and the name of the folder that they are in.
+
+    Both are the checkpoint's where its files can be written on.
+    """
+    capacity = config.replay.capacity // config.environment.num_envs
+    manifest = None if resumption is None else resumption.manifest
+    if resumption is not None and manifest is not None:
+        same_folder = resumption.records.resolve() == folder.resolve()
+        if same_folder and manifest["capacity"] == capacity:
+            return manifest["ring"], manifest["generation"]
+    return ring_rows(capacity, checkpoint_slack(config)), new_generation(folder)
 
 
 def _resume_sampling(buffer: StreamReplayBuffer, resumption: Resumption, envs_go_on: bool) -> None:
