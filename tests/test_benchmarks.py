@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import same_losses
 
-from w2f_torchrl.trainers import diagnostics, run_logging
 from w2f_torchrl.trainers.checkpointing import latest_checkpoint, load_checkpoint, save_checkpoint
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gpu_acceptance.py"
@@ -51,9 +50,8 @@ def test_every_stage_of_the_acceptance_runs_on_the_cpu(tmp_path):
 
 
 @pytest.mark.render
+@pytest.mark.usefixtures("no_curves")
 def test_the_first_difference_of_two_runs_is_named(tmp_path, monkeypatch):
-    for module in (diagnostics, run_logging):
-        monkeypatch.setattr(module, "plot_curves", lambda run_dir: run_dir / "curves.png")
     monkeypatch.setattr(same_losses, "FRAMES", 96)
     first, second = tmp_path / "first", tmp_path / "second"
     assert same_losses.train(first, "foreground", workers=0) == 6
