@@ -26,4 +26,5 @@ def frame_and_mask(env: PixelDMControlEnv) -> tuple[Picture, npt.NDArray[np.bool
         data["action"] = torch.rand(env.action_spec.shape, generator=generator) * 2 - 1
         data = env.step(data)["next"]
     env.close()
-    return tuple(data[key].permute(1, 2, 0).numpy() for key in ("pixels", "foreground_mask"))
+    frame, mask = (data[key].permute(1, 2, 0).numpy() for key in ("pixels", "foreground_mask"))
+    return frame, mask
