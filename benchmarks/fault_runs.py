@@ -1,4 +1,4 @@
-"""Small whole runs for the benchmarks that break them: real physics, short episodes."""
+"""Small whole runs for what breaks or compares them: real physics, short episodes."""
 
 from __future__ import annotations
 
