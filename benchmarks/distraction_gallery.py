@@ -9,9 +9,8 @@ import argparse
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
-import torch
 from matplotlib.figure import Figure
+from still import Picture, frame_and_mask
 
 from w2f_torchrl.envs import DistractionConfig, PixelDMControlEnv
 from w2f_torchrl.utils.plotting import save_figure
@@ -35,12 +34,9 @@ COLUMNS = {
     "easy, reference": ("easy", "reference"),
     "medium, reference": ("medium", "reference"),
 }
-STEPS = 12
-
-Picture = npt.NDArray[np.uint8]
 
 
-def frame_and_mask(
+def frame_beside_mask(
     name: str, distraction: str | DistractionConfig, render: str, image_size: int, seed: int
 ) -> Picture:
     """A frame after a few random steps, and its mask beside it.
@@ -57,15 +53,7 @@ def frame_and_mask(
         distraction=distraction,
         seed=seed,
     )
-    generator = torch.Generator().manual_seed(0)
-    env.reset()
-    data = env.reset()
-    for _ in range(STEPS):
-        data["action"] = torch.rand(env.action_spec.shape, generator=generator) * 2 - 1
-        data = env.step(data)["next"]
-    env.close()
-    frame = data["pixels"].permute(1, 2, 0).numpy()
-    mask = data["foreground_mask"].permute(1, 2, 0).numpy()
+    frame, mask = frame_and_mask(env)
     return np.concatenate([frame, np.repeat(mask * np.uint8(255), 3, axis=2)], axis=1)
 
 
@@ -79,7 +67,7 @@ def main() -> None:
     for row, name in zip(figure.subplots(len(TASKS), len(COLUMNS)), TASKS, strict=True):
         for axes, (title, setting) in zip(row, COLUMNS.items(), strict=True):
             seed = 3 + TASKS.index(name)
-            axes.imshow(frame_and_mask(name, *setting, image_size=args.image_size, seed=seed))
+            axes.imshow(frame_beside_mask(name, *setting, image_size=args.image_size, seed=seed))
             axes.set(xticks=[], yticks=[])
             if name == TASKS[0]:
                 axes.set_title(title, fontsize=11)

@@ -1,4 +1,4 @@
-"""Small whole runs for the benchmarks that break them: real physics, short episodes."""
+"""Small whole runs for what breaks or compares them: real physics, short episodes."""
 
 from __future__ import annotations
 
@@ -42,13 +42,15 @@ MODEL = {
 }
 
 
-def make_short_env(task: str, **settings: Any) -> PixelDMControlEnv:
-    """Cart-pole with all distractions, whose episodes end after 42 control steps.
+def make_short_env(
+    task: str, *, control_steps: int = CONTROL_STEPS, **settings: Any
+) -> PixelDMControlEnv:
+    """Cart-pole with all distractions, whose episodes end early.
 
     With W2F_FAULT_DRAWS=N it can draw no more after N pictures, in a worker process.
     """
     env = PixelDMControlEnv("cartpole", task, distraction="hard", **settings)
-    env._env._step_limit = CONTROL_STEPS
+    env._env._step_limit = control_steps
     if "W2F_FAULT_DRAWS" in os.environ and multiprocessing.parent_process() is not None:
         env._renderer = FailingRenderer(env._renderer, int(os.environ["W2F_FAULT_DRAWS"]))
     return env
@@ -174,6 +176,15 @@ def final_state(run_dir: Path) -> dict[str, torch.Tensor]:
     state["random"] = payload["resume"]["random"]["torch_cpu"]
     state["samples"] = payload["resume"]["sampling"]["generator"]
     return state
+
+
+def flip_bit(path: Path, position: int) -> None:
+    """Change one bit of a file."""
+    with path.open("r+b") as stream:
+        stream.seek(position)
+        byte = stream.read(1)[0]
+        stream.seek(position)
+        stream.write(bytes([byte ^ 1]))
 
 
 def wait_for(condition: Callable[[], bool], seconds: float, every: float = 0.0005) -> bool:

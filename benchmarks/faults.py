@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fault_runs import fork, leave_curves_out, rows, small_run, wait_for
+from fault_runs import flip_bit, fork, leave_curves_out, rows, small_run, wait_for
 from results_file import write_results
 
 from w2f_torchrl.trainers import Trainer
@@ -251,15 +251,6 @@ def damaged(root: Path, how: str) -> Row:
         "lost": "the updates between the two checkpoints, done again",
         "message": line(again, "Trying the one before it"),
     }
-
-
-def flip_bit(path: Path, position: int) -> None:
-    """Change one bit of a file."""
-    with path.open("r+b") as stream:
-        stream.seek(position)
-        byte = stream.read(1)[0]
-        stream.seek(position)
-        stream.write(bytes([byte ^ 1]))
 
 
 def not_a_number(root: Path, on_nan: str) -> Row:

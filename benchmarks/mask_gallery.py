@@ -9,9 +9,8 @@ import argparse
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
-import torch
 from matplotlib.figure import Figure
+from still import Picture, frame_and_mask
 
 from w2f_torchrl.envs import PixelDMControlEnv
 from w2f_torchrl.utils.plotting import save_figure
@@ -31,10 +30,7 @@ TASKS = (
     "humanoid walk",
 )
 COLUMNS = 6
-STEPS = 12
 BACKGROUND = np.array([30, 120, 90])
-
-Picture = npt.NDArray[np.uint8]
 
 
 def frame_and_overlay(domain: str, task: str, image_size: int) -> Picture:
@@ -44,15 +40,7 @@ def frame_and_overlay(domain: str, task: str, image_size: int) -> Picture:
         uint8 [2H, W, 3].
     """
     env = PixelDMControlEnv(domain, task, image_size=image_size, seed=3)
-    generator = torch.Generator().manual_seed(0)
-    env.reset()
-    data = env.reset()
-    for _ in range(STEPS):
-        data["action"] = torch.rand(env.action_spec.shape, generator=generator) * 2 - 1
-        data = env.step(data)["next"]
-    env.close()
-    frame = data["pixels"].permute(1, 2, 0).numpy()
-    mask = data["foreground_mask"].permute(1, 2, 0).numpy()
+    frame, mask = frame_and_mask(env)
     tinted = (0.2 * frame + 0.5 * BACKGROUND).astype(np.uint8)
     return np.concatenate([frame, np.where(mask, frame, tinted)])
 

@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from test_objectives import TINY
+from fault_runs import make_short_env, rows, small_run
 
 from w2f_torchrl.envs import PixelDMControlEnv, register_env
 from w2f_torchrl.trainers import RunConfig
 from w2f_torchrl.trainers.checkpointing import latest_checkpoint, load_checkpoint
-from w2f_torchrl.trainers.config import to_run_config
 
-DOMAIN = "short_cartpole"
+DOMAIN = "shorter_cartpole"
 CONTROL_STEPS = 26
-
-
-def make_short_env(task: str, **settings: Any) -> PixelDMControlEnv:
-    env = PixelDMControlEnv("cartpole", task, distraction="hard", **settings)
-    env._env._step_limit = CONTROL_STEPS
-    return env
+#: Where :func:`short_run` differs from the benchmarks' small run.
+CHANGES: dict[str, dict[str, Any]] = {
+    "environment": {"domain": DOMAIN},
+    "training": {"total_frames": 320},
+    "evaluation": {"every_frames": 128},
+    "checkpoint": {"every_updates": 8, "keep": 2},
+}
 
 
 class Forgetful(PixelDMControlEnv):
@@ -36,58 +36,20 @@ def make_forgetful_env(task: str, **settings: Any) -> PixelDMControlEnv:
     return env
 
 
-register_env(DOMAIN, make_short_env)
+register_env(DOMAIN, partial(make_short_env, control_steps=CONTROL_STEPS))
 register_env("forgetful_cartpole", make_forgetful_env)
 
 
 def short_run(run_dir: Path, **settings: Any) -> RunConfig:
     """A run of 48 updates and several evaluations, resumed where it is."""
-    values: dict[str, Any] = {
-        "environment": {"domain": DOMAIN, "task": "balance", "num_envs": 2, "image_size": 16},
-        "model": vars(TINY),
-        "training": {
-            "total_frames": 320,
-            "batch_size": 2,
-            "batch_length": 8,
-            "train_ratio": 6,
-            "prefill_steps": 32,
-        },
-        "collection": {"num_workers": 0, "steps_per_batch": 8},
-        "replay": {"capacity": 400},
-        "evaluation": {"every_frames": 128, "episodes": 1, "video": False},
-        "checkpoint": {"every_updates": 8, "keep": 2},
-        "logging": {
-            "every_updates": 5,
-            "histograms_every_updates": 20,
-            "images_every_updates": 0,
-            "imagination_windows": 0,
-            "report": False,
-        },
-        "device": "cpu",
-        "run_dir": str(run_dir),
-        "resume": "auto",
-    }
-    for key, value in settings.items():
-        values[key] = values[key] | value if isinstance(value, dict) and key in values else value
-    return to_run_config(values)
-
-
-def metrics(run_dir: Path) -> list[dict[str, float]]:
-    """All rows but for what a clock says."""
-    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
-    return [
-        {
-            name: value
-            for name, value in json.loads(line).items()
-            if not name.startswith("speed/") and "milliseconds" not in name
-        }
-        for line in lines
-    ]
+    for group, changes in CHANGES.items():
+        settings[group] = changes | settings.get(group, {})
+    return small_run(run_dir, "world2filter", **settings)
 
 
 def differences(first: Path, second: Path) -> list[str]:
     """Where two runs differ: metrics, networks, optimizer, replay's heads, random streams."""
-    found = [] if metrics(first) == metrics(second) else ["metrics"]
+    found = [] if rows(first) == rows(second) else ["metrics"]
     states = []
     for run in (first, second):
         path = latest_checkpoint(run / "checkpoints")

@@ -15,7 +15,9 @@ import subprocess
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
+from typing import Self
+
+from w2f_torchrl.utils.closing import Closing
 
 PROGRAMS = ("slurmctld", "slurmd", "munged", "sinfo", "srun", "scontrol", "runuser")
 PACKAGES = "apt-get install slurm-wlm munge"
@@ -31,7 +33,7 @@ def missing_requirement() -> str | None:
     return None
 
 
-class SlurmCluster:
+class SlurmCluster(Closing):
     """One node, one partition ``main``, CPUs as resources, no containers and no accounting.
 
     Args:
@@ -43,7 +45,7 @@ class SlurmCluster:
         self.folder, self.cpus = folder, cpus
         self.processes: list[subprocess.Popen[bytes]] = []
 
-    def __enter__(self) -> SlurmCluster:
+    def __enter__(self) -> Self:
         """Start the daemons and wait until the node is idle."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self.folder.chmod(0o755)
@@ -52,18 +54,21 @@ class SlurmCluster:
             self._start_slurm()
             self._wait_for("idle", 60)
         except BaseException:
-            self._stop()
+            self.close()
             raise
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
         """Cancel what runs and end the daemons."""
-        self._stop()
+        if len(self.processes) > 1:
+            subprocess.run(["scancel", "--user=root", "--full"], env=self.environment, timeout=60)
+        for process in reversed(self.processes):
+            process.terminate()
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:
+                process.kill()
+        self.processes.clear()
 
     @property
     def environment(self) -> dict[str, str]:
@@ -172,17 +177,6 @@ class SlurmCluster:
             time.sleep(1)
         logs = "\n".join(self.log(name) for name in ("slurmctld", "slurmd"))
         raise RuntimeError(f"the node is {found!r} and not {state}:\n{logs}")
-
-    def _stop(self) -> None:
-        if len(self.processes) > 1:
-            subprocess.run(["scancel", "--user=root", "--full"], env=self.environment, timeout=60)
-        for process in reversed(self.processes):
-            process.terminate()
-            try:
-                process.wait(20)
-            except subprocess.TimeoutExpired:
-                process.kill()
-        self.processes.clear()
 
 
 def _host() -> str:

@@ -10,6 +10,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("MUJOCO_GL", "egl")
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,17 @@ def background_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("cache")
     os.environ["W2F_CACHE"] = str(path)
     return path
+
+
+@pytest.fixture(scope="module")
+def no_curves() -> Iterator[None]:
+    """For runs of a few seconds: drawing their curves takes longer than the rest."""
+    from w2f_torchrl.trainers import diagnostics, run_logging
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (diagnostics, run_logging):
+            patch.setattr(module, "plot_curves", lambda run_dir: run_dir / "curves.png")
+        yield
 
 
 @pytest.fixture

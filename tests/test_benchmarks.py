@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import same_losses
+
+from w2f_torchrl.trainers.checkpointing import latest_checkpoint, load_checkpoint, save_checkpoint
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gpu_acceptance.py"
 
@@ -43,3 +47,45 @@ def test_every_stage_of_the_acceptance_runs_on_the_cpu(tmp_path):
     for run in result["run"]["runs"].values():
         assert run["updates"] > 0
         assert abs(sum(run["share"].values()) - 1) < 0.01
+
+
+@pytest.mark.render
+@pytest.mark.usefixtures("no_curves")
+def test_the_first_difference_of_two_runs_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(same_losses, "FRAMES", 96)
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert same_losses.train(first, "foreground", workers=0) == 6
+    shutil.copytree(first, second)
+    assert same_losses.first_difference(first, second) is None
+    path = latest_checkpoint(second / "checkpoints")
+    saved = load_checkpoint(path)
+    name, weights = next(iter(saved.payload["learner"]["loss"].items()))
+    weights.view(-1)[0] += 1
+    save_checkpoint(path.parent, saved.payload, updates=saved.updates, frames=saved.frames)
+    expected = f"loss.{name} differs in the last checkpoints"
+    assert same_losses.first_difference(first, second) == expected
+    metrics = second / "metrics.jsonl"
+    lines = metrics.read_text().splitlines(keepends=True)
+    changed = json.loads(lines[-1]) | {"wm/kl_loss": 7.5}
+    metrics.write_text("".join([*lines[:-1], json.dumps(changed)]))
+    found = same_losses.first_difference(first, second)
+    assert found.startswith(f"row {len(lines) - 1}, update 6: wm/kl_loss is ")
+    assert found.endswith(" and 7.5")
+    metrics.write_text("".join(lines[:-1]))
+    found = same_losses.first_difference(first, second)
+    assert found == f"row {len(lines) - 1} is in one run only"
+
+
+@pytest.mark.slow
+@pytest.mark.render
+@pytest.mark.timeout(1500)
+def test_a_version_trains_as_itself(tmp_path):
+    root, out = SCRIPT.parents[1], tmp_path / "same.json"
+    command = [sys.executable, str(SCRIPT.with_name("same_losses.py")), str(root), str(root)]
+    command += ["--algorithms", "foreground", "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = json.loads(out.read_text())
+    assert results["identical"]
+    assert str(root) not in out.read_text()
+    assert results["runs"]["foreground"]["updates"] == 48

@@ -85,29 +85,33 @@ def paint(model, rgba, materials, index: int, color: tuple[float, ...]) -> None:
     rgba[index] = (*color, alpha)
 
 
+def where_the_foreground_shows(env: PixelDMControlEnv, domain: str) -> np.ndarray:
+    """Pixels ``[H, W]`` that change with the foreground's colour; the model stays as it was."""
+    model, pictures = env.physics.model, []
+    painted = (model.geom_rgba, model.geom_matid, model.site_rgba, model.site_matid)
+    painted += (model.tendon_rgba, model.tendon_matid, model.skin_rgba, model.skin_matid)
+    original = [array.copy() for array in painted]
+    # No surface that is lit at all looks the same in both.
+    for color in ((0.0, 1.0, 0.0), (1.0, 0.0, 1.0)):
+        paint_foreground(env.physics, TARGETS.get(domain, []), color)
+        pictures.append(env._renderer.draw()[0])
+        for array, saved in zip(painted, original, strict=True):
+            array[:] = saved
+    return (pictures[0] != pictures[1]).any(axis=0)
+
+
 @pytest.mark.parametrize("size", [64, 84])
 @pytest.mark.parametrize(("domain", "task"), CASES)
 def test_mask_is_where_the_foregrounds_colour_shows(domain: str, task: str, size: int) -> None:
     env = PixelDMControlEnv(domain, task, image_size=size, seed=2)
     env.reset()
-    model = env.physics.model
-    painted = (model.geom_rgba, model.geom_matid, model.site_rgba, model.site_matid)
-    painted += (model.tendon_rgba, model.tendon_matid, model.skin_rgba, model.skin_matid)
-    original = [array.copy() for array in painted]
     torch.manual_seed(0)
     shown = 0
     for _ in range(4):
         output = None
         for _ in range(3):
             output = env._step(env.full_action_spec.rand())
-        pictures = []
-        # No surface that is lit at all looks the same in both.
-        for color in ((0.0, 1.0, 0.0), (1.0, 0.0, 1.0)):
-            paint_foreground(env.physics, TARGETS.get(domain, []), color)
-            pictures.append(env._renderer.draw()[0])
-            for array, saved in zip(painted, original, strict=True):
-                array[:] = saved
-        shows = (pictures[0] != pictures[1]).any(axis=0)
+        shows = where_the_foreground_shows(env, domain)
         np.testing.assert_array_equal(output["foreground_mask"][0].numpy(), shows)
         shown += shows.sum()
     assert shown > 0

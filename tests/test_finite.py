@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from _short_env import metrics, short_run
+from _short_env import short_run
+from fault_runs import rows as metrics
 from test_objectives import SIZE, TINY, make_sample
 from torch import nn
 
-from w2f_torchrl.trainers import Learner, Trainer, diagnostics, run_logging
+from w2f_torchrl.trainers import Learner, Trainer
 from w2f_torchrl.trainers.checkpointing import latest_checkpoint, load_checkpoint
 from w2f_torchrl.trainers.execution import CapturableOptimizer
 
@@ -91,12 +92,6 @@ def test_the_capturable_optimizer_is_the_same_with_and_without_a_gate():
             assert torch.equal(one, two)
 
 
-@pytest.fixture(autouse=True)
-def no_curves(monkeypatch):
-    for module in (diagnostics, run_logging):
-        monkeypatch.setattr(module, "plot_curves", lambda run_dir: run_dir / "curves.png")
-
-
 def poisoned(run_dir: Path, on_nan: str, updates: range) -> Trainer:
     """A run whose samples hold a reward that is not a number in some of its updates."""
     quiet = {"every_frames": 0}
@@ -113,6 +108,7 @@ def poisoned(run_dir: Path, on_nan: str, updates: range) -> Trainer:
 
 
 @pytest.mark.render
+@pytest.mark.usefixtures("no_curves")
 def test_a_run_stops_with_the_batch_and_the_state_of_before(tmp_path):
     trainer = poisoned(tmp_path, "stop", range(12, 48))
     with pytest.raises(FloatingPointError, match=r"after update 12 .*loss_reward"):
@@ -131,6 +127,7 @@ def test_a_run_stops_with_the_batch_and_the_state_of_before(tmp_path):
 
 
 @pytest.mark.render
+@pytest.mark.usefixtures("no_curves")
 def test_a_run_skips_bad_updates_unless_all_are(tmp_path):
     trainer = poisoned(tmp_path / "some", "skip", range(11, 14))
     trainer.train()

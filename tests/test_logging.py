@@ -23,7 +23,7 @@ from torchrl.record.loggers.csv import CSVLogger
 from w2f_torchrl.trainers import ConfigError, Trainer
 from w2f_torchrl.trainers import config as config_module
 from w2f_torchrl.utils import wandb_logging
-from w2f_torchrl.utils.background import BackgroundWorker
+from w2f_torchrl.utils.background_worker import BackgroundWorker
 from w2f_torchrl.utils.environment import read_environment
 from w2f_torchrl.utils.file_loggers import make_csv_logger
 from w2f_torchrl.utils.logging import MetricsLogger, read_metrics

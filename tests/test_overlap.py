@@ -6,51 +6,27 @@ import threading
 
 import pytest
 import torch
-from _counting_env import DummyPolicy, make_counting_env
-from tensordict import TensorDict
-from test_collection import BATCHES, NUM_ENVS, OPTIONS, STEPS, collect
+from test_collection import NUM_ENVS, STEPS, Run, collect
 
-from w2f_torchrl.data import OverlappedCollector, make_collector, sync_policy_weights
+from w2f_torchrl.data import OverlappedCollector
 from w2f_torchrl.trainers import ConfigError, RunConfig
 
 
-def collect_overlapped(num_batches: int) -> tuple[list[TensorDict], list[float]]:
-    """What :func:`test_collection.collect` does, overlapped."""
-    policy = DummyPolicy()
-    with torch.no_grad():
-        policy.bias.fill_(5)
-    collector = make_collector(make_counting_env, policy, overlap=True, **OPTIONS)
-    batches, weights = [], []
-    try:
-        for batch in collector:
-            batches.append(batch)
-            weights.append(policy.bias.item())
-            if len(batches) == num_batches:
-                break
-            with torch.no_grad():
-                policy.bias += 1
-            sync_policy_weights(collector, policy)
-    finally:
-        collector.shutdown()
-    return batches, weights
-
-
 @pytest.fixture(scope="module")
-def overlapped() -> tuple[list[TensorDict], list[float]]:
-    return collect_overlapped(BATCHES)
+def overlapped() -> Run:
+    return collect(overlap=True)
 
 
 def test_every_batch_is_of_one_policy_one_batch_older(overlapped):
-    batches, weights = overlapped
+    weights = overlapped.weights
     expected = [weights[0], *weights[:-1]]  # the second was asked for before the first update
-    for batch, weight in zip(batches, expected, strict=True):
+    for batch, weight in zip(overlapped.batches, expected, strict=True):
         assert (batch["next", "state"] == weight).all()
 
 
 def test_envs_go_on_where_they_were(overlapped):
-    batches, _ = overlapped
-    plain = collect(BATCHES)
-    for batch, other in zip(batches, plain.batches, strict=True):
+    plain = collect()
+    for batch, other in zip(overlapped.batches, plain.batches, strict=True):
         assert batch.batch_size == (NUM_ENVS, STEPS)
         # The counting env's course does not depend on the action: the same batches in order.
         for key in ("is_init", ("next", "done")):
@@ -58,7 +34,7 @@ def test_envs_go_on_where_they_were(overlapped):
 
 
 def test_a_seed_reproduces_a_run_bit_for_bit(overlapped):
-    for batch, other in zip(collect_overlapped(3)[0], overlapped[0], strict=False):
+    for batch, other in zip(collect(3, overlap=True).batches, overlapped.batches, strict=False):
         assert (batch == other).all()
 
 

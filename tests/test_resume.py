@@ -6,18 +6,20 @@ import json
 import os
 import shutil
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from _short_env import differences, metrics, short_run
+from _short_env import differences, short_run
 from dm_control import suite
+from fault_runs import flip_bit
+from fault_runs import rows as metrics
 from tensordict import TensorDict
 
 from w2f_torchrl.envs import PixelDMControlEnv
-from w2f_torchrl.trainers import Trainer, diagnostics, run_logging
+from w2f_torchrl.trainers import Trainer
 from w2f_torchrl.trainers.checkpointing import (
     CheckpointError,
     latest_checkpoint,
@@ -26,7 +28,7 @@ from w2f_torchrl.trainers.checkpointing import (
     save_checkpoint,
 )
 
-pytestmark = pytest.mark.render
+pytestmark = [pytest.mark.render, pytest.mark.usefixtures("no_curves")]
 
 DREAMER = {"algo": {"name": "dreamer_v3", "latent": None}}
 SECRETS = {"WANDB_API_KEY": "wandb-0123456789abcdef", "HF_TOKEN": "hf_fedcba9876543210"}
@@ -70,15 +72,6 @@ def crash(run_dir: Path, updates: int, **settings: Any) -> None:
 
     with pytest.raises(Crash):
         run(run_dir, interrupt, **settings)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def no_curves() -> Iterator[None]:
-    """Drawing curves takes longer than the rest of these runs."""
-    with pytest.MonkeyPatch.context() as patch:
-        for module in (diagnostics, run_logging):
-            patch.setattr(module, "plot_curves", lambda run_dir: run_dir / "curves.png")
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -177,7 +170,7 @@ def test_an_exception_while_collecting_cuts_the_episodes(tmp_path):
     with pytest.raises(RuntimeError, match="no masks"):
         trainer.train()
     resumed = Trainer(short_run(tmp_path))
-    ends = [end - 1 for end in resumed._manifest["written"]]
+    ends = [end - 1 for end in resumed.resumption.manifest["written"]]
     resumed.train()
     assert resumed.updates == 48
     assert resumed.replay._cuts == list(enumerate(ends))
@@ -220,14 +213,6 @@ def test_a_larger_replay_takes_the_records_over(tmp_path, undisturbed):
     written = int(trainer.replay.heads.written.sum())
     assert len(trainer.replay) == written
     assert trainer.updates == 78
-
-
-def flip_bit(path: Path, position: int) -> None:
-    with path.open("r+b") as stream:
-        stream.seek(position)
-        byte = stream.read(1)[0]
-        stream.seek(position)
-        stream.write(bytes([byte ^ 1]))
 
 
 def test_damaged_records_make_the_checkpoint_before_the_newest(tmp_path, caplog):

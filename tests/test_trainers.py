@@ -193,7 +193,7 @@ def test_a_run_that_ends_while_its_replay_fills_resumes_again_and_again(tmp_path
         trainer = Trainer(tiny_run(run, resume="auto", evaluation=quiet, training=settings))
         before = trainer.updates
         trainer.train()
-        owed = (trainer.steps - trainer._first_steps) * 4 // 16
+        owed = (trainer.steps - trainer.state.counters.first_steps) * 4 // 16
         assert trainer.updates - before == max(owed, 0)
     assert trainer.updates == 24 + (256 - 160 - 32) * 4 // 16
 

@@ -6,12 +6,13 @@ import hashlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import NamedTuple
 
 import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
+
+from w2f_torchrl.utils.closing import Closing
 
 
 class RecordsError(RuntimeError):
@@ -66,7 +67,7 @@ def zero_record(fields: Fields) -> TensorDict:
     return out
 
 
-class RecordFiles:
+class RecordFiles(Closing):
     """The open files of one folder.
 
     Args:
@@ -155,19 +156,6 @@ class RecordFiles:
         for descriptor in self._descriptors.values():
             os.close(descriptor)
         self._descriptors = {}
-
-    def __enter__(self) -> RecordFiles:
-        """Return the files."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Close the files."""
-        self.close()
 
 
 def _as_bytes(entry: Tensor) -> Tensor:

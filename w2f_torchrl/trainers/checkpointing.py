@@ -202,17 +202,21 @@ def verify_all(path: str | os.PathLike[str]) -> None:
     if manifest is None:
         return
     try:
-        verify_records(manifest, records_folder(path))
+        verify_records(manifest, records_folder(run_of(path)))
     except MissingRecordsError:
         return
     except RecordsError as error:
         raise CheckpointError(f"Checkpoint {path}: {error}") from error
 
 
-def records_folder(path: str | os.PathLike[str], rank: int = 0) -> Path:
-    """Where the records of a rank's replay are, for a checkpoint of the first rank."""
-    name = REPLAY_FOLDER if rank == 0 else f"{REPLAY_FOLDER}_{rank}"
-    return Path(path).parent.parent / name
+def records_folder(run_dir: str | os.PathLike[str], rank: int = 0) -> Path:
+    """Where a run keeps the records of a rank's replay."""
+    return Path(run_dir) / (REPLAY_FOLDER if rank == 0 else f"{REPLAY_FOLDER}_{rank}")
+
+
+def run_of(path: str | os.PathLike[str]) -> Path:
+    """The directory of the run that wrote a checkpoint of the first rank."""
+    return Path(path).parent.parent
 
 
 def read_manifest(path: str | os.PathLike[str]) -> Manifest | None:

@@ -16,7 +16,7 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -119,6 +119,10 @@ class Ranks:
         if message[1] is not None:
             raise message[1] if error is None else error
         return message[0]  # type: ignore[no-any-return]
+
+    def shown_by_first(self, make: Callable[[], T]) -> T:
+        """Make a logger, a progress bar or the like; the other ranks get one that shows nothing."""
+        return make() if self.is_first else cast(T, Silent())
 
     def gather(self, items: Sequence[T]) -> list[T]:
         """All ranks' items, on every rank; rank 0's first."""

@@ -1,17 +1,47 @@
 """The envs of a run.
 
-Collectors' worker processes import this module: it leaves out what only the trainer needs.
+Collectors' worker processes import this module: it imports nothing that only the trainer needs.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from torchrl.envs import TransformedEnv
 
-from w2f_torchrl.envs import EvaluationSet, make_env
+from w2f_torchrl.envs import EvaluationSet, evaluation_sets, make_env
 from w2f_torchrl.envs.distractions import shows_video
-from w2f_torchrl.trainers.config import EnvironmentConfig, RunConfig
+from w2f_torchrl.trainers.config import ConfigError, EnvironmentConfig, RunConfig
+
+
+class EnvFacts(NamedTuple):
+    """What the trainer must know of an env before it makes any networks."""
+
+    action_size: int
+    has_mask: bool
+    """Whether it draws ``foreground_mask`` itself."""
+
+
+def probe_env(config: RunConfig) -> EnvFacts:
+    """Build every kind of env of a run once, so that what is wrong with one shows before any work.
+
+    Raises:
+        ConfigError: If one can't be built.
+    """
+    environment = config.environment
+    try:
+        env = build_env(environment, 0, foreground_mask=config.needs_masks)
+    except ValueError as error:  # a camera that the model lacks, a video that can't be read
+        raise ConfigError(f"environment: {error}") from error
+    for name in config.evaluation.sets:
+        try:
+            build_env(environment, 0, evaluation_set=evaluation_sets()[name]).close()
+        except ValueError as error:
+            raise ConfigError(f"evaluation.sets={name}: {error}") from error
+    has_mask = "foreground_mask" in env.observation_spec.keys()
+    facts = EnvFacts(int(env.action_spec.shape[-1]), has_mask)
+    env.close()
+    return facts
 
 
 def create_env(config: RunConfig, index: int, seed: int) -> TransformedEnv:

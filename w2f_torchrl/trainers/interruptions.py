@@ -6,7 +6,7 @@ import logging
 import signal
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -67,6 +67,22 @@ def save_batch(path: Path, replay: StreamReplayBuffer, slots: Tensor) -> Path:
 
 def _path(key: NestedKey) -> tuple[str, ...]:
     return key if isinstance(key, tuple) else (key,)
+
+
+def end_all(ends: Iterable[Callable[[], None]]) -> list[Exception]:
+    """Call what ends the parts of a run, all of it whatever happens.
+
+    Returns:
+        What was raised; it is logged.
+    """
+    errors = []
+    for end in ends:
+        try:
+            end()
+        except Exception as error:  # the other parts must end too
+            logger.exception("closing the run")
+            errors.append(error)
+    return errors
 
 
 def keep_exception(run_dir: Path, error: BaseException, *, frames: int, updates: int) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -62,6 +64,13 @@ class MaskSource:
             "segmentation/frames": float(self.frames),
             f"segmentation/source_{self.name}": 1.0,
         }
+
+    def learned(self) -> Iterable[Tensor]:
+        """What it has learned and all ranks must have in common."""
+        return ()
+
+    def save_student(self, path: Path) -> None:
+        """Write the student for other runs, if there is one."""
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs, in plain Python types and tensors."""
@@ -182,6 +191,15 @@ class TaughtSource(SegmentedSource):
         """The metrics since the last call."""
         share = self.taught / max(self.frames, 1)
         return super().metrics() | {"segmentation/teacher_share": share}
+
+    def learned(self) -> Iterable[Tensor]:
+        """The student's weights and statistics."""
+        weights: Iterable[Tensor] = self.student.state_dict().values()
+        return weights
+
+    def save_student(self, path: Path) -> None:
+        """Write the student; see :meth:`~w2f_torchrl.segmenters.StudentSegmenter.save`."""
+        self.student.save(path)
 
     def state_dict(self) -> dict[str, Any]:
         """The counters, the student, and the labelled frames that it learns from."""

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from w2f_torchrl.data import StreamReplayBuffer, make_replay
 from w2f_torchrl.data.replay_files import Manifest, ReplayFiles, new_generation, ring_rows
 from w2f_torchrl.trainers.checkpointing import CheckpointError
 from w2f_torchrl.trainers.config import RunConfig
+
+if TYPE_CHECKING:
+    from w2f_torchrl.trainers.resuming import Resumption
 
 
 def open_replay(
@@ -16,8 +20,8 @@ def open_replay(
     folder: Path,
     *,
     seed: int,
-    manifest: Manifest | None = None,
-    source: Path | None = None,
+    resumption: Resumption | None = None,
+    envs_go_on: bool = False,
 ) -> tuple[StreamReplayBuffer, ReplayFiles]:
     """Make the replay of a run, and fill it.
 
@@ -25,24 +29,18 @@ def open_replay(
         config: The run's settings.
         folder: Where its records are kept.
         seed: Seed of the samples.
-        manifest: A checkpoint's, verified; None for an empty replay.
-        source: The folder of records that it belongs to.
+        resumption: What this rank goes on from; None for an empty replay.
+        envs_go_on: Whether the envs continue the episodes that the last records are of.
 
     Raises:
-        CheckpointError: If the number of envs or the pictures' size has changed.
+        CheckpointError: If the slices' length has changed.
     """
-    envs, replay = config.environment.num_envs, config.replay
-    ring, generation = ring_rows(replay.capacity // envs, checkpoint_slack(config)), None
-    if manifest is not None:
-        check_layout(config, manifest)
-        same_folder = source is not None and source.resolve() == folder.resolve()
-        if same_folder and manifest["capacity"] == replay.capacity // envs:
-            ring, generation = manifest["ring"], manifest["generation"]
-    generation = generation or new_generation(folder)
+    replay = config.replay
+    ring, generation = _ring_and_generation(config, folder, resumption)
     on_disk = replay.storage == "disk"
     buffer = make_replay(
         capacity=replay.capacity,
-        num_streams=envs,
+        num_streams=config.environment.num_envs,
         batch_size=config.training.batch_size,
         batch_length=config.training.batch_length,
         path=folder / generation if on_disk else None,
@@ -53,9 +51,35 @@ def open_replay(
         seed=seed,
     )
     files = ReplayFiles(buffer, folder, generation, ring)
-    if manifest is not None and source is not None:
-        files.load(manifest, source)
+    if resumption is not None and resumption.manifest is not None:
+        files.load(resumption.manifest, resumption.records)
+        _resume_sampling(buffer, resumption, envs_go_on)
     return buffer, files
+
+
+def _ring_and_generation(
+    config: RunConfig, folder: Path, resumption: Resumption | None
+) -> tuple[int, str]:
+    """Rows that a stream's files have, and the name of the folder that they are in.
+
+    Both are the checkpoint's where its files can be written on.
+    """
+    capacity = config.replay.capacity // config.environment.num_envs
+    manifest = None if resumption is None else resumption.manifest
+    if resumption is not None and manifest is not None:
+        same_folder = resumption.records.resolve() == folder.resolve()
+        if same_folder and manifest["capacity"] == capacity:
+            return manifest["ring"], manifest["generation"]
+    return ring_rows(capacity, checkpoint_slack(config)), new_generation(folder)
+
+
+def _resume_sampling(buffer: StreamReplayBuffer, resumption: Resumption, envs_go_on: bool) -> None:
+    try:
+        buffer.load_sampling_state(resumption.state["sampling"])
+    except ValueError as error:
+        raise CheckpointError(f"training.batch_length: {error}") from error
+    if not envs_go_on:
+        buffer.end_episodes()
 
 
 def checkpoint_slack(config: RunConfig) -> int:

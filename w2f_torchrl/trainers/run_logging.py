@@ -67,6 +67,8 @@ class RunClock:
         self._before = max((row.get("speed/seconds", 0.0) for row in rows), default=0.0)
         self._start, self._frames, self._updates = time.monotonic(), frames, updates
         self._stopped: float | None = None
+        self._row: tuple[float, int, int] | None = None
+        """When the last row of metrics was made, and the counters then."""
 
     def stop(self) -> None:
         """Count no further: training is over."""
@@ -75,6 +77,16 @@ class RunClock:
     def seconds(self) -> float:
         """Seconds since the run's beginning, without the time between its processes."""
         return self._before + (self._stopped or time.monotonic()) - self._start
+
+    def metrics(self, frames: int, updates: int) -> dict[str, float]:
+        """Return a row's ``speed/*``; the rates are those since the row before."""
+        now, row = time.monotonic(), {}
+        if self._row is not None:
+            then, frames_then, updates_then = self._row
+            row["speed/frames_per_second"] = (frames - frames_then) / (now - then)
+            row["speed/updates_per_second"] = (updates - updates_then) / (now - then)
+        self._row = (now, frames, updates)
+        return row | {"speed/seconds": self.seconds()}
 
     def rates(self, frames: int, updates: int) -> tuple[float, float]:
         """Frames and updates a second since this process began."""

@@ -10,14 +10,14 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torchrl.record.loggers.common import Logger
 
-from w2f_torchrl.utils.background import BackgroundWorker
+from w2f_torchrl.utils.background_worker import BackgroundWorker
+from w2f_torchrl.utils.closing import Closing
 from w2f_torchrl.utils.metrics_file import last_counters, read_metrics, read_records, repair
 from w2f_torchrl.utils.progress import ProgressBar
 from w2f_torchrl.utils.sinks import Sinks
@@ -45,7 +45,7 @@ METRIC_GROUPS = (
 _NAME = re.compile(rf"({'|'.join(METRIC_GROUPS)})(/[A-Za-z0-9_]+)+")
 
 
-class MetricsLogger:
+class MetricsLogger(Closing):
     """Appends metrics to ``run_dir/metrics.jsonl`` and forwards them to TorchRL loggers.
 
     A line is one JSON object: ``frames`` and ``updates`` (integers), then the metrics (numbers).
@@ -242,19 +242,6 @@ class MetricsLogger:
         self.background.close()
         self._file.close()
         self.sinks.close()
-
-    def __enter__(self) -> MetricsLogger:
-        """Return the logger itself."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Close the logger."""
-        self.close()
 
     def _report_non_finite(self, values: Mapping[str, float], frames: int) -> None:
         for name, value in values.items():

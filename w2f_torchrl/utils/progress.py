@@ -8,15 +8,16 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable
-from types import TracebackType
 from typing import TextIO
 
 from tqdm import tqdm
 
+from w2f_torchrl.utils.closing import Closing
+
 logger = logging.getLogger(__name__)
 
 
-class ProgressBar:
+class ProgressBar(Closing):
     """Shows frames, updates, their rates, the last return and the time left.
 
     On a terminal this is a tqdm bar. Elsewhere (a file, a Slurm log) it writes one line through
@@ -108,19 +109,6 @@ class ProgressBar:
         elif self._points[-1][0] > self._logged_at:
             self._logged_at = self._points[-1][0]
             logger.info("%s", self.text())
-
-    def __enter__(self) -> ProgressBar:
-        """Return the bar itself."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Close the bar."""
-        self.close()
 
 
 def _number(value: float) -> str:

@@ -1,0 +1,246 @@
+"""Whether two versions of the code train alike: each loss of each update, and the last weights.
+
+    python benchmarks/same_losses.py d6b63be HEAD
+    python benchmarks/same_losses.py ../before . --algorithms split
+
+A version is a checkout, or a revision, which is unpacked in a temporary folder. Each trains the
+same tiny runs in a process of its own, on the CPU with one thread: short distracted episodes,
+evaluations, checkpoints, a row of metrics after every update. A third run of each algorithm begins
+with the first version, gets SIGTERM after 20 updates, and goes on with the second, so the form of
+the checkpoints is compared too. All numbers must be equal bit for bit, but for what a clock says.
+The exit code is 1 if one isn't, and the first difference is printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from fault_runs import final_state, leave_curves_out, rows, small_run
+from results_file import write_results
+
+import w2f_torchrl
+from w2f_torchrl.trainers import Trainer
+
+ROOT = Path(__file__).parents[1]
+ALGORITHMS: dict[str, dict[str, Any]] = {
+    "dreamer_v3": {"name": "dreamer_v3", "latent": None},
+    **{
+        latent: {"name": "world2filter", "latent": latent}
+        for latent in ("split", "shared", "foreground")
+    },
+}
+FRAMES = 320
+STOP_AT = 20
+"""Updates after which the run that changes versions is interrupted."""
+
+
+def train(run_dir: Path, algorithm: str, *, workers: int, stop_at: int | None = None) -> int:
+    """Train, or go on, with the package that this process imports.
+
+    Args:
+        run_dir: The run's directory.
+        algorithm: One of ``ALGORITHMS``.
+        workers: Worker processes.
+        stop_at: Updates after which the process gets SIGTERM.
+
+    Returns:
+        Updates that the run has made.
+    """
+    config = small_run(
+        run_dir,
+        "world2filter",
+        algo=ALGORITHMS[algorithm],
+        training={"total_frames": FRAMES},
+        collection={"num_workers": workers},
+        logging={"every_updates": 1},
+    )
+    trainer = Trainer(config)
+    update = trainer.learner.update
+
+    def stopping(sample: Any) -> Any:
+        if trainer.updates + 1 == stop_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return update(sample)
+
+    trainer.learner.update = stopping  # type: ignore[method-assign]
+    trainer.train()
+    return trainer.updates
+
+
+def train_all(root: Path, algorithms: Sequence[str], workers: int) -> None:
+    """One version's part: its own runs, and its half of those that change versions.
+
+    Raises:
+        RuntimeError: If the package is another version's, which a wrong path could hide.
+    """
+    package = Path(w2f_torchrl.__file__)
+    if not package.is_relative_to(Path.cwd()):
+        raise RuntimeError(f"{Path.cwd()} holds no w2f_torchrl: {package} is imported.")
+    torch.set_num_threads(1)
+    leave_curves_out()
+    second = (root / "before").exists()
+    for algorithm in algorithms:
+        train(root / ("after" if second else "before") / algorithm, algorithm, workers=workers)
+        stop_at, shared = None if second else STOP_AT, root / "handed_over" / algorithm
+        updates = train(shared, algorithm, workers=workers, stop_at=stop_at)
+        if stop_at is not None and updates != stop_at:
+            raise RuntimeError(f"{algorithm} ended after {updates} updates, not after {stop_at}.")
+
+
+def train_with(checkout: Path, root: Path, algorithms: Sequence[str], workers: int) -> None:
+    """Call :func:`train_all` in a process that imports the package of a checkout.
+
+    Raises:
+        RuntimeError: If it fails; with the end of its log.
+    """
+    script = str(Path(__file__).resolve())
+    command = [sys.executable, script, "--train", str(root), "--workers", str(workers)]
+    done = subprocess.run(
+        [*command, "--algorithms", *algorithms],
+        cwd=checkout,
+        env=os.environ | {"PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        raise RuntimeError(f"{checkout}: {done.stdout[-3000:]}{done.stderr[-3000:]}")
+
+
+def first_difference(before: Path, after: Path) -> str | None:
+    """Compare two runs' metrics, row by row, and their last states, bit by bit.
+
+    Args:
+        before: A run's directory.
+        after: The other's.
+
+    Returns:
+        Where they differ first; None if they don't.
+    """
+    for number, (one, other) in enumerate(itertools.zip_longest(rows(before), rows(after))):
+        if one is None or other is None:
+            return f"row {number} is in one run only"
+        for name in dict.fromkeys([*one, *other]):
+            if one.get(name, "absent") != other.get(name, "absent"):
+                values = f"{one.get(name, 'absent')!r} and {other.get(name, 'absent')!r}"
+                return f"row {number}, update {one['updates']}: {name} is {values}"
+    states = final_state(before), final_state(after)
+    for name in dict.fromkeys([*states[0], *states[1]]):
+        if any(name not in state for state in states):
+            return f"{name} is in one checkpoint only"
+        if not torch.equal(states[0][name], states[1][name]):
+            return f"{name} differs in the last checkpoints"
+    return None
+
+
+def compare(root: Path, algorithm: str) -> dict[str, Any]:
+    """What was compared of an algorithm's three runs, and where they differ first, if they do."""
+    before = root / "before" / algorithm
+    made = rows(before)
+    return {
+        "updates": made[-1]["updates"],
+        "rows": len(made),
+        "numbers": sum(len(row) for row in made),
+        "tensors": len(final_state(before)),
+        "first_difference": first_difference(before, root / "after" / algorithm),
+        "first_difference_handed_over": first_difference(before, root / "handed_over" / algorithm),
+    }
+
+
+def git(folder: Path, *arguments: str) -> str:
+    """What git prints in a folder; empty where it fails."""
+    done = subprocess.run(["git", "-C", folder, *arguments], capture_output=True, text=True)
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def unpack(version: str, folder: Path) -> tuple[Path, dict[str, Any]]:
+    """Find a checkout, or unpack a revision.
+
+    Args:
+        version: A folder, or a revision of this file's repository.
+        folder: Where a revision is unpacked.
+
+    Returns:
+        The checkout, and what the results say of it.
+    """
+    if Path(version).is_dir():
+        checkout = Path(version).resolve()
+        commit = git(checkout, "rev-parse", "--short", "HEAD")
+        changed = bool(git(checkout, "status", "--porcelain", "--untracked-files=no"))
+        return checkout, {"version": "CHECKOUT", "commit": commit, "changed": changed}
+    commit = git(ROOT, "rev-parse", "--short", "--verify", f"{version}^{{commit}}")
+    if not commit:
+        raise SystemExit(f"{version} is neither a folder nor a revision.")
+    folder.mkdir()
+    archive = subprocess.Popen(["git", "-C", ROOT, "archive", commit], stdout=subprocess.PIPE)
+    subprocess.run(["tar", "-x", "-C", folder], stdin=archive.stdout, check=True)
+    if archive.wait():
+        raise RuntimeError(f"git archive {commit} failed.")
+    return folder, {"version": version, "commit": commit, "changed": False}
+
+
+def compare_versions(
+    versions: Sequence[str], algorithms: Sequence[str], workers: int
+) -> dict[str, Any]:
+    """Train with two versions, and compare.
+
+    Returns:
+        What the results file holds, but for its provenance.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        root, said = Path(folder) / "runs", []
+        for name, version in zip(("first", "second"), versions, strict=True):
+            checkout, what = unpack(version, Path(folder) / name)
+            said.append(what)
+            train_with(checkout, root, algorithms, workers)
+        runs = {algorithm: compare(root, algorithm) for algorithm in algorithms}
+    equal = not any(v for row in runs.values() for k, v in row.items() if k.startswith("first"))
+    shown = [what["version"] for what in said]
+    options = [f"--workers {workers}"] if workers else []
+    return {
+        # Not as typed: a checkout's path is nobody's business.
+        "command": " ".join(["python benchmarks/same_losses.py", *shown, *options]),
+        "before": said[0],
+        "after": said[1],
+        "workers": workers,
+        "identical": equal,
+        "runs": runs,
+    }
+
+
+def main() -> None:
+    """Compare two versions, and write the results."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("versions", nargs="*", metavar="VERSION", help="BEFORE and AFTER")
+    parser.add_argument(
+        "--algorithms", nargs="+", choices=list(ALGORITHMS), default=list(ALGORITHMS)
+    )
+    parser.add_argument("--workers", type=int, default=0, help="processes that step the envs")
+    parser.add_argument("--out", type=Path, help="a results file; none by default")
+    parser.add_argument("--train", type=Path, help=argparse.SUPPRESS)  # in a version's process
+    args = parser.parse_args()
+    if args.train is not None:
+        train_all(args.train, args.algorithms, args.workers)
+        return
+    if len(args.versions) != 2:
+        parser.error("two versions are compared: BEFORE AFTER")
+    results = compare_versions(args.versions, args.algorithms, args.workers)
+    for name, row in results["runs"].items():
+        print(name, row)
+    if args.out is not None:
+        write_results(args.out, results)
+    print("identical" if results["identical"] else "NOT identical")
+    sys.exit(0 if results["identical"] else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""What a run has done so far, and the updates that it owes for it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from w2f_torchrl.data import UpdateSchedule
+from w2f_torchrl.trainers.checkpointing import CheckpointError
+from w2f_torchrl.trainers.config import RunConfig
+
+
+class RunCounters:
+    """Steps and updates of all ranks together.
+
+    Args:
+        config: The run's settings.
+    """
+
+    def __init__(self, config: RunConfig) -> None:
+        self.steps = 0
+        """Agent steps so far, over all envs and ranks."""
+        self.updates = 0
+        self.schedule = UpdateSchedule(
+            config.training.train_ratio,
+            config.effective_batch_size,
+            config.training.batch_length,
+            start=config.prefill_steps,
+        )
+        self.first_steps = config.prefill_steps
+        """Agent steps before which there are no updates."""
+        self._prefill = config.prefill_steps
+        self._action_repeat = config.environment.action_repeat
+
+    @property
+    def frames(self) -> int:
+        """Environment frames (control steps) so far."""
+        return self.steps * self._action_repeat
+
+    def updates_due(self) -> int:
+        """How many updates are due; they stay so until :meth:`add_update`."""
+        if self.steps < self.first_steps:
+            return 0
+        due = self.schedule(self.steps)
+        # Counted one by one: what isn't done is due again after a resume.
+        self.schedule.updates -= due
+        return due
+
+    def add_update(self) -> None:
+        """Count an update that was done."""
+        self.updates += 1
+        self.schedule.updates += 1
+
+    def take_back(self, updates: int) -> None:
+        """Count updates as not done: they changed nothing."""
+        self.updates -= updates
+        self.schedule.updates -= updates
+
+    def fill_again(self) -> None:
+        """Without a replay: it fills before the next update, and those steps owe no updates.
+
+        A run that ended while it filled has been spared a whole filling already, of which only a
+        part was used.
+        """
+        unused = max(self.first_steps - self.steps, 0)
+        self.schedule.start += self._prefill - min(unused, self._prefill)
+        self.first_steps = self.steps + self._prefill
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint holds of them, beside the updates in its name."""
+        schedule = self.schedule.state_dict()
+        return {"steps": self.steps, "first_steps": self.first_steps, "schedule": schedule}
+
+    def load_state_dict(self, state: dict[str, Any], *, updates: int, same_ranks: bool) -> None:
+        """Go on from a checkpoint.
+
+        Args:
+            state: Holds what :meth:`state_dict` gave.
+            updates: The checkpoint's.
+            same_ranks: Whether it is of as many ranks; otherwise a step owes another number of
+                updates from now on.
+
+        Raises:
+            CheckpointError: If settings that must stay have changed.
+        """
+        self.steps, self.updates = state["steps"], updates
+        self.first_steps = state["first_steps"]
+        if not same_ranks:
+            self.schedule.change_ratio(state["schedule"], self.steps)
+            return
+        try:
+            self.schedule.load_state_dict(state["schedule"])
+        except ValueError as error:
+            raise CheckpointError(f"training.train_ratio: {error}") from error

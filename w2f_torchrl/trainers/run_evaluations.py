@@ -1,0 +1,83 @@
+"""When a run is evaluated, with which measures, and how well it did at its best."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from w2f_torchrl.trainers.config import RunConfig
+from w2f_torchrl.trainers.evaluator import Evaluation, Evaluator
+from w2f_torchrl.trainers.learner import Learner
+from w2f_torchrl.utils.seeding import derive_seed
+
+if TYPE_CHECKING:
+    from w2f_torchrl.trainers.filtering import FilteringMeter
+
+
+class RunEvaluations:
+    """The evaluations of a run, one after the other.
+
+    Args:
+        config: The run's settings.
+        learner: Whose policy and world model are evaluated.
+    """
+
+    def __init__(self, config: RunConfig, learner: Learner) -> None:
+        self.config, self.learner = config, learner
+        self.last = 0
+        """Frames at the last evaluation."""
+        self.best: float | None = None
+        """Highest mean return so far."""
+        self._filtering: FilteringMeter | None = None
+
+    def are_due(self, frames: int) -> bool:
+        """Whether ``evaluation.every_frames`` have passed."""
+        every = self.config.evaluation.every_frames
+        return every > 0 and frames // every > self.last // every
+
+    def lack_the_end(self, frames: int) -> bool:
+        """Whether a run that is evaluated at all wasn't after its last frame."""
+        return self.config.evaluation.every_frames > 0 and self.last != frames
+
+    def play(self, evaluator: Evaluator, frames: int) -> Evaluation:
+        """Play episodes, and probe the latents where the run asks for it.
+
+        Args:
+            evaluator: Plays.
+            frames: Environment frames so far, from which the envs are seeded.
+        """
+        settings = self.config.evaluation
+        evaluator.seed(frames)
+        evaluation = evaluator.evaluate(self.learner.world_model, settings.episodes)
+        if settings.filtering:
+            device = self.config.torch_device()
+            # The episodes are recorded in every process anew: not at the training's cost.
+            with torch.random.fork_rng([device] if device.type == "cuda" else []):
+                evaluation.metrics |= self._measure_filtering()
+        self.last = frames
+        return evaluation
+
+    def is_best(self, evaluation: Evaluation) -> bool:
+        """Whether no evaluation before had so high a mean return; it is the best from now on."""
+        score = evaluation.metrics["eval/return_mean"]
+        best = self.best is None or score > self.best
+        self.best = score if best else self.best
+        return best
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint holds of them."""
+        return {"evaluated": self.last, "best": self.best}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what :meth:`state_dict` gave, and more entries that are not read."""
+        self.last, self.best = state["evaluated"], state["best"]
+
+    def _measure_filtering(self) -> dict[str, float]:
+        """Probe the latents; the episodes are recorded at the first call."""
+        from w2f_torchrl.trainers.filtering import FilteringMeter, flat_metrics  # scikit-learn
+
+        if self._filtering is None:
+            self._filtering = FilteringMeter(self.config, derive_seed(self.config.seed, "probe", 0))
+        found = self._filtering.measure(self.learner.loss, seeds=(0,), probes=("linear",))
+        return flat_metrics(found)
