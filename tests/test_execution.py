@@ -11,6 +11,7 @@ from torchrl.trainers.algorithms import DreamerV3Optimizer
 
 from w2f_torchrl.trainers import Learner
 from w2f_torchrl.trainers.config import OptimizerConfig
+from w2f_torchrl.trainers.device_copy import DeviceCopy
 from w2f_torchrl.trainers.execution import CapturableOptimizer
 
 
@@ -105,3 +106,30 @@ def test_a_captured_update_learns_as_eager_does():
     got = losses_over(learner, 50)
     torch.testing.assert_close(got[:5], want[:5], rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(got.mean(0), want.mean(0), rtol=5e-2, atol=1e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_samples_copied_beside_the_updates_are_whole_and_change_nothing():
+    device = torch.device("cuda")
+    samples = [make_sample(64, 32 + number).pin_memory() for number in range(8)]
+    copy_beside, sums = DeviceCopy(device), []
+    for sample in samples:
+        torch.cuda._sleep(10_000_000)  # an update that still runs while the next is copied
+        copied = copy_beside(sample)
+        sums.append(copied["next", "pixels"].double().sum())
+        del copied  # its memory must not be given to the next copy before the sum is made
+    for total, sample in zip(sums, samples, strict=True):
+        assert total.item() == sample["next", "pixels"].double().sum()
+    learner, other = make_learner("eager", device="cuda"), make_learner("eager", device="cuda")
+    for number, sample in enumerate(samples[:3]):
+        results = []
+        for each, send in ((learner, copy_beside), (other, lambda sample: sample.to(device))):
+            torch.manual_seed(number)
+            results.append(each.update(send(sample)))
+        assert (results[0] == results[1]).all()
+
+
+def test_a_copy_to_the_same_device_is_the_sample():
+    sample = make_sample()
+    assert (DeviceCopy(torch.device("cpu"))(sample) == sample).all()

@@ -38,6 +38,7 @@ from w2f_torchrl.trainers.checkpointing import (
     resolve_resume,
 )
 from w2f_torchrl.trainers.config import ConfigError, RunConfig, config_to_dict, save_config
+from w2f_torchrl.trainers.device_copy import DeviceCopy
 from w2f_torchrl.trainers.diagnostics import Diagnostics
 from w2f_torchrl.trainers.distributed import (
     Ranks,
@@ -114,6 +115,7 @@ class Trainer:
     def _prepare(self, config: RunConfig) -> None:
         self.device = config.torch_device()
         self.ranks.connect(self.device, config.distributed.timeout_seconds)
+        self._to_device = DeviceCopy(self.device)
         # torchrun counts on the machine where a rank failed only.
         again = any(self.ranks.gather([is_restart(self.run_dir)]))
         checkpoint = self.ranks.on_first(partial(self._resolve_resume, again))
@@ -305,7 +307,7 @@ class Trainer:
                 return
             sample = self.replay.sample()
             self._window.append(sample["index"])
-            sample = sample.to(self.device, non_blocking=True)
+            sample = self._to_device(sample)
             self._accumulate(self.learner.update(sample))
             self.updates += 1
             self.schedule.updates += 1
