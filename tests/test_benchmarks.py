@@ -40,6 +40,6 @@ def test_every_stage_of_the_acceptance_runs_on_the_cpu(tmp_path):
     assert update["split"]["operations"] > update["dreamer_v3"]["operations"] > 1000
     assert 0.5 < update["dreamer_v3"]["gflop"] / update["torchrl_parts"]["gflop"] < 1.2
     assert result["masks"]["student"] > 0
-    for run in result["run"]["runs"].values():
+    for (run,) in result["run"]["runs"].values():
         assert run["updates"] > 0
         assert abs(sum(run["share"].values()) - 1) < 0.01
