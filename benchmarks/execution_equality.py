@@ -229,7 +229,8 @@ def run(
             return make_batch(number, batch_size, batch_length, image, device)
 
         for mode in modes:
-            rows[f"{latent}, {mode}"] = compare(make, mode, batch, updates, turned)
+            row = rows[f"{latent}, {mode}"] = compare(make, mode, batch, updates, turned)
+            print(f"{latent}, {mode}: {row}", flush=True)
     return rows
 
 

@@ -40,15 +40,14 @@ def test_limits_fit_the_time_of_the_machine_and_name_every_stage():
 @pytest.mark.parametrize(
     ("body", "failed"),
     [
-        ("time.sleep(60)", "not done after"),
         ("raise SystemExit(3)", "exit code 3"),
         ("raise ValueError('broken')", "ValueError: broken"),
     ],
 )
-def test_a_stage_that_is_cut_or_breaks_keeps_its_parts(body, failed, monkeypatch, tmp_path):
+def test_a_stage_that_breaks_keeps_its_parts(body, failed, monkeypatch, tmp_path):
     script = tmp_path / "acceptance.py"
     script.write_text(
-        "import sys, time\n"
+        "import sys\n"
         f"sys.path.insert(0, {str(SCRIPT.parent)!r})\n"
         "import gpu_acceptance as acceptance\n"
         "def stage(options):\n"
@@ -59,9 +58,37 @@ def test_a_stage_that_is_cut_or_breaks_keeps_its_parts(body, failed, monkeypatch
         "acceptance.main()\n"
     )
     monkeypatch.setattr(gpu_acceptance, "__file__", str(script))
-    row = gpu_acceptance.run_stage("environment", ["--small"], limit=30)
+    row = gpu_acceptance.run_stage("environment", ["--small"], limit=600)
     assert row["result"] == {"first": 1}
     assert failed in row["failed"]
+
+
+def test_a_stage_that_is_cut_keeps_its_parts(monkeypatch):
+    def cut(command, *, timeout, **options):
+        assert command[-3:-1] == ["--one", "losses"]
+        Path(command[-1]).write_text('{"first": 1}')
+        raise subprocess.TimeoutExpired(command, timeout)
+
+    monkeypatch.setattr(gpu_acceptance.subprocess, "run", cut)
+    row = gpu_acceptance.run_stage("losses", ["--small"], limit=30)
+    assert row["result"] == {"first": 1}
+    assert row["failed"] == "not done after 30 seconds"
+
+
+def test_what_a_stage_keeps_is_whole(tmp_path, monkeypatch):
+    seen = []
+
+    def stage(options):
+        options.keep({"first": 1})
+        seen.append(json.loads((tmp_path / "result.json").read_text()))
+        return {"first": 1, "second": 2}
+
+    monkeypatch.setitem(gpu_acceptance.STAGES, "losses", stage)
+    options = gpu_acceptance.Options(True, None, lambda result: None)
+    gpu_acceptance.run_one("losses", tmp_path / "result.json", options)
+    assert seen == [{"first": 1}]
+    assert json.loads((tmp_path / "result.json").read_text()) == {"first": 1, "second": 2}
+    assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
 
 
 def test_a_growth_varies_one_thing_at_a_time():
