@@ -1,16 +1,19 @@
-"""Agent steps per second of 1, 2 and 4 collector workers.
+"""Agent steps per second of 1, 2 and 4 collector workers, and of other envs and pictures.
 
     python benchmarks/collection.py
 
 Distracted envs with masks, stepped by the collectors of a run with a policy of size1m that samples.
 The clock runs over whole batches, after the first two: a single ``next()`` can return what was
 collected beforehand. Another program on the machine changes the figures; the load before each is
-in the results.
+in the results, and so is the CPU time of an agent step in all processes, which it changes less.
+``growth`` varies the envs of one worker, at the same agent steps in a batch, and the picture.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import multiprocessing
 import os
 import time
 from functools import partial
@@ -39,6 +42,31 @@ def create_env(environment: EnvironmentConfig, index: int, seed: int) -> object:
     return build_env(environment, seed)
 
 
+def cpu_seconds() -> float:
+    """CPU time of this process and of its workers, on Linux; elsewhere of this process."""
+    seconds = time.process_time()
+    for worker in multiprocessing.active_children():
+        stat = Path(f"/proc/{worker.pid}/stat")
+        if stat.exists():
+            fields = stat.read_text().rpartition(")")[2].split()  # from the third on
+            seconds += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return seconds
+
+
+def grow(environment: EnvironmentConfig, steps: int, batches: int) -> dict[str, dict]:
+    """One worker with other numbers of envs and other pictures, one at a time."""
+    changes: list[dict] = [{"num_envs": envs} for envs in (1, 2, 4, 8)]
+    changes += [{"image_size": size} for size in (32, 128)]
+    rows = {}
+    for change in changes:
+        changed = dataclasses.replace(environment, **change)
+        of_an_env = environment.num_envs * steps // changed.num_envs
+        name = ", ".join(f"{key}={value}" for key, value in change.items())
+        rows[name] = measure(changed, 1, of_an_env, batches)
+        print(name, rows[name], flush=True)
+    return rows
+
+
 def measure(environment: EnvironmentConfig, workers: int, steps: int, batches: int) -> dict:
     """Collect and count."""
     config = PRESETS["size1m"]
@@ -58,16 +86,19 @@ def measure(environment: EnvironmentConfig, workers: int, steps: int, batches: i
         total_frames=environment.num_envs * steps * (WARM_UP + batches),
     )
     load = os.getloadavg()[0]
-    collected, start = 0, 0.0
+    collected, start, cpu = 0, 0.0, 0.0
     for index, batch in enumerate(collector):
         if index >= WARM_UP:
             collected += batch.numel()
         if index == WARM_UP - 1:
-            start = time.perf_counter()
-    seconds = time.perf_counter() - start
+            start, cpu = time.perf_counter(), cpu_seconds()
+        if index == WARM_UP + batches - 1:
+            # Asked for now: the workers end with the iteration.
+            seconds, cpu = time.perf_counter() - start, cpu_seconds() - cpu
     collector.shutdown()
     return {
         "agent_steps_per_second": round(collected / seconds, 1),
+        "cpu_milliseconds_an_agent_step": round(1e3 * cpu / collected, 3),
         "agent_steps": collected,
         "batches": batches,
         "load_before": round(load, 2),
@@ -98,7 +129,8 @@ def main() -> None:
         rows[workers] = measure(environment, workers, args.steps, args.batches)
         print(workers, rows[workers], flush=True)
     settings = vars(args) | {"json": args.json.name, "action_repeat": environment.action_repeat}
-    print(write_results(args.json, {"settings": settings, "workers": rows}))
+    growth = grow(environment, args.steps, args.batches)
+    print(write_results(args.json, {"settings": settings, "workers": rows, "growth": growth}))
 
 
 if __name__ == "__main__":

@@ -4,17 +4,22 @@
     python benchmarks/end_to_end.py --overrides model=size12m environment.num_envs=16 \
         training.execution=cuda_graph optimizer.precision=bfloat16
 
-Two runs that differ in ``collection.overlap`` alone. The clock starts after the first updates,
-which compile, and stops at the last, before the last evaluation and checkpoint. ``updates`` is the
-time in updates without drawing their samples, ``samples`` that of drawing them, ``store`` records
-and masks on their way into the replay, ``evaluation`` and ``checkpoints`` what their names say; the
-rest, ``collection``, is waiting for the workers and sending them weights. On CUDA the device is
-waited for at the end of each round of updates, so that its time is not counted as another part's.
+Runs that differ in ``collection.overlap`` alone, ``--repeats`` times in turn. The clock starts
+after the first updates, which compile, and stops at the last, before the last evaluation and
+checkpoint. ``updates`` is the time in updates without drawing their samples, ``samples`` that of
+drawing them and sending them to the device, ``store`` records and masks on their way into the
+replay, ``evaluation`` and ``checkpoints`` what their names say; the rest, ``collection``, is
+waiting for the workers and sending them weights. On CUDA the device is waited for at the end of
+each round of updates, so that its time is not counted as another part's. Where other programs want
+the processor, ``cpu_milliseconds`` of the learner's process tell better what an update and a sample
+cost.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
+import statistics
 import tempfile
 import time
 from collections import defaultdict
@@ -53,26 +58,30 @@ class TimedTrainer(Trainer):
     def __init__(self, config: RunConfig):
         super().__init__(config)
         self.seconds: dict[str, float] = defaultdict(float)
+        self.cpu_seconds: dict[str, float] = defaultdict(float)
         self.start: tuple[float, int, int] | None = None
         self.end: tuple[float, int, int] | None = None
         self._rounds = 0
 
     @contextmanager
     def _timed(self, name: str) -> Iterator[None]:
-        begin = time.perf_counter()
+        begin, cpu = time.perf_counter(), time.process_time()
         yield
         if self.start is not None:
             self.seconds[name] += time.perf_counter() - begin
+            self.cpu_seconds[name] += time.process_time() - cpu
 
     def _build_workers(self) -> None:
         super()._build_workers()
-        sample: Callable[[], Any] = self.replay.sample
+        self.replay.sample = self._as_sample(self.replay.sample)  # type: ignore[method-assign]
+        self._to_device = self._as_sample(self._to_device)  # type: ignore[assignment]
 
-        def timed_sample() -> Any:
+    def _as_sample(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*args: Any) -> Any:
             with self._timed("samples"):
-                return sample()
+                return function(*args)
 
-        self.replay.sample = timed_sample  # type: ignore[method-assign]
+        return timed
 
     def _take(self, *args: Any) -> None:
         with self._timed("store"):
@@ -105,6 +114,7 @@ def measure(overrides: list[str]) -> dict[str, Any]:
     Returns:
         Frames and updates a second of wall-clock time, and the share of it that each part took.
     """
+    load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as folder:
         with initialize_config_module("sota_configs", version_base="1.3"):
             config = compose("config", [*overrides, f"run_dir={folder}/run"])
@@ -116,8 +126,9 @@ def measure(overrides: list[str]) -> dict[str, Any]:
             f"starts after {WARM_UP_ROUNDS} rounds of updates."
         )
     seconds, frames, updates = (b - a for a, b in zip(trainer.start, trainer.end, strict=True))
-    parts = dict(trainer.seconds)
-    parts["updates"] -= parts["samples"]
+    parts, cpu = dict(trainer.seconds), dict(trainer.cpu_seconds)
+    for table in (parts, cpu):
+        table["updates"] -= table["samples"]
     parts["collection"] = seconds - sum(parts.values())
     return {
         "env_frames_per_second": round(frames / seconds, 2),
@@ -126,17 +137,24 @@ def measure(overrides: list[str]) -> dict[str, Any]:
         "updates": updates,
         "seconds": round(seconds, 2),
         "share": {name: round(value / seconds, 4) for name, value in parts.items()},
+        "cpu_milliseconds": {
+            "update": round(1e3 * cpu["updates"] / updates, 3),
+            "sample": round(1e3 * cpu["samples"] / updates, 3),
+        },
+        "load_before": round(load, 2),
     }
 
 
-def run(overrides: list[str]) -> dict[str, Any]:
-    """Both runs, and the ratio of their speeds."""
-    rows = {
-        name: measure([*overrides, f"collection.overlap={name == 'overlap'}"])
-        for name in ("synchronous", "overlap")
-    }
-    speeds = [rows[name]["env_frames_per_second"] for name in ("overlap", "synchronous")]
-    return {"runs": rows, "overlap_speed_to_synchronous": round(speeds[0] / speeds[1], 3)}
+def run(overrides: list[str], repeats: int = 1) -> dict[str, Any]:
+    """Both kinds of run in turn, and the ratio of their speeds."""
+    rows: dict[str, list[dict[str, Any]]] = {"synchronous": [], "overlap": []}
+    for _ in range(repeats):
+        for name, runs in rows.items():
+            runs.append(measure([*overrides, f"collection.overlap={name == 'overlap'}"]))
+            print(name, runs[-1], flush=True)
+    speeds = ([row["env_frames_per_second"] for row in runs] for runs in rows.values())
+    ratios = [overlap / synchronous for synchronous, overlap in zip(*speeds, strict=True)]
+    return {"runs": rows, "overlap_speed_to_synchronous": round(statistics.median(ratios), 3)}
 
 
 def main() -> None:
@@ -148,9 +166,10 @@ def main() -> None:
     parser.add_argument(
         "--out", type=Path, default=Path(__file__).parent / "results" / "end_to_end.json"
     )
+    parser.add_argument("--repeats", type=int, default=1)
     args = parser.parse_args()
-    results = run([*SMALL, *args.overrides])
-    settings = {"overrides": [*SMALL, *args.overrides]}
+    results = run([*SMALL, *args.overrides], args.repeats)
+    settings = {"overrides": [*SMALL, *args.overrides], "repeats": args.repeats}
     print(write_results(args.out, {"settings": settings, **results}).read_text())
 
 

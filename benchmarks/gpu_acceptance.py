@@ -1,20 +1,24 @@
 """Every check of this project that wants a GPU, stage by stage, into one results file.
 
-    python benchmarks/gpu_acceptance.py
+    python benchmarks/gpu_acceptance.py --r2dreamer CHECKOUT
     python benchmarks/gpu_acceptance.py --stages learner losses --minutes 10
     python benchmarks/gpu_acceptance.py --small        # the same code, tiny, on the CPU
 
 No network is used. Each stage runs in a process of its own, with a limit, and its result or error
-is written at once: a run that is cut keeps what it has, and a broken stage stops no other. The exit
-code is the number of stages that failed or were not reached.
+is written at once: a run that is cut keeps what it has, the parts of a stage that was cut too, and
+a broken stage stops no other. The limits together are below 25 minutes. The exit code is the number
+of stages that failed or were not reached.
 
 - environment: versions, the device, rates of a large product;
-- losses: each mode of execution gives eager's losses on the same data and noise, and compiles
-  nothing after its first updates;
-- learner: milliseconds of an update, ours and TorchRL's eager parts and stepper (learner.py);
-- masks: frames a second of SAM3 with random weights, of the student, and of the median;
 - render: the simulator's mask on this machine's OpenGL, frames a second;
-- run: a short training on distracting walker_walk, frames a second and where the time goes.
+- learner: milliseconds, arithmetic and memory of an update in each mode (learner.py);
+- losses: each mode of execution gives eager's losses, gradients and changes over 50 updates, one by
+  one and free-running, and compiles nothing after its first two (execution_equality.py);
+- run: a short training on distracted walker_walk, 16 envs at a train ratio of 512, with and without
+  overlap: frames a second and where the time goes (end_to_end.py);
+- masks: frames a second of SAM3 with random weights, of the student, and of the median;
+- peers: milliseconds of an update of TorchRL's parts and stepper and, with a checkout, of
+  r2dreamer, beside ours.
 """
 
 from __future__ import annotations
@@ -27,105 +31,98 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from results_file import write_results
 
 HERE = Path(__file__).parent
-#: Seconds that a stage may take; their sum stays below 25 minutes.
+#: Seconds that a stage may take; their sum stays below 25 minutes. The first imports everything.
 LIMITS = {
     "environment": 90,
-    "render": 90,
-    "losses": 360,
-    "learner": 450,
-    "masks": 180,
-    "run": 300,
+    "render": 60,
+    "learner": 320,
+    "losses": 320,
+    "run": 270,
+    "masks": 140,
+    "peers": 270,
 }
+MINUTES = 24.5
+#: By how much more a stage may take with ``--small``, on a CPU that others use.
+PATIENCE = 6
+#: Writes down what a stage has so far.
+Keep = Callable[[dict[str, Any]], None]
 
 
-def environment(small: bool) -> dict[str, Any]:
+class Options(NamedTuple):
+    """What the command line says to every stage."""
+
+    small: bool
+    """The same code, tiny, on the CPU."""
+    r2dreamer: Path | None
+    """A checkout."""
+    keep: Keep
+    """What a stage gave it is not lost when it is cut."""
+
+
+def environment(options: Options) -> dict[str, Any]:
     """Versions, the device, and what it multiplies."""
     import torch
     from learner import make_clock, product_gflops
 
-    device = _device(small)
+    device = _device(options)
     clock = make_clock(device)
     rates = {"float32": round(product_gflops(device, torch.float32, clock))}
     if device == "cuda":
         rates["bfloat16"] = round(product_gflops(device, torch.bfloat16, clock))
-    memory = 0 if small else torch.cuda.get_device_properties(0).total_memory
+    memory = 0 if device == "cpu" else torch.cuda.get_device_properties(0).total_memory
     return {"cuda": torch.version.cuda, "memory_gib": memory >> 30, "product_gflops": rates}
 
 
-def losses(small: bool) -> dict[str, Any]:
-    """Largest difference of a loss from eager's, and graphs compiled after the first updates."""
-    import torch
-    from learner import ACTION_SIZE, make_sample
+def losses(options: Options) -> dict[str, Any]:
+    """Each mode against eager, update by update and free-running."""
+    import execution_equality
 
-    from w2f_torchrl.modules import PRESETS
-    from w2f_torchrl.trainers import Learner
-
-    device, updates = _device(small), 3 if small else 50
-    modes = ["eager"] if small else ["eager", "compile", "cuda_graph"]
-    sample = make_sample(2 if small else 8, 4 if small else 32, device)
-    result: dict[str, Any] = {"updates": updates}
+    device = _device(options)
+    shape: dict[str, Any] = {"model": "size1m", "batch_size": 8, "batch_length": 32, "updates": 50}
+    modes = ["compile", "cuda_graph"]
+    if options.small:
+        shape, modes = {"updates": 3}, []
+    rows: dict[str, Any] = {}
     for latent in ("whole", "split"):
-        curves: dict[str, torch.Tensor] = {}
-        for mode in [*modes, *(["eager"] if small else [])]:
-            torch.manual_seed(0)
-            learner = Learner(
-                PRESETS["size1m"],
-                action_size=ACTION_SIZE,
-                latent=latent,
-                execution=mode,
-                device=device,
-            )
-            torch.manual_seed(1)
-            rows, graphs = [], 0
-            for number in range(updates):
-                metrics = learner.update(sample.clone())
-                rows.append(torch.stack([metrics[name] for name in learner.loss.out_keys]))
-                if number == 1:
-                    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-            curve = torch.stack(rows).double().cpu()
-            if "eager" in curves:
-                later = torch._dynamo.utils.counters["stats"]["unique_graphs"] - graphs
-                result[f"{latent}, {mode}"] = _compare(curve, curves["eager"], later)
-            curves[mode] = curve
-    bad = [name for name, row in result.items() if isinstance(row, dict) and not row["passed"]]
+        for mode in ("eager", *modes):
+            compared = execution_equality.run([mode], latents=[latent], device=device, **shape)
+            rows |= compared
+            options.keep(rows)
+    bad = [name for name, row in rows.items() if not row["passed"]]
     if bad:
-        raise AssertionError(f"differs from eager or compiles again: {bad}: {json.dumps(result)}")
-    return result
+        raise AssertionError(f"differs from eager or compiles again: {', '.join(bad)}.")
+    return rows
 
 
-def _compare(curve: Any, eager: Any, later_graphs: int) -> dict[str, Any]:
-    """First updates must agree; later, rounding may turn a draw, so means are compared."""
-    import torch
-
-    first = torch.allclose(curve[:3], eager[:3], rtol=1e-3, atol=1e-3)
-    mean = torch.allclose(curve.mean(0), eager.mean(0), rtol=5e-2, atol=3e-2)
-    return {
-        "largest_difference_of_first_3": float((curve[:3] - eager[:3]).abs().max()),
-        "largest_difference_of_means": float((curve.mean(0) - eager.mean(0)).abs().max()),
-        "graphs_compiled_after_2_updates": later_graphs,
-        "passed": bool(first and mean and later_graphs == 0),
-    }
-
-
-def learner(small: bool) -> dict[str, Any]:
+def learner(options: Options) -> dict[str, Any]:
     """What learner.py measures: 12m, batch 16 x 64, bfloat16."""
+    modes = [] if options.small else ["compile", "cuda_graph"]
+    return _learner_benchmark(options, "--latents whole split --no-stepper", modes)
+
+
+def peers(options: Options) -> dict[str, Any]:
+    """The same of other projects, beside ours."""
+    words = "--latents whole"
+    if options.r2dreamer is not None:
+        words += f" --r2dreamer {options.r2dreamer}"
+    return _learner_benchmark(options, words, [] if options.small else ["cuda_graph"])
+
+
+def _learner_benchmark(options: Options, words: str, modes: list[str]) -> dict[str, Any]:
     import learner as benchmark
 
-    words = "--latents whole split --batch-size 2 --batch-length 4 --rounds 1 --modes"
-    if not small:
-        words = (
-            "--latents whole split --device cuda --model size12m --batch-size 16 --batch-length 64 "
-            "--precision bfloat16 --rounds 10 --modes compile cuda_graph"
-        )
-    return benchmark.run(benchmark.parse(words.split()))
+    shape = "--device cuda --precision bfloat16 --model size12m --batch-size 16 --batch-length 64"
+    if options.small:
+        shape = "--batch-size 2 --batch-length 4 --rounds 1"
+    return benchmark.run(benchmark.parse([*words.split(), *shape.split(), "--modes", *modes]))
 
 
-def masks(small: bool) -> dict[str, Any]:
+def masks(options: Options) -> dict[str, Any]:
     """Frames a second of each segmenter on random pictures, SAM3's weights random."""
     import torch
 
@@ -136,11 +133,12 @@ def masks(small: bool) -> dict[str, Any]:
         StudentSegmenter,
     )
 
-    device = _device(small)
+    device, small = _device(options), options.small
     pixels = torch.randint(0, 256, (8 if small else 256, 3, 64, 64), dtype=torch.uint8)
     student = StudentSegmenter(StudentNetwork(), device=device)
     median = MedianSegmenter().fit(pixels)
     result: dict[str, Any] = {"student": _rate(student, pixels), "median": _rate(median, pixels)}
+    options.keep(result)
     try:
         result["sam3_random_weights"] = _rate(
             _random_sam3(device, small), pixels[: 2 if small else 32]
@@ -176,12 +174,12 @@ def _random_sam3(device: str, small: bool) -> Any:
         return Sam3Segmenter(["robot"], checkpoint=str(path), device=device)
 
 
-def render(small: bool) -> dict[str, Any]:
+def render(options: Options) -> dict[str, Any]:
     """Frames a second with the simulator's mask, and that the mask covers something."""
     from w2f_torchrl.envs import make_env
 
     env = make_env("walker", "walk", distraction="easy")
-    steps = 5 if small else 300
+    steps = 5 if options.small else 300
     env.rollout(2)
     begin = time.perf_counter()
     rollout = env.rollout(steps)
@@ -193,11 +191,11 @@ def render(small: bool) -> dict[str, Any]:
     return {"agent_steps_per_second": round(steps / seconds, 1), "mask_share": round(share, 4)}
 
 
-def run(small: bool) -> dict[str, Any]:
+def run(options: Options) -> dict[str, Any]:
     """A short training on distracting walker_walk: end_to_end.py's."""
     import end_to_end
 
-    if small:
+    if options.small:
         overrides = ["training.batch_size=2", "training.batch_length=4", "training.train_ratio=1"]
         overrides += ["training.prefill_steps=32", "training.total_frames=256"]
         overrides += ["collection.num_workers=1", "collection.steps_per_batch=4", "device=cpu"]
@@ -209,61 +207,82 @@ def run(small: bool) -> dict[str, Any]:
     return end_to_end.run([*end_to_end.SMALL, *overrides])
 
 
-STAGES: dict[str, Callable[[bool], dict[str, Any]]] = {
+STAGES: dict[str, Callable[[Options], dict[str, Any]]] = {
     "environment": environment,
     "render": render,
-    "losses": losses,
     "learner": learner,
-    "masks": masks,
+    "losses": losses,
     "run": run,
+    "masks": masks,
+    "peers": peers,
 }
 
 
-def _device(small: bool) -> str:
+def _device(options: Options) -> str:
     import torch
 
-    if small:
+    if options.small:
         return "cpu"
     if not torch.cuda.is_available():
         raise SystemExit("there is no CUDA device; --small runs the same stages on the CPU.")
     return "cuda"
 
 
-def run_stage(name: str, small: bool, limit: float) -> dict[str, Any]:
-    """Run a stage in a process of its own and give its result, or how it failed."""
+def run_stage(name: str, arguments: list[str], limit: float) -> dict[str, Any]:
+    """Run a stage in a process of its own and give what it has, and how it failed if it did."""
     begin = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "result.json"
-        command = [sys.executable, str(Path(__file__).resolve()), "--one", name, str(out)]
-        command += ["--small"] if small else []
+        command = [sys.executable, str(Path(__file__).resolve()), *arguments]
+        command += ["--one", name, str(out)]
+        row: dict[str, Any] = {}
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=limit)
-            failed = f"exit code {done.returncode}: {done.stderr[-1500:]}"
+            if done.returncode:
+                row["failed"] = f"exit code {done.returncode}: {done.stderr[-1500:]}"
         except subprocess.TimeoutExpired:
-            failed = f"not done after {limit:.0f} seconds"
-        row = {"result": json.loads(out.read_text())} if out.exists() else {"failed": failed}
+            row["failed"] = f"not done after {limit:.0f} seconds"
+        if out.exists():
+            row["result"] = json.loads(out.read_text())
     return row | {"seconds": round(time.perf_counter() - begin, 1)}
+
+
+def run_one(name: str, path: Path, options: Options) -> None:
+    """Run a stage in this process; its result, or what there is of it, goes into a file."""
+
+    def keep(result: dict[str, Any]) -> None:
+        written = path.with_suffix(".new")
+        written.write_text(json.dumps(result, allow_nan=False))
+        written.replace(path)  # whole, whenever this process is ended
+
+    keep(STAGES[name](options._replace(keep=keep)))
 
 
 def main() -> None:
     """Run the stages that there is time for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--stages", nargs="+", default=list(STAGES), choices=list(STAGES))
-    parser.add_argument("--minutes", type=float, default=24.5, help="for all stages together")
+    parser.add_argument("--minutes", type=float, help=f"for all stages together: {MINUTES}")
     parser.add_argument("--small", action="store_true", help="tiny, on the CPU")
+    parser.add_argument("--r2dreamer", type=Path, help="a checkout, for the stage peers")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "gpu_acceptance.json")
     parser.add_argument("--one", nargs=2, metavar=("STAGE", "PATH"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
-        result = STAGES[args.one[0]](args.small)
-        Path(args.one[1]).write_text(json.dumps(result, allow_nan=False))
+        options = Options(args.small, args.r2dreamer, lambda result: None)
+        run_one(args.one[0], Path(args.one[1]), options)
         return
-    deadline = time.perf_counter() + 60 * args.minutes
+    patience = PATIENCE if args.small else 1
+    minutes = MINUTES * patience if args.minutes is None else args.minutes
+    deadline = time.perf_counter() + 60 * minutes
+    arguments = ["--small"] if args.small else []
+    if args.r2dreamer is not None:
+        arguments += ["--r2dreamer", str(args.r2dreamer.resolve())]
     rows: dict[str, Any] = {}
     for name in args.stages:
-        left = min(LIMITS[name], deadline - time.perf_counter())
-        rows[name] = run_stage(name, args.small, left) if left > 5 else {"failed": "no time left"}
-        settings = {"small": args.small, "minutes": args.minutes, "limits": LIMITS}
+        left = min(LIMITS[name] * patience, deadline - time.perf_counter())
+        rows[name] = run_stage(name, arguments, left) if left > 5 else {"failed": "no time left"}
+        settings = {"small": args.small, "minutes": minutes, "limits": LIMITS}
         write_results(args.out, {"settings": settings, "stages": rows})
         print(name, json.dumps(rows[name])[:300], flush=True)
     print(args.out)

@@ -6,7 +6,8 @@ Run from the repository's root::
     python benchmarks/replay.py --no-masks --output other.json
 
 All three read B x T records out of the same number of records in memory, in turn, in one process
-with one thread; what is reported is the median over the rounds.
+with one thread; what is reported is the median over the rounds of CPU time. ``growth`` has the same
+of other batches and lengths, for all but TorchRL's.
 
 - ours: ``StreamReplayBuffer.sample``: draw, gather, unpack the masks;
 - gather: indexing the same bytes with a tensor of indices, and nothing else;
@@ -33,6 +34,7 @@ from tensordict import TensorDict
 from torchrl.data import LazyTensorStorage, SliceSampler, TensorDictReplayBuffer
 
 from w2f_torchrl.data import StreamReplayBuffer, make_replay, pack_mask
+from w2f_torchrl.utils.memory import keep_freed_memory
 
 EPISODE = 501
 """Records of a Control Suite episode at an action repeat of 2."""
@@ -55,7 +57,9 @@ def records(streams: int, start: int, num: int, size: int, masks: bool) -> Tenso
     return TensorDict({"stream": stream, **root, "next": TensorDict(new, shape)}, shape)
 
 
-def fill(args: argparse.Namespace) -> tuple[StreamReplayBuffer, TensorDictReplayBuffer]:
+def fill(
+    args: argparse.Namespace, *, with_theirs: bool = True
+) -> tuple[StreamReplayBuffer, TensorDictReplayBuffer]:
     """Write the same records to our replay and to TorchRL's."""
     per_stream = args.records // args.streams
     ours = make_replay(
@@ -78,6 +82,8 @@ def fill(args: argparse.Namespace) -> tuple[StreamReplayBuffer, TensorDictReplay
         num = min(250, per_stream - start)
         chunk = records(args.streams, start, num, args.image_size, args.masks)
         ours.extend(chunk.reshape(-1))
+        if not with_theirs:
+            continue
         if args.masks:
             chunk["next", "foreground_mask"] = pack_mask(chunk["next", "foreground_mask"])
         theirs.extend(chunk.exclude("stream"))
@@ -101,11 +107,24 @@ def measure(ways: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]
     times: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(rounds + 3):
         for name, way in ways.items():
-            begin = time.perf_counter()
+            begin = time.process_time()
             way()
             if number >= 3:  # the first rounds warm caches up
-                times[name].append(1e3 * (time.perf_counter() - begin))
+                times[name].append(1e3 * (time.process_time() - begin))
     return {name: round(median(values), 3) for name, values in times.items()}
+
+
+def grow(args: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Milliseconds at other shapes ``B x T``, one factor at a time."""
+    batch, length = args.batch_size, args.batch_length
+    shapes = [(batch // 4, length), (batch * 4, length), (batch, length // 4), (batch, length * 4)]
+    rows = {}
+    for batch_size, batch_length in shapes:
+        shape = {"batch_size": batch_size, "batch_length": batch_length}
+        ours, _ = fill(argparse.Namespace(**(vars(args) | shape)), with_theirs=False)
+        ways = {"ours": ours.sample, "gather": raw_gather(ours, batch_size, batch_length)}
+        rows[f"{batch_size}x{batch_length}"] = measure(ways, args.rounds)
+    return rows
 
 
 def main() -> None:
@@ -122,6 +141,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    keep_freed_memory()  # as a run does
     ours, theirs = fill(args)
     ways = {
         "ours": ours.sample,
@@ -139,6 +159,7 @@ def main() -> None:
         "time_relative_to_ours": {
             name: round(value / medians["ours"], 2) for name, value in medians.items()
         },
+        "growth": grow(args),
     }
     print(write_results(args.output, results).read_text())
 

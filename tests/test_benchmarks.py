@@ -8,8 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import gpu_acceptance
+import learner_growth
 import pytest
 import same_losses
+from learner_growth import points
+from test_objectives import TINY
 
 from w2f_torchrl.trainers.checkpointing import latest_checkpoint, load_checkpoint, save_checkpoint
 
@@ -19,7 +23,7 @@ SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gpu_acceptance.py"
 def accept(out: Path, *arguments: str) -> tuple[int, dict]:
     """Run the small acceptance: exit code and the stages' rows."""
     command = [sys.executable, str(SCRIPT), "--small", "--out", str(out), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=1500)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=3000)
     assert out.exists(), done.stderr
     results = json.loads(out.read_text())
     assert results["settings"]["small"]
@@ -32,19 +36,104 @@ def test_stages_without_time_are_failures_and_are_written(tmp_path):
     assert stages == {name: {"failed": "no time left"} for name in ("losses", "run")}
 
 
+def test_limits_fit_the_time_of_the_machine_and_name_every_stage():
+    assert set(gpu_acceptance.LIMITS) == set(gpu_acceptance.STAGES)
+    assert sum(gpu_acceptance.LIMITS.values()) <= 60 * gpu_acceptance.MINUTES < 25 * 60
+
+
+@pytest.mark.parametrize(
+    ("body", "failed"),
+    [
+        ("raise SystemExit(3)", "exit code 3"),
+        ("raise ValueError('broken')", "ValueError: broken"),
+    ],
+)
+def test_a_stage_that_breaks_keeps_its_parts(body, failed, monkeypatch, tmp_path):
+    script = tmp_path / "acceptance.py"
+    script.write_text(
+        "import sys\n"
+        f"sys.path.insert(0, {str(SCRIPT.parent)!r})\n"
+        "import gpu_acceptance as acceptance\n"
+        "def stage(options):\n"
+        "    assert options.small and options.r2dreamer is None\n"
+        "    options.keep({'first': 1})\n"
+        f"    {body}\n"
+        "acceptance.STAGES['environment'] = stage\n"
+        "acceptance.main()\n"
+    )
+    monkeypatch.setattr(gpu_acceptance, "__file__", str(script))
+    row = gpu_acceptance.run_stage("environment", ["--small"], limit=600)
+    assert row["result"] == {"first": 1}
+    assert failed in row["failed"]
+
+
+def test_a_stage_that_is_cut_keeps_its_parts(monkeypatch):
+    def cut(command, *, timeout, **options):
+        assert command[-3:-1] == ["--one", "losses"]
+        Path(command[-1]).write_text('{"first": 1}')
+        raise subprocess.TimeoutExpired(command, timeout)
+
+    monkeypatch.setattr(gpu_acceptance.subprocess, "run", cut)
+    row = gpu_acceptance.run_stage("losses", ["--small"], limit=30)
+    assert row["result"] == {"first": 1}
+    assert row["failed"] == "not done after 30 seconds"
+
+
+def test_what_a_stage_keeps_is_whole(tmp_path, monkeypatch):
+    seen = []
+
+    def stage(options):
+        options.keep({"first": 1})
+        seen.append(json.loads((tmp_path / "result.json").read_text()))
+        return {"first": 1, "second": 2}
+
+    monkeypatch.setitem(gpu_acceptance.STAGES, "losses", stage)
+    options = gpu_acceptance.Options(True, None, lambda result: None)
+    gpu_acceptance.run_one("losses", tmp_path / "result.json", options)
+    assert seen == [{"first": 1}]
+    assert json.loads((tmp_path / "result.json").read_text()) == {"first": 1, "second": 2}
+    assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
+
+
+def test_a_growth_varies_one_thing_at_a_time():
+    base = {"batch_size": 8, "model": "size1m", "threads": 1}
+    table = points(base, {"batch_size": (4, 8, 16), "model": ("size1m", "size12m")})
+    assert table.pop("base") == base
+    assert list(table) == ["batch_size=4", "batch_size=16", "model=size12m"]
+    for settings in table.values():
+        assert sum(settings[key] != base[key] for key in base) == 1
+
+
+def test_a_larger_batch_takes_more_of_everything(monkeypatch):
+    monkeypatch.setitem(learner_growth.PRESETS, "tiny", TINY)
+    base = {"model": "tiny", "latent": "split", "batch_size": 2, "batch_length": 8, "rounds": 1}
+    base |= {"image_size": 16, "execution": "eager", "precision": "float32", "threads": 1}
+    result = learner_growth.run(base | {"device": "cpu"}, {"batch_length": (8, 256)}, 1)
+    grown = result["update"]["batch_length=256"]["times_base"]
+    assert grown["million_parameters"] == 1
+    assert grown["gflop"] == pytest.approx(32, rel=0.2)
+    assert 2 < grown["operations"] < 32  # imagination's don't depend on it
+    assert grown["peak_mib"] > 1
+
+
 @pytest.mark.slow
 @pytest.mark.render
+@pytest.mark.timeout(3000)
 def test_every_stage_of_the_acceptance_runs_on_the_cpu(tmp_path):
     code, stages = accept(tmp_path / "small.json")
     assert code == 0, stages
-    assert list(stages) == ["environment", "render", "losses", "learner", "masks", "run"]
+    names = ["environment", "render", "learner", "losses", "run", "masks", "peers"]
+    assert list(stages) == names
     result = {name: row["result"] for name, row in stages.items()}
-    assert result["losses"]["split, eager"]["largest_difference_of_first_3"] == 0  # one seed
+    for latent in ("whole", "split"):
+        one_by_one = result["losses"][f"{latent}, eager"]["one_by_one"]
+        assert one_by_one["losses"]["largest"] == one_by_one["change"]["largest"] == 0  # one seed
     update = result["learner"]["update"]
     assert update["split"]["operations"] > update["dreamer_v3"]["operations"] > 1000
     assert 0.5 < update["dreamer_v3"]["gflop"] / update["torchrl_parts"]["gflop"] < 1.2
+    assert set(result["peers"]["update"]) == {"torchrl_parts", "dreamer_v3"}
     assert result["masks"]["student"] > 0
-    for run in result["run"]["runs"].values():
+    for (run,) in result["run"]["runs"].values():
         assert run["updates"] > 0
         assert abs(sum(run["share"].values()) - 1) < 0.01
 

@@ -502,7 +502,9 @@ def test_pinned_and_device_replays_give_the_same_slices(tmp_path: Path):
         replay = small_replay(**changes)
         Feeder(replay).write([33, 7, 14])
         samples.append([replay.sample() for _ in range(4)])
-        assert samples[-1][0]["next", "pixels"].is_pinned() == ("pin_memory" in changes)
+        for entry in ("pixels", "foreground_mask", "reward"):
+            pinned_entry = samples[-1][0]["next", entry].is_pinned()
+            assert pinned_entry == ("pin_memory" in changes), entry
         assert samples[-1][0].device.type == changes.get("device", "cpu")
     for other in samples[1:]:
         assert all((a == b.cpu()).all() for a, b in zip(samples[0], other, strict=True))

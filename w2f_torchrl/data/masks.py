@@ -45,11 +45,12 @@ def pack_mask(mask: Tensor) -> Tensor:
     return packed
 
 
-def unpack_mask(packed: Tensor) -> Tensor:
+def unpack_mask(packed: Tensor, *, pin_memory: bool = False) -> Tensor:
     """Undo :func:`pack_mask`.
 
     Args:
         packed: uint8 ``[..., 1, H, W // 8]``.
+        pin_memory: Whether the mask lies in page-locked memory.
 
     Returns:
         bool ``[..., 1, H, W]``.
@@ -60,5 +61,6 @@ def unpack_mask(packed: Tensor) -> Tensor:
     if packed.dtype != torch.uint8:
         raise TypeError(f"unpack_mask expects uint8, got {packed.dtype}.")
     words = _BITS.to(packed.device).view(torch.int64).squeeze(-1)  # [256], eight bools a word
-    flat = words.index_select(0, packed.reshape(-1).int())
+    flat = words.new_empty(packed.numel(), pin_memory=pin_memory)
+    torch.index_select(words, 0, packed.reshape(-1).int(), out=flat)
     return flat.view(torch.bool).view(*packed.shape[:-1], packed.shape[-1] * 8)

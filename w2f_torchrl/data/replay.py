@@ -235,7 +235,7 @@ class StreamReplayBuffer(TensorDictReplayBuffer):
             if self._cuts:
                 self._mark_cuts(data, index)
         if MASK_KEY in data.keys(include_nested=True):
-            data.set(MASK_KEY, unpack_mask(data[MASK_KEY]))
+            data.set(MASK_KEY, unpack_mask(data[MASK_KEY], pin_memory=self._pin_memory))
         data = self._transform(data)
         info["index"] = index.to(data.device)
         return data, info

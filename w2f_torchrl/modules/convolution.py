@@ -96,9 +96,9 @@ def subpixel_convolution(
     subpixels = result.permute(0, 2, 3, 1).unflatten(-1, (2, 2, out))  # [N, H, W, 2, 2, O]
     height, width = 2 * x.shape[2], 2 * x.shape[3]
     if not channels_last:
-        planes = subpixels.permute(0, 5, 1, 3, 2, 4)
+        planes: Tensor = subpixels.permute(0, 5, 1, 3, 2, 4)
         return planes.reshape(len(x), out, height, width)
-    rows = subpixels.permute(0, 1, 3, 2, 4, 5)
+    rows: Tensor = subpixels.permute(0, 1, 3, 2, 4, 5)
     return rows.reshape(len(x), height, width, out).permute(0, 3, 1, 2)
 
 

@@ -25,6 +25,7 @@ from w2f_torchrl.trainers.checkpointing import (
 )
 from w2f_torchrl.trainers.collecting import ended_episodes, start_collecting
 from w2f_torchrl.trainers.config import RunConfig, save_config
+from w2f_torchrl.trainers.device_copy import DeviceCopy
 from w2f_torchrl.trainers.diagnostics import Diagnostics
 from w2f_torchrl.trainers.distributed import Ranks, describe_lost_rank, is_lost_rank
 from w2f_torchrl.trainers.environments import build_env
@@ -113,6 +114,7 @@ class Trainer:
         config, ranks = self.config, self.ranks
         self.device = config.torch_device()
         ranks.connect(self.device, config.distributed.timeout_seconds)
+        self._to_device = DeviceCopy(self.device)
         # torchrun counts on the machine where a rank failed only.
         again = any(ranks.gather([is_restart(self.run_dir)]))
         checkpoint = ranks.on_first(partial(self._find_checkpoint, again))
@@ -251,7 +253,7 @@ class Trainer:
                 return
             sample = self.replay.sample()
             slots = sample["index"]
-            sample = sample.to(self.device, non_blocking=True)
+            sample = self._to_device(sample)
             self.state.metrics.add(self.learner.update(sample), slots)
             self.state.counters.add_update()
             if self.updates % self.config.logging.every_updates == 0:
