@@ -36,7 +36,7 @@ AXES: dict[str, tuple[Any, ...]] = {
     "batch_size": (4, 8, 16),
     "batch_length": (16, 32, 64),
     "image_size": (32, 64, 128),
-    "model": ("size1m", "size12m"),
+    "model": ("size1m", "size12m", "size25m"),
 }
 
 
