@@ -12,7 +12,6 @@ import gpu_acceptance
 import learner_growth
 import pytest
 import same_losses
-from learner_growth import points
 from test_objectives import TINY
 
 from w2f_torchrl.trainers.checkpointing import latest_checkpoint, load_checkpoint, save_checkpoint
@@ -97,7 +96,7 @@ def test_what_a_stage_keeps_is_whole(tmp_path, monkeypatch):
 
 def test_a_growth_varies_one_thing_at_a_time():
     base = {"batch_size": 8, "model": "size1m", "threads": 1}
-    table = points(base, {"batch_size": (4, 8, 16), "model": ("size1m", "size12m")})
+    table = learner_growth.points(base, {"batch_size": (4, 8, 16), "model": ("size1m", "size12m")})
     assert table.pop("base") == base
     assert list(table) == ["batch_size=4", "batch_size=16", "model=size12m"]
     for settings in table.values():

@@ -46,7 +46,7 @@ def test_a_checkpoint_has_no_trace_of_the_mode(mode):
     ("mode", "latent"),
     [
         ("eager", "split"),
-        pytest.param("compile", "whole", marks=pytest.mark.slow),
+        ("compile", "whole"),
         pytest.param("compile", "split", marks=pytest.mark.slow),
         pytest.param("compile_all", "whole", marks=pytest.mark.slow),
         pytest.param("compile_all", "split", marks=pytest.mark.slow),

@@ -8,6 +8,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from execution_equality import TINY
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tensordict import TensorDict
@@ -15,7 +16,7 @@ from torch.nn import functional as F
 from torchrl.modules import PercentileValueNorm, SymExpTwoHot
 from torchrl.objectives import categorical_kl_terms
 
-from w2f_torchrl.modules import ModelConfig, build_actor, build_critic, build_world_model
+from w2f_torchrl.modules import build_actor, build_critic, build_world_model
 from w2f_torchrl.modules.config import BACKGROUND_ENCODERS
 from w2f_torchrl.objectives import (
     LossConfig,
@@ -28,21 +29,6 @@ from w2f_torchrl.objectives import (
 )
 from w2f_torchrl.segmenters import mask_iou
 
-TINY = ModelConfig(
-    preset="tiny",
-    belief_size=16,
-    hidden_size=8,
-    num_categoricals=4,
-    num_classes=4,
-    cnn_depth=4,
-    units=8,
-    background_belief_size=8,
-    background_hidden_size=8,
-    background_num_classes=4,
-    background_cnn_depth=4,
-    num_blocks=4,
-    num_bins=41,
-)
 SIZE = 16
 LATENTS = ["whole", "split", "shared", "foreground"]
 
