@@ -185,7 +185,7 @@ def unpack(version: str, folder: Path) -> tuple[Path, dict[str, Any]]:
     subprocess.run(["tar", "-x", "-C", folder], stdin=archive.stdout, check=True)
     if archive.wait():
         raise RuntimeError(f"git archive {commit} failed.")
-    return folder, {"version": version, "commit": commit, "changed": False}
+    return folder, {"version": commit, "commit": commit, "changed": False}
 
 
 def compare_versions(
