@@ -17,7 +17,6 @@ from torchrl.modules import RSSMPosteriorV3, RSSMPriorV3, RSSMRolloutV3
 from w2f_torchrl.modules.layers import (
     activate,
     block_product,
-    constant,
     linear,
     on_cpu,
     product,
@@ -178,7 +177,7 @@ def _imagine_belief(belief: Tensor, gates: Tensor) -> Tensor:
         return _update_belief(belief, gates)
     opening, candidate = gates.tensor_split((2 * belief.shape[-1],), -1)
     reset, update = opening.sigmoid_().chunk(2, -1)
-    zero, minus_one = (constant(value, belief.dtype) for value in (0.0, -1.0))
+    zero, minus_one = gates.new_zeros(()), gates.new_full((), -1)
     candidate = torch.addcmul(zero, candidate, reset, value=2).sigmoid_()
     candidate = torch.add(minus_one, candidate, alpha=2)
     return torch.lerp(belief, candidate, update)
