@@ -64,28 +64,26 @@ def measure_point(settings: dict[str, Any], counted: bool) -> dict[str, float]:
     before = held_mib(device)
     shape = settings["batch_size"], settings["batch_length"]
     sample = make_sample(*shape, device, settings["image_size"])
-    learner = Learner(
-        PRESETS[settings["model"]],
-        action_size=ACTION_SIZE,
-        image_size=settings["image_size"],
-        latent=settings["latent"],
-        execution=settings["execution"],
-        device=device,
-        optimizer=OptimizerConfig(precision=settings["precision"]),
-    )
+    learner = _learner(settings, settings["execution"])
     seconds, _, _ = measure({"": (learner.update, sample)}, settings["rounds"], device)
     row = {"seconds": statistics.median(seconds[""]), "peak_mib": held_mib(device) - before}
     return row | (_count(settings, sample) if counted else {})
 
 
-def _count(settings: dict[str, Any], sample: Any) -> dict[str, float]:
-    learner = Learner(
+def _learner(settings: dict[str, Any], execution: str) -> Learner:
+    return Learner(
         PRESETS[settings["model"]],
         action_size=ACTION_SIZE,
         image_size=settings["image_size"],
         latent=settings["latent"],
+        execution=execution,
         device=settings["device"],
+        optimizer=OptimizerConfig(precision=settings["precision"]),
     )
+
+
+def _count(settings: dict[str, Any], sample: Any) -> dict[str, float]:
+    learner = _learner(settings, "eager")  # a captured graph's operations can't be counted
     parameters = sum(p.numel() for p in learner.parameters_trained)
     return count(learner.update, sample) | {"million_parameters": round(parameters / 1e6, 3)}
 
