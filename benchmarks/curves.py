@@ -397,7 +397,13 @@ def _runs(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[Run
     if args.runs is None or args.parallel < 1 or args.labels:
         parser.error("--train needs --runs FOLDER, --parallel of at least 1, and no --labels.")
     jobs = read_jobs(args.train)
-    trained = Runs(args.runs, args.parallel, lambda line: sys.stderr.write(f"{line}\n")).train(jobs)
+    try:
+        trained = Runs(args.runs, args.parallel, lambda line: sys.stderr.write(f"{line}\n")).train(
+            jobs
+        )
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted; the same command goes on from here\n")
+        raise SystemExit(130) from None
     return [load_run(path, label) for label, paths in trained.items() for path in paths]
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
-from _documents import ROOT, load_script
+from documents import ROOT, load_script
 
 replay = load_script("replay_dockerfile")
 STEPS = replay.instructions(ROOT / "Dockerfile")

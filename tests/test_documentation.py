@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from _documents import ROOT, blocks, load_script, name_of, pages
+from documents import ROOT, blocks, load_script, name_of, pages
 from omegaconf import OmegaConf
 
 from w2f_torchrl.trainers import RunConfig

@@ -20,10 +20,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import newcomer
 import pytest
 import torch
-from _documents import ROOT, Block, commands, name_of, pages, python_blocks
 from _extras import skip_without_an_extra
+from documents import ROOT, Block, commands, name_of, pages, python_blocks
 from hydra import compose, initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -302,3 +303,40 @@ def test_a_training_command_of_the_readme_trains(command: str, reader: Path, tmp
         short = OmegaConf.merge(config, SHORT, {"model": model}, learns, where)
         Trainer(to_run_config(short)).train()
         assert (tmp_path / str(index) / "checkpoints").is_dir()
+
+
+# ------------------------------------------------------------------ the newcomer's log
+
+
+def test_the_newcomer_knows_every_command_of_the_readme():
+    planned = [command for command, _ in newcomer.plan(ROOT / "README.md")]
+    assert sorted(planned) == sorted(commands(ROOT / "README.md"))
+
+
+def test_the_newcomer_notices_a_command_it_does_not_know(tmp_path: Path):
+    page = tmp_path / "README.md"
+    page.write_text((ROOT / "README.md").read_text() + "\n```\nmake sandwich\n```\n")
+    with pytest.raises(ValueError, match=r"STEPS lacks \['make sandwich'\]"):
+        newcomer.plan(page)
+
+
+@pytest.mark.parametrize(
+    ("program", "step", "exit_code", "well"),
+    [
+        ("print('made')", newcomer.Step(""), 0, True),
+        ("raise SystemExit('no such file')", newcomer.Step(""), 1, False),
+        ("raise SystemExit('no such file')", newcomer.Step("", error="no such"), 1, True),
+        ("raise SystemExit('elsewhere')", newcomer.Step("", error="no such"), 1, False),
+        ("print('no such')", newcomer.Step("", error="no such"), 0, False),
+        ("print('too soon')", newcomer.Step("", interrupt=60), 0, False),
+        ("__import__('time').sleep(99)", newcomer.Step("", interrupt=3), -2, False),
+    ],
+)
+def test_the_newcomer_tells_a_good_end_from_a_bad_one(
+    program: str, step: newcomer.Step, exit_code: int, well: bool, tmp_path: Path
+):
+    command = shlex.join([sys.executable, "-c", program])
+    result = newcomer.run(command, tmp_path, tmp_path / "log", step)
+    assert (result["exit"], result["well"]) == (exit_code, well)
+    if step.error and well:
+        assert result["last_line"] == "no such file"

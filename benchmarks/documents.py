@@ -48,8 +48,8 @@ def pages() -> list[Path]:
 
 
 def name_of(page: Path) -> str:
-    """The page's path in the checkout."""
-    return page.relative_to(ROOT).as_posix()
+    """The page's path in the checkout; of a page from elsewhere its file name."""
+    return page.relative_to(ROOT).as_posix() if page.is_relative_to(ROOT) else page.name
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,247 @@
+"""Follow README.md from a fresh clone as a newcomer would: every command, timed, how it ended.
+
+    python benchmarks/newcomer.py --out benchmarks/results/newcomer.json
+    python benchmarks/newcomer.py --only "make" "python examples"
+
+The commit at hand is cloned into a temporary folder; each command of README.md is run there in the
+order of STEPS, which says what it is given when it would take hours here: Ctrl+C after a while, a
+shorter form, or, for what a machine without a network, an account or weights can't do, the error
+that the reader has to see. A command that STEPS doesn't have is an error, so the list can't age.
+Packages come from uv's cache where it has them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import resource
+import shlex
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from documents import ROOT, commands, python_blocks
+from results_file import write_results
+
+TRAIN = "python sota_configs/world2filter.py"
+LONGER = "longer than a reader waits: benchmarks/results has what it made"
+PATIENCE = 2400.0
+"""Seconds after which a command is given up."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """What to do with the README's commands that begin with some words."""
+
+    start: str
+    instead: str | None = None
+    """What is run in its place; ``None``: the command itself."""
+    interrupt: float | None = None
+    """Press Ctrl+C after these seconds; it then has to end with 0, or 130 as shells count it."""
+    error: str | None = None
+    """It has to fail, and to say this."""
+    skip: str | None = None
+    """Why it isn't run."""
+    python: bool = False
+    """Before it, the README's Python is run, which reads what ``make train`` made."""
+
+
+STEPS = (
+    Step("make setup"),
+    Step("make extras"),
+    Step("make train"),
+    Step("python -m w2f_torchrl.report runs/demo", python=True),
+    Step("make test"),
+    Step(f"{TRAIN} --cfg job"),
+    Step(f"{TRAIN} environment.domain=walker", interrupt=75),
+    Step(
+        f"{TRAIN} resume=auto",
+        f"{TRAIN} environment.domain=walker environment.task=walk resume=auto",
+        interrupt=75,
+    ),
+    Step(f"{TRAIN} algo=dreamer_v3", interrupt=75),
+    Step(f"{TRAIN} algo.latent=shared", interrupt=75),
+    Step("python examples/own_env_and_segmenter.py"),
+    Step(
+        "torchrun --nproc_per_node=8",
+        f"torchrun --nproc_per_node=2 {TRAIN.split()[1]} experiment=smoke run_dir=runs/two_ranks",
+    ),
+    Step(f"{TRAIN} --multirun", skip="needs a SLURM cluster: tests/test_slurm.py has one"),
+    Step("hf auth login", skip="asks for the reader's account"),
+    Step("hf download", skip="gated weights"),
+    Step(f"{TRAIN} segmentation=sam3", error="sam3.pt"),
+    Step(f"{TRAIN} segmentation=student segmentation.teacher=sam3", error="sam3.pt"),
+    Step(f"{TRAIN} segmentation=student segmentation.labels", error="frames.npz"),
+    Step(f"{TRAIN} segmentation=student", f"{TRAIN} segmentation=student seed=1", interrupt=150),
+    Step("python sota_configs/preprocess_masks.py", error="data.npz"),
+    Step("python benchmarks/masks.py --choose-prompts", error="sam3.pt"),
+    Step("python sota_configs/download_davis.py", error="davis"),
+    Step("make docs"),
+    Step(f"{TRAIN} experiment=smoke"),
+    Step("python benchmarks/masks.py --segmenter median"),
+    Step("python benchmarks/curves.py --train benchmarks/curves/cartpole_easy.yaml", interrupt=100),
+    Step(
+        "python benchmarks/curves.py --train benchmarks/curves/cartpole_swingup_easy.yaml",
+        skip="the same with another list",
+    ),
+    Step("python benchmarks/filtering.py", skip=LONGER),
+    Step("python benchmarks/generalisation.py", skip=LONGER),
+    Step("python benchmarks/side_by_side.py", skip=LONGER),
+    Step("python benchmarks/render.py", "python benchmarks/render.py --rounds 3 --steps 3"),
+    Step(
+        "python benchmarks/distraction_cost.py",
+        "python benchmarks/distraction_cost.py --rounds 1 --frames 2",
+    ),
+    Step("python benchmarks/learner.py", skip="needs a checkout of r2dreamer"),
+    Step("python benchmarks/execution_equality.py", skip=LONGER),
+    Step("python benchmarks/replay.py", skip=LONGER),
+    Step("python benchmarks/student.py", skip=LONGER),
+    Step("python benchmarks/kills.py", "python benchmarks/kills.py --kills 2"),
+    Step("python benchmarks/rank_faults.py", skip=LONGER),
+    Step(f"{TRAIN} experiment=cartpole_cpu algo=dreamer_v3", interrupt=75),
+    Step(f"{TRAIN} experiment=cartpole_cpu", interrupt=75),
+    Step(f"{TRAIN} experiment=cartpole_repeat8", interrupt=75),
+    Step("python benchmarks/curves.py runs/dreamer_v3_cartpole_balance_0"),
+    Step("python benchmarks/gpu_acceptance.py", skip="tests/test_benchmarks.py has its small form"),
+)
+
+
+def plan(page: Path) -> list[tuple[str, Step]]:
+    """Every command of a page with its step: the one that begins with the most of its words.
+
+    Raises:
+        ValueError: Naming the commands that no step is for, or the steps that no command is for.
+    """
+    found: dict[Step, list[str]] = {step: [] for step in STEPS}
+    unknown = []
+    for command in commands(page):
+        fitting = [step for step in STEPS if command.startswith(step.start)]
+        if fitting:
+            found[max(fitting, key=lambda step: len(step.start))].append(command)
+        else:
+            unknown.append(command)
+    unused = [step.start for step, its in found.items() if not its]
+    if unknown or unused:
+        raise ValueError(f"STEPS lacks {unknown}, and has {unused}, which README.md has not.")
+    return [(command, step) for step, its in found.items() for command in its]
+
+
+def run(command: str, clone: Path, log: Path, step: Step) -> dict[str, Any]:
+    """Run one command in the clone's virtual environment, and see how it ends.
+
+    Returns:
+        ``command``, ``seconds`` by the clock, ``cpu_seconds`` of it and its children, ``exit``
+        (negative: a signal), ``ended`` in words, ``well`` (whether it ended as it should), and the
+        ``last_line`` that it printed.
+    """
+    environment = os.environ | {
+        "PATH": f"{clone / '.venv' / 'bin'}:{os.environ['PATH']}",
+        "HYDRA_FULL_ERROR": "0",
+    }
+    environment.pop("PYTHONPATH", None)
+    before, began, ended = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic(), "itself"
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            shlex.split(command),
+            cwd=clone,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            process.wait(step.interrupt or PATIENCE)
+        except subprocess.TimeoutExpired:
+            ended = f"Ctrl+C after {step.interrupt or PATIENCE:.0f} s"
+            os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+            try:
+                process.wait(180)
+            except subprocess.TimeoutExpired:
+                ended += ", killed 180 s later"
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+    seconds = time.monotonic() - began
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    text = log.read_text(errors="replace").replace(str(clone), ".").strip()
+    if step.error is not None:
+        well = process.returncode > 0 and step.error in text
+    else:
+        good = (0,) if step.interrupt is None else (0, 130)
+        well = process.returncode in good and (ended == "itself") == (step.interrupt is None)
+    return {
+        "command": command,
+        "seconds": round(seconds, 1),
+        "cpu_seconds": round(sum(after[:2]) - sum(before[:2]), 1),
+        "exit": process.returncode,
+        "ended": ended,
+        "well": well,
+        "last_line": text.splitlines()[-1][:200] if text else "",
+    }
+
+
+def write_python(clone: Path) -> str:
+    """The README's Python in a file of the clone, with the demo's own checkpoint; its command."""
+    text = "\n".join(block.text for block in python_blocks(clone / "README.md"))
+    newest = max((clone / "runs" / "demo" / "checkpoints").glob("checkpoint_*.pt"))
+    for word in {word.strip('"()') for word in text.split('"') if word.startswith("runs/demo/")}:
+        text = text.replace(word, newest.relative_to(clone).as_posix())
+    main = "\n".join(f"    {line}" for line in text.splitlines())
+    (clone / "readme.py").write_text(f'if __name__ == "__main__":\n{main}\n')
+    return "python readme.py"
+
+
+def follow(
+    clone: Path, logs: Path, only: Sequence[str]
+) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
+    """Run the commands, and say how each went.
+
+    Returns:
+        Those that were run, and those that were not, with the reason.
+    """
+    done: list[dict[str, Any]] = []
+    left: list[dict[str, str]] = []
+    for command, step in plan(clone / "README.md"):
+        if only and not any(command.startswith(start) for start in only):
+            continue
+        if step.skip is not None:
+            left.append({"command": command, "why": step.skip})
+            continue
+        names = [(step.instead or command, step)]
+        if step.python:
+            names.insert(0, (write_python(clone), Step("python")))
+        for name, how in names:
+            result = run(name, clone, logs / f"{len(done):02d}.log", how)
+            if name != command and how is step:
+                result["in_place_of"] = command
+            done.append(result)
+            print(f"{result['seconds']:7.1f} s  {result['exit']:3d}  {result['well']!s:5}  {name}")
+    return done, left
+
+
+def main() -> None:
+    """Clone, follow, write; exits with 1 if a command didn't end as it should."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", nargs="+", default=[], help="commands that begin with these")
+    parser.add_argument("--logs", type=Path, help="keep what each command printed in this folder")
+    parser.add_argument("--out", default="benchmarks/results/newcomer.json")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        clone, logs = Path(folder) / "clone", (args.logs or Path(folder) / "logs").absolute()
+        logs.mkdir(parents=True, exist_ok=True)
+        subprocess.run(["git", "clone", "--quiet", str(ROOT), str(clone)], check=True)
+        revision = subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=clone, text=True)
+        done, left = follow(clone, logs, args.only)
+    failed = [result["command"] for result in done if not result["well"]]
+    results = {"commit": revision.strip(), "ran": done, "not_run": left, "failed": failed}
+    print(write_results(args.out, results))
+    raise SystemExit(bool(failed))
+
+
+if __name__ == "__main__":
+    main()
