@@ -150,6 +150,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=RESULTS / "masks.json")
     parser.add_argument("--picture", type=Path, help="of overlays, with the last distraction")
     args = parser.parse_args()
+    if args.choose_prompts and not Path(args.choose_prompts).is_file():
+        parser.error(f"--choose-prompts {args.choose_prompts} is no file.")
     torch.set_num_threads(1)
     table: dict[str, Any] = {}
     segmenters = {
