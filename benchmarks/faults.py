@@ -39,6 +39,7 @@ class Attempt:
     Args:
         root: A folder of its own.
         before_update: Called in the child before each update.
+        log: Its log, if not in that folder.
         settings: Of the run.
     """
 
@@ -46,9 +47,10 @@ class Attempt:
         self,
         root: Path,
         before_update: Callable[[Trainer, Any], None] | None = None,
+        log: Path | None = None,
         **settings: Any,
     ) -> None:
-        self.run_dir, self._log = root / "run", root / "log"
+        self.run_dir, self._log = root / "run", log or root / "log"
         self._log.unlink(missing_ok=True)
         config = small_run(self.run_dir, "world2filter", **(QUIET | settings))
 
@@ -184,7 +186,7 @@ def disk_full(root: Path) -> Row:
     disk.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "none", str(disk)], check=True)
     try:
-        attempt = Attempt(disk)
+        attempt = Attempt(disk, log=root / "log")  # what it says needs room, too
         attempt.reaches(10)
         filler = disk / "filler"
         start = time.monotonic()
