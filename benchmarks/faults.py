@@ -10,15 +10,18 @@ that fails in its worker, a server that isn't there. SIGKILL again and again is 
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import math
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +31,11 @@ from results_file import write_results
 
 from w2f_torchrl.trainers import Trainer
 from w2f_torchrl.trainers.checkpointing import list_checkpoints, load_checkpoint, read_manifest
+from w2f_torchrl.utils.wandb_logging import FINISH_SECONDS
 
 Row = dict[str, Any]
 QUIET = {"evaluation": {"every_frames": 0}}
+ONLINE = {"use_wandb": True, "wandb_mode": "online"}
 
 
 class Attempt:
@@ -312,18 +317,25 @@ def two_runs(root: Path) -> Row:
     }
 
 
-def wandb_unreachable(root: Path) -> Row:
-    """The online mode of wandb, and a server that isn't there."""
-    server = {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "0" * 40}
+@contextmanager
+def wandb_at(port: int) -> Iterator[None]:
+    """Runs begun meanwhile look for wandb's server at a port of this machine."""
+    server = {"WANDB_BASE_URL": f"http://127.0.0.1:{port}", "WANDB_API_KEY": "0" * 40}
     os.environ.update(server)
-    start = time.monotonic()
     try:
-        attempt = Attempt(root, logging={"use_wandb": True, "wandb_mode": "online"})
-        noticed = attempt.says("wandb can't be reached") - start
-        code = attempt.end()
+        yield
     finally:
         for name in server:
             del os.environ[name]
+
+
+def wandb_unreachable(root: Path) -> Row:
+    """The online mode of wandb, and a server that isn't there."""
+    start = time.monotonic()
+    with wandb_at(9):
+        attempt = Attempt(root, logging=ONLINE)
+    noticed = attempt.says("wandb can't be reached") - start
+    code = attempt.end()
     kept = list((attempt.run_dir / "wandb").glob("offline-run-*/*.wandb"))
     updates = rows(attempt.run_dir)[-1]["updates"]
     return {
@@ -334,6 +346,46 @@ def wandb_unreachable(root: Path) -> Row:
         "lost": "nothing",
         "message": line(attempt, "can't be reached"),
     }
+
+
+def wandb_lost(root: Path) -> Row:
+    """The online mode of wandb, and a server that is killed in the middle of the run."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    stub = [sys.executable, str(Path(__file__).with_name("wandb_stub.py")), str(port)]
+    server = subprocess.Popen(stub, stdout=subprocess.DEVNULL)
+    try:
+        with wandb_at(port):
+            attempt = Attempt(root, logging=ONLINE)
+        attempt.reaches(40)
+    finally:
+        server.kill()
+        server.wait()
+    lost = rows(attempt.run_dir)[-1]["updates"]
+    noticed = attempt.says("takes nothing more", 900.0)
+    code = attempt.end()
+    ended = time.monotonic() - noticed
+    last, kept = rows(attempt.run_dir)[-1]["updates"], wandb_rows(attempt.run_dir)
+    logged = json.loads((attempt.run_dir / "wandb_run.json").read_text())["rows"]
+    return {
+        "fault": "wandb's server lost while a run is online",
+        "what_happened": f"lost at update {lost}, training goes on to its end at {last}; the "
+        f"upload is given up {FINISH_SECONDS:.0f} seconds later; exit code {code} {ended:.0f} "
+        f"seconds after that; {kept} of {logged} rows are in wandb's own file",
+        "seconds_to_notice": FINISH_SECONDS,
+        "lost": "nothing" if kept == logged else f"{logged - kept} rows",
+        "message": line(attempt, "takes nothing more"),
+    }
+
+
+def wandb_rows(run_dir: Path) -> int:
+    """Rows in the one file that wandb keeps of an online run, by wandb's own inspector."""
+    (path,) = (run_dir / "wandb").glob("run-*/*.wandb")
+    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(path)]
+    text = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    lines = [json.loads(line) for line in text.splitlines() if line.startswith("{")]
+    return sum("history" in record for record in lines)
 
 
 def children_of(parent: int, word: str) -> list[int]:
@@ -362,6 +414,7 @@ FAULTS: dict[str, Callable[[Path], Row]] = {
     "nan_skip": lambda root: not_a_number(root, "skip"),
     "two_runs": two_runs,
     "wandb_unreachable": wandb_unreachable,
+    "wandb_lost": wandb_lost,
 }
 
 

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import logging
 import math
+import socket
 import subprocess
 import sys
 import threading
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import wandb_stub
 from PIL import Image
 from test_trainers import tiny_run
 from torchrl.record.loggers.csv import CSVLogger
@@ -239,24 +241,35 @@ def test_auto_is_online_with_a_key_and_offline_without(tmp_path, monkeypatch):
     assert wandb_logging.choose_mode("online") == "online"
 
 
-@needs_wandb
-@pytest.mark.slow
-def test_an_unreachable_server_costs_a_wait_and_a_warning(tmp_path):
-    """In a process of its own: wandb reads its server's address once."""
+def run_online(folder: Path, port: int, kept: str, meanwhile: str = "") -> str:
+    """A run logged online, in a process of its own: wandb reads its server's address once.
+
+    Args:
+        folder: The run's directory is made here.
+        port: Of the server.
+        kept: The folder, below wandb's, with the file that has to hold both rows.
+        meanwhile: Python, between two rows of metrics.
+
+    Returns:
+        What it wrote to stderr.
+    """
     code = f"""
-import json, logging
+import json, logging, os
 logging.basicConfig(level=logging.INFO, format="%(message)s")
 from w2f_torchrl.utils import wandb_logging
 from w2f_torchrl.utils.logging import MetricsLogger
-wandb_logging.INIT_SECONDS = 3.0
-sink = wandb_logging.make_wandb_logger({str(tmp_path / "run")!r}, project="p", mode="online")
-with MetricsLogger({str(tmp_path / "run")!r}, [sink]) as metrics:
+wandb_logging.INIT_SECONDS = 3.0 if {port} == 9 else 60.0
+wandb_logging.FINISH_SECONDS = 3.0
+sink = wandb_logging.make_wandb_logger({str(folder / "run")!r}, project="p", mode="online")
+with MetricsLogger({str(folder / "run")!r}, [sink]) as metrics:
     metrics.log({{"wm/kl_loss": 0.5}}, frames=7, updates=1)
+    {meanwhile}
+    metrics.log({{"wm/kl_loss": 0.25}}, frames=8, updates=2)
 """
     variables = {
         "PYTHONPATH": str(ROOT),
-        "HOME": str(tmp_path),
-        "WANDB_BASE_URL": "http://127.0.0.1:9",
+        "HOME": str(folder),
+        "WANDB_BASE_URL": f"http://127.0.0.1:{port}",
         "WANDB_API_KEY": "x" * 40,
         "PATH": "/usr/bin:/bin",
     }
@@ -264,11 +277,36 @@ with MetricsLogger({str(tmp_path / "run")!r}, [sink]) as metrics:
         [sys.executable, "-c", code], env=variables, capture_output=True, text=True, timeout=250
     )
     assert done.returncode == 0, done.stderr
-    assert "logged offline. Upload it later: wandb sync" in done.stderr
-    (path,) = (tmp_path / "run").glob("wandb/offline-run-*/*.wandb")
-    (item,) = history([inspect(path)])
-    assert (item["wm/kl_loss"], item["wm/step"]) == (0.5, 7)
-    assert read_metrics(tmp_path / "run") == [{"frames": 7, "updates": 1, "wm/kl_loss": 0.5}]
+    assert "Traceback" not in done.stderr
+    (path,) = (folder / "run").glob(f"wandb/{kept}/*.wandb")
+    logged = [(item["wm/kl_loss"], item["wm/step"]) for item in history([inspect(path)])]
+    assert logged == [(0.5, 7), (0.25, 8)]
+    assert [row["wm/kl_loss"] for row in read_metrics(folder / "run")] == [0.5, 0.25]
+    return done.stderr
+
+
+@needs_wandb
+@pytest.mark.slow
+def test_an_unreachable_server_costs_a_wait_and_a_warning(tmp_path):
+    assert "logged offline. Upload it later: wandb sync" in run_online(tmp_path, 9, "offline-run-*")
+
+
+@needs_wandb
+@pytest.mark.slow
+def test_a_server_that_goes_away_costs_a_wait_and_a_warning(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = subprocess.Popen(
+        [sys.executable, wandb_stub.__file__, str(port)], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        said = run_online(tmp_path, port, "run-*", meanwhile=f"os.kill({server.pid}, 9)")
+        asked, _ = server.communicate(timeout=60)
+    finally:
+        server.kill()
+    assert "UpsertBucket" in asked  # it was online
+    assert "takes nothing more. The data is kept" in said
 
 
 @needs_wandb
@@ -279,7 +317,7 @@ def test_a_server_that_takes_nothing_more_is_not_waited_for(tmp_path, monkeypatc
     monkeypatch.setattr(sink.experiment, "finish", lambda: release.wait(60))
     with caplog.at_level(logging.WARNING):
         sink.close()
-    assert "the data is kept in" in caplog.text
+    assert "takes nothing more. The data is kept; upload it later: wandb sync" in caplog.text
     release.set()
     finish()
 

@@ -52,7 +52,7 @@ class RunWandbLogger(WandbLogger):
         mode: Literal["online", "offline"],
         **kwargs: Any,
     ) -> None:
-        self._state_path = state_path
+        self._state_path, self._kept_in = state_path, state_path.parent / "wandb"
         state = _read_state(state_path)
         self._rows = state["rows"]
         # Without create_new a second run of this process would be written into the first. TorchRL's
@@ -86,14 +86,22 @@ class RunWandbLogger(WandbLogger):
 
         What was logged is in ``run_dir/wandb`` in any case.
         """
-        finishing = threading.Thread(target=super().shutdown, args=(timeout,), daemon=True)
+        given_up = threading.Event()
+
+        def finish() -> None:
+            try:
+                WandbLogger.shutdown(self, timeout)
+            except Exception as error:  # noqa: BLE001  # wandb has many kinds
+                if not given_up.is_set():  # else the interpreter's end has cut it short
+                    logger.warning("wandb didn't finish: %s. %s", error, kept)
+
+        kept = f"The data is kept; upload it later: wandb sync {self._kept_in / '*run-*'}"
+        finishing = threading.Thread(target=finish, daemon=True)
         finishing.start()
         finishing.join(FINISH_SECONDS)
         if finishing.is_alive():
-            logger.warning(
-                "wandb's server takes nothing more: the data is kept in %s; upload: wandb sync",
-                self.save_dir,
-            )
+            given_up.set()
+            logger.warning("wandb's server takes nothing more. %s", kept)
 
     def _log_payload(
         self,

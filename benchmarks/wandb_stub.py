@@ -1,0 +1,80 @@
+"""As much of a wandb server as an online run needs, on this machine: it takes all and keeps none.
+
+    python benchmarks/wandb_stub.py 8765
+    WANDB_BASE_URL=http://127.0.0.1:8765 WANDB_API_KEY=<any 40 letters> python ...
+
+For what a run does when its server goes away (``faults.py``). Each request is a line on stdout.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Answers the queries that begin a run, and takes whatever is uploaded."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_POST(self) -> None:
+        """A GraphQL query, or rows of a run."""
+        body = self._body()
+        asked = json.loads(body) if self.path.endswith("graphql") else {}
+        print("POST", self.path, asked.get("operationName", ""), flush=True)
+        self._send({"data": self._answer(asked)} if asked else {})
+
+    def do_PUT(self) -> None:
+        """A file."""
+        self._body()
+        self._send({})
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Nothing on stderr."""
+
+    def _body(self) -> bytes:
+        return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+
+    def _send(self, answer: dict[str, Any]) -> None:
+        text = json.dumps(answer).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text)
+
+    def _answer(self, asked: dict[str, Any]) -> dict[str, Any]:
+        variables = asked.get("variables", {})
+        match asked.get("operationName"):
+            case "Viewer":
+                return {"viewer": {"id": "user", "entity": "me", "username": "me", "flags": "{}"}}
+            case "UpsertBucket":
+                owner = {"id": "owner", "name": "me"}
+                bucket = {
+                    "id": "bucket",
+                    "name": variables["name"],
+                    "displayName": variables["name"],
+                    "historyLineCount": 0,
+                    "project": {"id": "project", "name": "project", "entity": owner},
+                }
+                return {"upsertBucket": {"bucket": bucket, "inserted": True}}
+            case "CreateRunFiles":
+                address = f"http://{self.headers['Host']}/files"
+                files = [{"name": n, "uploadUrl": f"{address}/{n}"} for n in variables["files"]]
+                made = {"runID": "bucket", "uploadHeaders": [], "files": files}
+                return {"createRunFiles": made}
+        return {}
+
+
+def main() -> None:
+    """Serve until the process is ended."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("port", type=int)
+    args = parser.parse_args()
+    ThreadingHTTPServer(("127.0.0.1", args.port), Handler).serve_forever()
+
+
+if __name__ == "__main__":
+    main()
