@@ -20,7 +20,7 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,14 +58,14 @@ STEPS = (
     Step("python -m w2f_torchrl.report runs/demo", python=True),
     Step("make test"),
     Step(f"{TRAIN} --cfg job"),
-    Step(f"{TRAIN} environment.domain=walker", interrupt=75),
+    Step(f"{TRAIN} environment.domain=walker", interrupt=60),
     Step(
         f"{TRAIN} resume=auto",
         f"{TRAIN} environment.domain=walker environment.task=walk resume=auto",
-        interrupt=75,
+        interrupt=60,
     ),
-    Step(f"{TRAIN} algo=dreamer_v3", interrupt=75),
-    Step(f"{TRAIN} algo.latent=shared", interrupt=75),
+    Step(f"{TRAIN} algo=dreamer_v3", interrupt=60),
+    Step(f"{TRAIN} algo.latent=shared", interrupt=60),
     Step("python examples/own_env_and_segmenter.py"),
     Step(
         "torchrun --nproc_per_node=8",
@@ -77,14 +77,14 @@ STEPS = (
     Step(f"{TRAIN} segmentation=sam3", error="sam3.pt"),
     Step(f"{TRAIN} segmentation=student segmentation.teacher=sam3", error="sam3.pt"),
     Step(f"{TRAIN} segmentation=student segmentation.labels", error="frames.npz"),
-    Step(f"{TRAIN} segmentation=student", f"{TRAIN} segmentation=student seed=1", interrupt=150),
+    Step(f"{TRAIN} segmentation=student", f"{TRAIN} segmentation=student seed=1", interrupt=120),
     Step("python sota_configs/preprocess_masks.py", error="is no file"),
     Step("python benchmarks/masks.py --choose-prompts", error="is no file"),
     Step("python sota_configs/download_davis.py", error="davis"),
     Step("make docs"),
     Step(f"{TRAIN} experiment=smoke"),
     Step("python benchmarks/masks.py --segmenter median"),
-    Step("python benchmarks/curves.py --train benchmarks/curves/cartpole_easy.yaml", interrupt=100),
+    Step("python benchmarks/curves.py --train benchmarks/curves/cartpole_easy.yaml", interrupt=75),
     Step(
         "python benchmarks/curves.py --train benchmarks/curves/cartpole_swingup_easy.yaml",
         skip="the same with another list",
@@ -103,9 +103,9 @@ STEPS = (
     Step("python benchmarks/student.py", skip=LONGER),
     Step("python benchmarks/kills.py", "python benchmarks/kills.py --kills 2"),
     Step("python benchmarks/rank_faults.py", skip=LONGER),
-    Step(f"{TRAIN} experiment=cartpole_cpu algo=dreamer_v3", interrupt=75),
-    Step(f"{TRAIN} experiment=cartpole_cpu", interrupt=75),
-    Step(f"{TRAIN} experiment=cartpole_repeat8", interrupt=75),
+    Step(f"{TRAIN} experiment=cartpole_cpu algo=dreamer_v3", interrupt=60),
+    Step(f"{TRAIN} experiment=cartpole_cpu", interrupt=60),
+    Step(f"{TRAIN} experiment=cartpole_repeat8", interrupt=60),
     Step("python benchmarks/curves.py runs/dreamer_v3_cartpole_balance_0"),
     Step("python benchmarks/gpu_acceptance.py", skip="tests/test_benchmarks.py has its small form"),
 )
@@ -196,32 +196,25 @@ def write_python(clone: Path) -> str:
     return "python readme.py"
 
 
-def follow(
-    clone: Path, logs: Path, only: Sequence[str]
-) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
-    """Run the commands, and say how each went.
-
-    Returns:
-        Those that were run, and those that were not, with the reason.
-    """
-    done: list[dict[str, Any]] = []
-    left: list[dict[str, str]] = []
+def follow(clone: Path, logs: Path, only: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Run the commands, and say how each went: those that are not run have a reason, ``why``."""
+    number = 0
     for command, step in plan(clone / "README.md"):
         if only and not any(command.startswith(start) for start in only):
             continue
         if step.skip is not None:
-            left.append({"command": command, "why": step.skip})
+            yield {"command": command, "why": step.skip}
             continue
         names = [(step.instead or command, step)]
         if step.python:
             names.insert(0, (write_python(clone), Step("python")))
         for name, how in names:
-            result = run(name, clone, logs / f"{len(done):02d}.log", how)
+            result = run(name, clone, logs / f"{number:02d}.log", how)
+            number += 1
             if name != command and how is step:
                 result["in_place_of"] = command
-            done.append(result)
             print(f"{result['seconds']:7.1f} s  {result['exit']:3d}  {result['well']!s:5}  {name}")
-    return done, left
+            yield result
 
 
 def main() -> None:
@@ -231,15 +224,21 @@ def main() -> None:
     parser.add_argument("--logs", type=Path, help="keep what each command printed in this folder")
     parser.add_argument("--out", default="benchmarks/results/newcomer.json")
     args = parser.parse_args()
+    # A shell starts what runs in its background with Ctrl+C ignored, and programs inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with tempfile.TemporaryDirectory() as folder:
         clone, logs = Path(folder) / "clone", (args.logs or Path(folder) / "logs").absolute()
         logs.mkdir(parents=True, exist_ok=True)
         subprocess.run(["git", "clone", "--quiet", str(ROOT), str(clone)], check=True)
         revision = subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=clone, text=True)
-        done, left = follow(clone, logs, args.only)
-    failed = [result["command"] for result in done if not result["well"]]
-    results = {"commit": revision.strip(), "ran": done, "not_run": left, "failed": failed}
-    print(write_results(args.out, results))
+        rows: list[dict[str, Any]] = []
+        failed: list[str] = []
+        for row in follow(clone, logs, args.only):
+            rows.append(row)
+            failed = [each["command"] for each in rows if not each.get("well", True)]
+            results = {"commit": revision.strip(), "failed": failed, "commands": rows}
+            write_results(args.out, results)  # now, so that a cut run keeps what it has
+    print(args.out)
     raise SystemExit(bool(failed))
 
 

@@ -64,6 +64,8 @@ def train(config: DictConfig) -> None:
             trainer.train()
     except (ConfigError, CheckpointError, ModuleNotFoundError, RankError) as error:
         sys.exit(f"error: {error}" if ranks.is_first or isinstance(error, RankError) else 1)
+    except KeyboardInterrupt:  # before the first update, or a second one; the trainer has said so
+        sys.exit(130)
 
 
 if __name__ == "__main__":
