@@ -230,7 +230,8 @@ def test_the_learners_threads_are_not_taken_away(run: Run):
 
 
 PROGRAM = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it
 from _counting_env import RECURRENT, DummyPolicy, make_bare_env, make_counting_env
 from w2f_torchrl.data import make_collector
 
