@@ -107,6 +107,7 @@ STEPS = (
     Step(f"{TRAIN} experiment=cartpole_cpu", interrupt=60),
     Step(f"{TRAIN} experiment=cartpole_repeat8", interrupt=60),
     Step("python benchmarks/curves.py runs/dreamer_v3_cartpole_balance_0"),
+    Step("python benchmarks/newcomer.py", skip="it is what runs them"),
     Step("python benchmarks/gpu_acceptance.py", skip="tests/test_benchmarks.py has its small form"),
 )
 
