@@ -29,7 +29,7 @@ from documents import ROOT, commands, python_blocks
 from results_file import write_results
 
 TRAIN = "python sota_configs/world2filter.py"
-LONGER = "longer than a reader waits: benchmarks/results has what it made"
+LONGER = "not timed yet: takes minutes to hours; benchmarks/results has what it made"
 PATIENCE = 2400.0
 """Seconds after which a command is given up."""
 

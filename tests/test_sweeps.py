@@ -15,9 +15,12 @@ import curve_runs
 import curves
 import pytest
 import yaml
+from hydra import compose, initialize_config_module
 from test_trainers import ROOT
 from tiny_run import missing_and_repeated, tiny_overrides
 
+import sota_configs.world2filter as program
+from w2f_torchrl.trainers import Trainer
 from w2f_torchrl.utils.logging import read_metrics
 
 FRAMES = 800
@@ -167,6 +170,32 @@ def test_a_signal_ends_a_lists_runs_with_their_checkpoints(tmp_path, monkeypatch
     assert {p.parent.name for p in folder.glob("*/saved")} == {"a_seed0", "b_seed0"}
     assert not (folder / "a_seed1").exists()
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_an_interrupted_list_ends_with_a_sentence(tmp_path, monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(curve_runs.Runs, "train", interrupted)
+    path = write_list(tmp_path / "list.yaml")
+    outputs = ["--out", str(tmp_path / "a.png"), "--json", str(tmp_path / "a.json")]
+    with pytest.raises(SystemExit) as ended:
+        curves.main(["--train", str(path), "--runs", str(tmp_path / "runs"), *outputs])
+    assert ended.value.code == 130
+    assert "the same command goes on from here" in capsys.readouterr().err
+
+
+def test_ctrl_c_before_the_first_update_ends_a_run_without_a_traceback(tmp_path, monkeypatch):
+    def interrupted(self):
+        self._close()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Trainer, "train", interrupted)
+    with initialize_config_module("sota_configs", version_base="1.3"):
+        config = compose("config", [*tiny_overrides(), f"run_dir={tmp_path / 'run'}"])
+    with pytest.raises(SystemExit) as ended:
+        program.train(config)
+    assert ended.value.code == 130
 
 
 def updates(run: Path) -> int:
