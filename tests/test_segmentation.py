@@ -65,6 +65,44 @@ def test_a_source_segments_each_record_once_and_compares():
     assert source.metrics()["segmentation/frames"] == 10
 
 
+def test_lost_masks_are_the_share_asked_for_and_depend_on_the_frames_number_only():
+    def labelled(parts: list[int], seed: int = 7) -> tuple[MaskSource, TensorDict]:
+        source, records = MaskSource("simulator", lost=0.4, seed=seed), make_records(400)
+        return source, torch.cat([source.label(part) for part in records.split(parts)])
+
+    records = make_records(400)
+    source, whole = labelled([400])
+    before = records[MASK_KEY].clone()
+    lost = ~whole[MASK_KEY].flatten(1).any(1)
+    assert records[MASK_KEY].flatten(1).any(1).all()
+    assert 0.3 < lost.float().mean() < 0.5
+    assert torch.equal(whole[MASK_KEY][~lost], records[MASK_KEY][~lost])
+    assert source.metrics()["segmentation/iou"] == pytest.approx(1 - float(lost.float().mean()))
+    _, in_parts = labelled([7, 130, 1, 262])  # as a run that stops between them has it
+    assert torch.equal(in_parts[MASK_KEY], whole[MASK_KEY])
+    assert not torch.equal(labelled([400], seed=8)[1][MASK_KEY], whole[MASK_KEY])
+    MaskSource("simulator", lost=0.9).label(records)
+    assert torch.equal(records[MASK_KEY], before)  # the caller's stay as they are
+    assert source.segment(records) is records  # an evaluation's too
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"segmentation": {"lost": 1.0}}, r"segmentation.lost=1.0 must be in \[0, 1\)"),
+        ({"segmentation": {"lost": 0.1, "source": "median"}}, "with segmentation=median"),
+        (
+            {"segmentation": {"lost": 0.1}, "algo": {"name": "dreamer_v3", "latent": None}},
+            "algo=dreamer_v3",
+        ),
+    ],
+)
+def test_masks_are_lost_of_the_simulators_only(tmp_path, settings, match):
+    config = tiny_run(tmp_path / "run", **settings)
+    with pytest.raises(ConfigError, match=match):
+        Trainer(config)
+
+
 def test_the_teacher_labels_every_kth_frame_of_the_run():
     teacher, student = BrightSegmenter(), StudentSegmenter()
     source = TaughtSource(student, teacher=teacher, every=4, refit_steps=1)

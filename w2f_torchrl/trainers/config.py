@@ -122,6 +122,9 @@ class SegmentationConfig:
     """Gradient steps of the student at the start; a tenth after each 200 frames of the teacher."""
     threshold: int = 24
     """Colour difference that the median takes for foreground, in [0, 255)."""
+    lost: float = 0.0
+    """To study imperfect masks: share of the frames, in [0, 1), whose mask from the simulator is
+    emptied on its way into the replay. Evaluations see the right ones."""
 
     @property
     def needs_sam3(self) -> bool:
@@ -406,6 +409,13 @@ def _validate_segmentation(config: RunConfig) -> None:
         raise ConfigError(
             f"segmentation={segmentation.source!r} has no effect with algo=dreamer_v3, which has "
             "no masks: leave it out."
+        )
+    if not 0 <= segmentation.lost < 1:
+        raise ConfigError(f"segmentation.lost={segmentation.lost} must be in [0, 1).")
+    if segmentation.lost and not (config.needs_masks and segmentation.source == "simulator"):
+        raise ConfigError(
+            f"segmentation.lost={segmentation.lost} takes away masks of the simulator, and this is "
+            f"algo={config.algo.name} with segmentation={segmentation.source}: leave it out."
         )
     _choice("segmentation.teacher", segmentation.teacher, TEACHERS)
     for name in ("batch_size", "teacher_frames", "train_steps"):

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tensordict import TensorDictBase
 from torch import Tensor
@@ -37,16 +38,23 @@ class MaskSource:
 
     Args:
         name: What ``segmentation`` chose.
+        lost: Share of the frames, in [0, 1), whose mask is emptied, as a segmenter that loses the
+            agent now and then would have it.
+        seed: Seed of which frames these are.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, *, lost: float = 0.0, seed: int = 0) -> None:
         self.name = name
+        self.lost = lost
+        self.seed = seed
         self.frames = 0
         self._sums: dict[str, float] = {}
         self._counts: dict[str, int] = {}
 
     def label(self, records: TensorDictBase) -> TensorDictBase:
         """Give records ``[M]`` their masks, bool ``[M, 1, H, W]`` under ``next``."""
+        if self.lost:
+            records = self._lose_masks(records)
         self.frames += len(records)
         return records
 
@@ -81,6 +89,18 @@ class MaskSource:
         """Take over a saved state of the same source."""
         self.frames = state["frames"]
         self._sums, self._counts = dict(state.get("sums", {})), dict(state.get("counts", {}))
+
+    def _lose_masks(self, records: TensorDictBase) -> TensorDictBase:
+        # A frame's fate depends on its number in the run alone, so that a resumed run loses the
+        # same ones. The counter of Philox steps over four numbers at a time.
+        numbers = np.random.Philox(key=self.seed).advance(self.frames)
+        draws = np.random.Generator(numbers).random((len(records), 4))[:, 0]
+        kept = torch.from_numpy(draws >= self.lost).to(records[MASK].device)
+        true_masks = records[MASK]
+        records = records.copy()
+        records[MASK] = true_masks & kept[:, None, None, None]
+        self._note("iou", float(mask_iou(records[MASK], true_masks).sum()), len(records))
+        return records
 
     def _note(self, name: str, total: float, count: int) -> None:
         if count:
