@@ -2,12 +2,14 @@
 
     python benchmarks/newcomer.py --out benchmarks/results/newcomer.json
     python benchmarks/newcomer.py --only "make" "python examples"
+    python benchmarks/newcomer.py --r2dreamer CHECKOUT
 
 The commit at hand is cloned into a temporary folder; each command of README.md is run there in the
 order of STEPS, which says what it is given when it would take hours here: Ctrl+C after a while, a
 shorter form, or, for what a machine without a network, an account or weights can't do, the error
 that the reader has to see. A command that STEPS doesn't have is an error, so the list can't age.
-Packages come from uv's cache where it has them.
+Packages come from uv's cache where it has them. The sweep on SLURM has one of a single node
+(slurm_cluster.py), where its packages are installed.
 """
 
 from __future__ import annotations
@@ -20,16 +22,21 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from documents import ROOT, commands, python_blocks
 from results_file import write_results
+from slurm_cluster import SlurmCluster, missing_requirement
 
 TRAIN = "python sota_configs/world2filter.py"
-LONGER = "not timed yet: takes minutes to hours; benchmarks/results has what it made"
+EASY = f"{TRAIN} experiment=cartpole_repeat8 environment.distraction=easy"
+CHECKOUT = "CHECKOUT"
+"""The page's word for a checkout of r2dreamer."""
+SHORT = "training.total_frames=1600 evaluation.every_frames=0"
 PATIENCE = 2400.0
 """Seconds after which a command is given up."""
 
@@ -41,6 +48,8 @@ class Step:
     start: str
     instead: str | None = None
     """What is run in its place; ``None``: the command itself."""
+    before: tuple[str, ...] = ()
+    """What has to be run first, because the page's own way to it takes hours."""
     interrupt: float | None = None
     """Press Ctrl+C after these seconds; it then has to end with 0, or 130 as shells count it."""
     error: str | None = None
@@ -49,6 +58,8 @@ class Step:
     """Why it isn't run."""
     python: bool = False
     """Before it, the README's Python is run, which reads what ``make train`` made."""
+    slurm: bool = False
+    """It needs a SLURM, which is started for it."""
 
 
 STEPS = (
@@ -71,7 +82,13 @@ STEPS = (
         "torchrun --nproc_per_node=8",
         f"torchrun --nproc_per_node=2 {TRAIN.split()[1]} experiment=smoke run_dir=runs/two_ranks",
     ),
-    Step(f"{TRAIN} --multirun", skip="needs a SLURM cluster: tests/test_slurm.py has one"),
+    Step(
+        f"{TRAIN} --multirun",
+        f"{TRAIN} --multirun hydra/launcher=submitit_slurm hydra.launcher.partition=main "
+        "hydra.launcher.gpus_per_node=null hydra.launcher.cpus_per_task=1 hydra.launcher.mem_gb=4 "
+        "experiment=smoke seed=0,1",
+        slurm=True,
+    ),
     Step("hf auth login", skip="asks for the reader's account"),
     Step("hf download", skip="gated weights"),
     Step(f"{TRAIN} segmentation=sam3", error="sam3.pt"),
@@ -87,28 +104,66 @@ STEPS = (
     Step("python benchmarks/curves.py --train benchmarks/curves/cartpole_easy.yaml", interrupt=75),
     Step(
         "python benchmarks/curves.py --train benchmarks/curves/cartpole_swingup_easy.yaml",
-        skip="the same with another list",
+        interrupt=75,
     ),
-    Step("python benchmarks/filtering.py", skip=LONGER),
-    Step("python benchmarks/generalisation.py", skip=LONGER),
-    Step("python benchmarks/side_by_side.py", skip=LONGER),
+    Step(
+        "python benchmarks/filtering.py",
+        "python benchmarks/filtering.py runs/short/split --set train_videos_easy "
+        "--json filtering.json",
+        before=(f"{EASY} {SHORT} run_dir=runs/short/split",),
+    ),
+    Step(
+        "python benchmarks/generalisation.py",
+        "python benchmarks/generalisation.py runs/short/split --episodes 5 "
+        "--sets train_videos_easy unseen_videos_easy --json generalisation.json",
+    ),
+    Step(
+        "python benchmarks/side_by_side.py",
+        "python benchmarks/side_by_side.py runs/short/dreamer_v3 runs/short/split "
+        "--names DreamerV3 World2Filter --set unseen_videos_easy --out side_by_side.png",
+        before=(f"{EASY} algo=dreamer_v3 {SHORT} run_dir=runs/short/dreamer_v3",),
+    ),
     Step("python benchmarks/render.py", "python benchmarks/render.py --rounds 3 --steps 3"),
     Step(
         "python benchmarks/distraction_cost.py",
         "python benchmarks/distraction_cost.py --rounds 1 --frames 2",
     ),
-    Step("python benchmarks/learner.py", skip="needs a checkout of r2dreamer"),
-    Step("python benchmarks/execution_equality.py", skip=LONGER),
-    Step("python benchmarks/replay.py", skip=LONGER),
-    Step("python benchmarks/student.py", skip=LONGER),
+    Step(
+        "python benchmarks/learner.py --r2dreamer",
+        "python benchmarks/learner.py --r2dreamer CHECKOUT --rounds 1 --latents whole split shared "
+        "--modes compile",
+    ),
+    Step(
+        "python benchmarks/learner.py --model size12m",
+        "python benchmarks/learner.py --model size12m --r2dreamer CHECKOUT --rounds 1 "
+        "--latents whole split shared --modes",
+    ),
+    Step(
+        "python benchmarks/execution_equality.py",
+        "python benchmarks/execution_equality.py --modes eager compile --updates 5",
+    ),
+    Step(
+        "python benchmarks/replay.py",
+        "python benchmarks/replay.py --records 8000 --streams 4 --rounds 3",
+    ),
+    Step(
+        "python benchmarks/student.py",
+        "python benchmarks/student.py --tasks 'walker walk' --few --seeds 0 --steps 60 --jobs 2",
+    ),
     Step("python benchmarks/kills.py", "python benchmarks/kills.py --kills 2"),
-    Step("python benchmarks/rank_faults.py", skip=LONGER),
+    Step(
+        "python benchmarks/rank_faults.py",
+        "python benchmarks/rank_faults.py --kills 1 --json rank_faults.json",
+    ),
     Step(f"{TRAIN} experiment=cartpole_cpu algo=dreamer_v3", interrupt=60),
     Step(f"{TRAIN} experiment=cartpole_cpu", interrupt=60),
     Step(f"{TRAIN} experiment=cartpole_repeat8", interrupt=60),
     Step("python benchmarks/curves.py runs/dreamer_v3_cartpole_balance_0"),
     Step("python benchmarks/newcomer.py", skip="it is what runs them"),
-    Step("python benchmarks/gpu_acceptance.py", skip="tests/test_benchmarks.py has its small form"),
+    Step(
+        "python benchmarks/gpu_acceptance.py",
+        "python benchmarks/gpu_acceptance.py --small --out gpu_acceptance.json",
+    ),
 )
 
 
@@ -132,8 +187,17 @@ def plan(page: Path) -> list[tuple[str, Step]]:
     return [(command, step) for step, its in found.items() for command in its]
 
 
-def run(command: str, clone: Path, log: Path, step: Step) -> dict[str, Any]:
+def run(
+    command: str, clone: Path, log: Path, step: Step, variables: Mapping[str, str] | None = None
+) -> dict[str, Any]:
     """Run one command in the clone's virtual environment, and see how it ends.
+
+    Args:
+        command: Words as a shell splits them.
+        clone: Where it is run.
+        log: Gets what it prints.
+        step: How it has to end.
+        variables: Further ones of its environment.
 
     Returns:
         ``command``, ``seconds`` by the clock, ``cpu_seconds`` of it and its children, ``exit``
@@ -143,6 +207,7 @@ def run(command: str, clone: Path, log: Path, step: Step) -> dict[str, Any]:
     environment = os.environ | {
         "PATH": f"{clone / '.venv' / 'bin'}:{os.environ['PATH']}",
         "HYDRA_FULL_ERROR": "0",
+        **(variables or {}),
     }
     environment.pop("PYTHONPATH", None)
     before, began, ended = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic(), "itself"
@@ -203,14 +268,18 @@ def follow(clone: Path, logs: Path, only: Sequence[str]) -> Iterator[dict[str, A
     for command, step in plan(clone / "README.md"):
         if only and not any(command.startswith(start) for start in only):
             continue
-        if step.skip is not None:
-            yield {"command": command, "why": step.skip}
+        why = missing_requirement() if step.slurm else step.skip
+        if why is not None:
+            yield {"command": command, "why": why}
             continue
-        names = [(step.instead or command, step)]
+        names = [(each, Step("")) for each in step.before] + [(step.instead or command, step)]
         if step.python:
-            names.insert(0, (write_python(clone), Step("python")))
+            names.insert(0, (write_python(clone), Step("")))
         for name, how in names:
-            result = run(name, clone, logs / f"{number:02d}.log", how)
+            if not (clone / CHECKOUT).exists():
+                name = name.replace(f"--r2dreamer {CHECKOUT} ", "")
+            with a_slurm() if how.slurm else nullcontext({}) as variables:
+                result = run(name, clone, logs / f"{number:02d}.log", how, variables)
             number += 1
             if name != command and how is step:
                 result["in_place_of"] = command
@@ -218,10 +287,20 @@ def follow(clone: Path, logs: Path, only: Sequence[str]) -> Iterator[dict[str, A
             yield result
 
 
+@contextmanager
+def a_slurm() -> Iterator[dict[str, str]]:
+    """A SLURM of one node, and the variables with which commands find it."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)  # munged's user has to come in
+        with SlurmCluster(Path(folder) / "slurm") as cluster:
+            yield {"SLURM_CONF": cluster.environment["SLURM_CONF"]}
+
+
 def main() -> None:
     """Clone, follow, write; exits with 1 if a command didn't end as it should."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", default=[], help="commands that begin with these")
+    parser.add_argument("--r2dreamer", type=Path, help="a checkout; without it none is timed")
     parser.add_argument("--logs", type=Path, help="keep what each command printed in this folder")
     parser.add_argument("--out", default="benchmarks/results/newcomer.json")
     args = parser.parse_args()
@@ -231,6 +310,8 @@ def main() -> None:
         clone, logs = Path(folder) / "clone", (args.logs or Path(folder) / "logs").absolute()
         logs.mkdir(parents=True, exist_ok=True)
         subprocess.run(["git", "clone", "--quiet", str(ROOT), str(clone)], check=True)
+        if args.r2dreamer is not None:
+            (clone / CHECKOUT).symlink_to(args.r2dreamer.resolve(strict=True))
         revision = subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=clone, text=True)
         rows: list[dict[str, Any]] = []
         failed: list[str] = []

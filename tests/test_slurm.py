@@ -17,7 +17,7 @@ from pathlib import Path
 
 import curves
 import pytest
-from _slurm import SlurmCluster, missing_requirement
+from slurm_cluster import SlurmCluster, missing_requirement
 from test_trainers import ROOT
 from tiny_run import missing_and_repeated, tiny_overrides
 
