@@ -15,7 +15,6 @@ import logging
 import math
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -28,6 +27,7 @@ from typing import Any
 import torch
 from fault_runs import flip_bit, fork, leave_curves_out, rows, small_run, wait_for
 from results_file import write_results
+from wandb_stub import wandb_stub
 
 from w2f_torchrl.trainers import Trainer
 from w2f_torchrl.trainers.checkpointing import list_checkpoints, load_checkpoint, read_manifest
@@ -350,18 +350,10 @@ def wandb_unreachable(root: Path) -> Row:
 
 def wandb_lost(root: Path) -> Row:
     """The online mode of wandb, and a server that is killed in the middle of the run."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    stub = [sys.executable, str(Path(__file__).with_name("wandb_stub.py")), str(port)]
-    server = subprocess.Popen(stub, stdout=subprocess.DEVNULL)
-    try:
+    with wandb_stub(root / "server.log") as (_, port):
         with wandb_at(port):
             attempt = Attempt(root, logging=ONLINE)
         attempt.reaches(40)
-    finally:
-        server.kill()
-        server.wait()
     lost = rows(attempt.run_dir)[-1]["updates"]
     noticed = attempt.says("takes nothing more", 900.0)
     code = attempt.end()

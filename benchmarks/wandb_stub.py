@@ -1,17 +1,51 @@
 """As much of a wandb server as an online run needs, on this machine: it takes all and keeps none.
 
-    python benchmarks/wandb_stub.py 8765
-    WANDB_BASE_URL=http://127.0.0.1:8765 WANDB_API_KEY=<any 40 letters> python ...
+    python benchmarks/wandb_stub.py
+    WANDB_BASE_URL=http://127.0.0.1:<port> WANDB_API_KEY=<any 40 letters> python ...
 
-For what a run does when its server goes away (``faults.py``). Each request is a line on stdout.
+For what a run does when its server goes away (``faults.py``). It takes a free port; the port is the
+first line on stdout, and each request is another.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
+
+
+@contextmanager
+def wandb_stub(log: Path) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
+    """The server as a process, killed at the end.
+
+    Args:
+        log: Gets its lines.
+
+    Yields:
+        The process and its port.
+
+    Raises:
+        RuntimeError: If it ends before it has a port.
+    """
+    with log.open("wb") as output:
+        process = subprocess.Popen([sys.executable, __file__], stdout=output)
+    try:
+        while not log.read_text().endswith("\n"):
+            try:
+                process.wait(0.1)
+            except subprocess.TimeoutExpired:
+                continue
+            raise RuntimeError(f"wandb_stub.py ended with {process.returncode}.")
+        yield process, int(log.read_text().split("\n")[0])
+    finally:
+        process.kill()
+        process.wait()
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -70,10 +104,10 @@ class Handler(BaseHTTPRequestHandler):
 
 def main() -> None:
     """Serve until the process is ended."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("port", type=int)
-    args = parser.parse_args()
-    ThreadingHTTPServer(("127.0.0.1", args.port), Handler).serve_forever()
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    print(server.server_port, flush=True)
+    server.serve_forever()
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ import importlib.util
 import json
 import logging
 import math
-import socket
 import subprocess
 import sys
 import threading
@@ -17,10 +16,10 @@ from pathlib import Path
 
 import pytest
 import torch
-import wandb_stub
 from PIL import Image
 from test_trainers import tiny_run
 from torchrl.record.loggers.csv import CSVLogger
+from wandb_stub import wandb_stub
 
 from w2f_torchrl.trainers import ConfigError, Trainer
 from w2f_torchrl.trainers import config as config_module
@@ -294,18 +293,9 @@ def test_an_unreachable_server_costs_a_wait_and_a_warning(tmp_path):
 @needs_wandb
 @pytest.mark.slow
 def test_a_server_that_goes_away_costs_a_wait_and_a_warning(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    server = subprocess.Popen(
-        [sys.executable, wandb_stub.__file__, str(port)], stdout=subprocess.PIPE, text=True
-    )
-    try:
+    with wandb_stub(tmp_path / "server.log") as (server, port):
         said = run_online(tmp_path, port, "run-*", meanwhile=f"os.kill({server.pid}, 9)")
-        asked, _ = server.communicate(timeout=60)
-    finally:
-        server.kill()
-    assert "UpsertBucket" in asked  # it was online
+    assert "UpsertBucket" in (tmp_path / "server.log").read_text()  # it was online
     assert "takes nothing more. The data is kept" in said
 
 
