@@ -84,12 +84,14 @@ def losses(options: Options) -> dict[str, Any]:
 
     device = _device(options)
     shape: dict[str, Any] = {"model": "size1m", "batch_size": 8, "batch_length": 32, "updates": 50}
-    modes = ["compile", "cuda_graph"]
+    modes = ["compile", "cuda_graph", "cuda_graph_parallel"]
     if options.small:
         shape, modes = {"updates": 3}, ["eager"]
     rows: dict[str, Any] = {}
     for latent in ("split", "whole"):
         for mode in modes:
+            if mode == "cuda_graph_parallel" and latent != "split":
+                continue  # there is nothing beside
             compared = execution_equality.run([mode], latents=[latent], device=device, **shape)
             rows |= compared
             options.keep(rows)
@@ -101,7 +103,7 @@ def losses(options: Options) -> dict[str, Any]:
 
 def learner(options: Options) -> dict[str, Any]:
     """What learner.py measures: 12m, batch 16 x 64, bfloat16."""
-    modes = [] if options.small else ["compile", "cuda_graph"]
+    modes = [] if options.small else ["compile", "cuda_graph", "cuda_graph_parallel"]
     return _learner_benchmark(options, "--latents whole split --no-stepper", modes)
 
 

@@ -205,6 +205,8 @@ def make_contenders(args: argparse.Namespace) -> dict[str, tuple[Update, TensorD
         contenders["r2dreamer"] = (peer, sample)
     for latent in args.latents:
         for execution in ("eager", *args.modes):
+            if execution == "cuda_graph_parallel" and latent != "split":
+                continue  # there is nothing beside
             learner = Learner(
                 PRESETS[args.model],
                 action_size=ACTION_SIZE,

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
 from execution_equality import TOLERANCES, compare, nudge, run, unique_graphs
 from test_objectives import SIZE, TINY, make_sample
+from test_trainers import tiny_run
+from torch import Tensor
 from torchrl.trainers.algorithms import DreamerV3Optimizer
 
 from w2f_torchrl.objectives import LossConfig
-from w2f_torchrl.trainers import Learner
+from w2f_torchrl.trainers import ConfigError, Learner
 from w2f_torchrl.trainers.config import OptimizerConfig
 from w2f_torchrl.trainers.device_copy import DeviceCopy
 from w2f_torchrl.trainers.execution import CapturableOptimizer
@@ -139,11 +143,92 @@ def test_capturable_optimizer_equals_torchrls():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("latent", ["whole", "split"])
+@pytest.mark.parametrize(
+    ("mode", "latent"),
+    [("cuda_graph", "whole"), ("cuda_graph", "split"), ("cuda_graph_parallel", "split")],
+)
 @pytest.mark.timeout(900)
-def test_every_captured_update_of_50_is_eagers(latent):
-    (row,) = run(["cuda_graph"], latents=[latent], updates=50, device="cuda").values()
+def test_every_captured_update_of_50_is_eagers(mode, latent):
+    (row,) = run([mode], latents=[latent], updates=50, device="cuda").values()
     assert row["passed"], row
+
+
+class Streams:
+    """Stands in for CUDA's streams on a machine without them, and notes what is asked of them."""
+
+    device = torch.device("cpu")
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def note(self, *words: str) -> None:
+        self.said.append(" ".join(words))
+
+    def record_event(self) -> str:
+        self.note("main marks the start")
+        return "the start"
+
+    def wait_event(self, event: str) -> None:
+        self.note("side waits for", event)
+
+    def wait_stream(self, stream: object) -> None:
+        self.note("main waits for the side")
+
+    @contextmanager
+    def on_side(self, stream: object) -> Iterator[None]:
+        self.note("side begins")
+        yield
+        self.note("side ends")
+
+
+@pytest.mark.parametrize(
+    ("execution", "algo", "match"),
+    [
+        ("cuda_graph", {"latent": "split"}, "'cuda_graph' needs device=cuda, got device='cpu'"),
+        ("cuda_graph_parallel", {"latent": "split"}, "'cuda_graph_parallel' needs device=cuda"),
+        ("cuda_graph_parallel", {"latent": "shared"}, "algo.latent=split, and this run has latent"),
+        ("cuda_graph_parallel", {"name": "dreamer_v3", "latent": None}, "has latent 'whole'"),
+    ],
+)
+def test_graphs_that_can_not_be_are_named(tmp_path, execution, algo, match):
+    config = tiny_run(tmp_path, algo=algo)
+    config.training.execution = execution
+    with pytest.raises(ConfigError, match=match):
+        config.validate()
+
+
+def test_the_backgrounds_latent_is_made_on_the_side_and_waited_for(monkeypatch):
+    """The order in which streams are told what to wait for; that it is right a GPU has to show."""
+    learner, sample, streams = make_learner("eager"), make_sample(), Streams()
+    model = learner.world_model
+    torch.manual_seed(0)
+    plain = model.infer(sample.clone())
+
+    for name in ("encoder", "rollout", "background_encoder", "background_rollout"):
+        part = getattr(model, name)
+        part.register_forward_hook(lambda *_, name=name: streams.note(name))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: streams)
+    monkeypatch.setattr(torch.cuda, "stream", streams.on_side)
+    monkeypatch.setattr(Tensor, "record_stream", lambda tensor, stream: streams.note("kept"))
+    model.side_stream = streams
+    torch.manual_seed(0)
+    beside = model.infer(sample.clone())
+    written = ["kept"] * 5
+    assert streams.said == [
+        "main marks the start",
+        "encoder",
+        "rollout",
+        "side waits for the start",
+        "side begins",
+        "background_encoder",
+        "background_rollout",
+        "side ends",
+        "main waits for the side",
+        *written,
+    ]
+    assert set(beside.keys(True, True)) == set(plain.keys(True, True))
+    for key, value in plain.items(True, True):
+        assert torch.equal(beside[key], value)
 
 
 @pytest.mark.gpu

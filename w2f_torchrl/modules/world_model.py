@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Literal
 
 import torch
-from tensordict import TensorDictBase
+from tensordict import NestedKey, TensorDictBase
 from tensordict.nn import TensorDictModule, TensorDictModuleBase
 from torch import Tensor, nn
 from torchrl.modules import RSSMPosteriorV3, RSSMPriorV3
@@ -61,6 +61,9 @@ class WorldModel(TensorDictModuleBase):
         self.two_hot = TwoHot(config.num_bins)
         self.compiled: dict[str, Callable[..., Tensor]] = {}
         """Compiled forms of submodules that the acting policy shares and calls as they are."""
+        self.side_stream: torch.cuda.Stream | None = None
+        """Where the background's encoder and recurrence run beside the foreground's, which leave
+        most of a GPU idle: each step waits for the one before. None: after them."""
         self.in_keys = ["action", "is_init", ("next", "pixels")]
         self.out_keys = self._out_keys()
 
@@ -88,16 +91,38 @@ class WorldModel(TensorDictModuleBase):
 
     def infer(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Write the posterior latents ``[B, T, ...]`` only."""
-        pixels = tensordict.get(("next", "pixels"))
+        side, start = self.side_stream, None
+        if side is not None:
+            start = torch.cuda.current_stream(side.device).record_event()
         encode = self.compiled.get("encoder", self.encoder)
-        tensordict.set(("next", "encoded_latents"), encode(pixels))
+        tensordict.set(("next", "encoded_latents"), encode(tensordict.get(("next", "pixels"))))
         self.rollout(tensordict)
+        if side is None or start is None:
+            self._infer_background(tensordict)
+            return tensordict
+        # The host launches both latents in the same order as without a side stream, so the draws
+        # are the same; autograd runs the backward pass of each on the stream of its forward pass.
+        side.wait_event(start)
+        with torch.cuda.stream(side):
+            written = self._infer_background(tensordict)
+        main = torch.cuda.current_stream(side.device)
+        main.wait_stream(side)
+        for key in written:
+            tensordict.get(key).record_stream(main)  # its memory is the other stream's
+        return tensordict
+
+    def _infer_background(self, tensordict: TensorDictBase) -> list[NestedKey]:
+        """Write the background's latent, if there is one; the keys that were written."""
+        if self.background_rollout is None:
+            return []
+        written: list[NestedKey] = list(self.background_rollout.out_keys)
         if self.background_encoder is not None:
             encode = self.compiled.get("background_encoder", self.background_encoder)
-            tensordict.set(("next", "background_encoded_latents"), encode(pixels))
-        if self.background_rollout is not None:
-            self.background_rollout(tensordict)
-        return tensordict
+            key = ("next", "background_encoded_latents")
+            tensordict.set(key, encode(tensordict.get(("next", "pixels"))))
+            written.append(key)
+        self.background_rollout(tensordict)
+        return written
 
     def predict(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Expected reward and probability of going on, both ``[...]``.

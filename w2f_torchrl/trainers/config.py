@@ -35,7 +35,8 @@ PRECISIONS = ("float32", "bfloat16")
 LOGGER_PACKAGES = {"use_wandb": ("wandb", "moviepy"), "tensorboard": ("tensorboard",)}
 WANDB_MODES = ("auto", "online", "offline")
 ON_NAN = ("stop", "skip")
-EXECUTIONS = ("eager", "compile", "compile_all", "cuda_graph")
+EXECUTIONS = ("eager", "compile", "compile_all", "cuda_graph", "cuda_graph_parallel")
+GRAPHED = ("cuda_graph", "cuda_graph_parallel")
 GRADIENTS = ("auto", "ddp", "flat")
 
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
@@ -175,7 +176,9 @@ class TrainingConfig:
     state saved; or skip that update."""
     execution: str = "eager"
     """eager; compile (the core's pieces); compile_all (losses and time loop as one graph, slow to
-    compile); cuda_graph (compile, and the whole update replayed as one graph; CUDA only)."""
+    compile); cuda_graph (compile, and the whole update replayed as one graph; CUDA only);
+    cuda_graph_parallel (in that graph the background's latent beside the foreground's;
+    algo.latent=split only)."""
 
 
 @dataclass
@@ -186,7 +189,8 @@ class DistributedConfig:
     """Processes that there are; the run writes what the launcher says."""
     gradients: str = "auto"
     """ddp: DistributedDataParallel averages them during the backward pass; flat: one all-reduce of
-    one buffer after it; auto: flat with training.execution=cuda_graph, else ddp."""
+    one buffer after it; auto: flat with training.execution=cuda_graph and cuda_graph_parallel, else
+    ddp."""
     timeout_seconds: float = 1800.0
     """Seconds that a rank waits for one that is alive and compiles, evaluates or writes; one that
     dies is noticed at once."""
@@ -341,7 +345,7 @@ class RunConfig:
         if self.distributed.ranks == 1:
             return "none"
         if self.distributed.gradients == "auto":
-            return "flat" if self.training.execution == "cuda_graph" else "ddp"
+            return "flat" if self.training.execution in GRAPHED else "ddp"
         return self.distributed.gradients
 
     def torch_device(self) -> torch.device:
@@ -581,9 +585,15 @@ def _validate_device(config: RunConfig) -> None:
         count = torch.cuda.device_count()
         if (torch.device(name).index or 0) >= count:
             raise ConfigError(f"device={name!r}: this machine has {count} CUDA devices.")
-    if config.training.execution == "cuda_graph" and config.torch_device().type != "cuda":
+    execution = config.training.execution
+    if execution == "cuda_graph_parallel" and config.latent != "split":
         raise ConfigError(
-            f"training.execution='cuda_graph' needs device=cuda, got device={name!r}; on a CPU "
+            f"training.execution={execution!r} is for two latents, algo.latent=split, and this run "
+            f"has latent {config.latent!r}: use cuda_graph."
+        )
+    if execution in GRAPHED and config.torch_device().type != "cuda":
+        raise ConfigError(
+            f"training.execution={execution!r} needs device=cuda, got device={name!r}; on a CPU "
             "use eager or compile."
         )
 
@@ -595,10 +605,10 @@ def _validate_distributed(config: RunConfig) -> None:
         raise ConfigError(
             f"distributed.timeout_seconds={distributed.timeout_seconds} must be above 0."
         )
-    if distributed.gradients == "ddp" and config.training.execution == "cuda_graph":
+    if distributed.gradients == "ddp" and config.training.execution in GRAPHED:
         raise ConfigError(
-            "distributed.gradients='ddp' hooks into the backward pass, which "
-            "training.execution='cuda_graph' replays without it; allowed there: auto, flat."
+            "distributed.gradients='ddp' hooks into the backward pass, which training.execution="
+            f"{config.training.execution!r} replays without it; allowed there: auto, flat."
         )
     if distributed.ranks == 1 or config.torch_device().type == "cpu":
         return

@@ -17,7 +17,8 @@ from w2f_torchrl.trainers.config import EXECUTIONS
 #: ``eager``; ``compile``: the pieces that hold nearly all of the work, each compiled on its own,
 #: so that compiling takes no longer for longer sequences; ``compile_all``: losses and the whole
 #: time loop as one graph; ``cuda_graph``: ``compile``, and the whole update captured once and
-#: replayed, which leaves no launch to the host.
+#: replayed, which leaves no launch to the host; ``cuda_graph_parallel``: the graph has two branches
+#: where the two latents of ``split`` don't depend on each other.
 MODES = EXECUTIONS
 
 #: Real updates that precede the capture, undone after it: they compile, and they make the

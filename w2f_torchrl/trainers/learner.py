@@ -19,7 +19,7 @@ from w2f_torchrl.modules import (
 )
 from w2f_torchrl.objectives import LossConfig, World2FilterLoss
 from w2f_torchrl.trainers.checkpointing import CheckpointError
-from w2f_torchrl.trainers.config import OptimizerConfig, RunConfig
+from w2f_torchrl.trainers.config import GRAPHED, OptimizerConfig, RunConfig
 from w2f_torchrl.trainers.execution import (
     CapturableOptimizer,
     GraphedUpdate,
@@ -120,11 +120,13 @@ class Learner(nn.Module):
         )
 
     def _choose_execution(self) -> None:
-        if self.execution in ("compile", "cuda_graph"):
+        if self.execution == "compile" or self.execution in GRAPHED:
             compile_core(self.loss)
         if self.execution == "compile_all":
             self.loss.compute = torch.compile(self.loss.compute)  # type: ignore[method-assign]
-        if self.execution == "cuda_graph":
+        if self.execution == "cuda_graph_parallel":
+            self.world_model.side_stream = torch.cuda.Stream(self.parameters_trained[0].device)
+        if self.execution in GRAPHED:
             self._update = self._graphed()
 
     def _graphed(self) -> GraphedUpdate:
