@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from test_objectives import SIZE, make_loss, make_sample
+from test_trainers import tiny_run
 from torch import Tensor, nn
 
 from w2f_torchrl.objectives import LossConfig, background_loss, foreground_loss, image_loss
 from w2f_torchrl.objectives.reconstruction import doubted, mask_loss
+from w2f_torchrl.trainers import ConfigError
 
 THRESHOLD = 0.9
 
@@ -97,6 +99,33 @@ def test_selective_changes_only_the_colours_where_the_head_is_sure(latent):
     else:
         assert selective["loss_foreground"] < plain["loss_foreground"]
     assert plain_loss.config.selective is None
+
+
+@pytest.mark.parametrize("target", ["inside", "zero_outside"])
+def test_selective_reaches_the_agents_latent_with_zero_outside_only(target):
+    """Inside the mask nothing is doubted, and the background has an encoder of its own."""
+    sample, gradients = make_sample(), []
+    for selective in (None, THRESHOLD):
+        loss = make_loss("split", selective=selective, foreground_target=target)
+        model = loss.world_model
+        nn.init.constant_(model.decoder.foreground.layers[-1].bias[-1:], 8.0)
+        torch.manual_seed(0)
+        losses = loss(sample.clone())
+        (losses["loss_foreground"] + losses["loss_background"]).backward()
+        both = (model.encoder, model.background_encoder)
+        gradients.append([[p.grad for p in encoder.parameters()] for encoder in both])
+    (plain, plain_behind), (selective, selective_behind) = gradients
+    same = [torch.equal(a, b) for a, b in zip(plain, selective, strict=True)]
+    assert all(same) if target == "inside" else not any(same)
+    assert not torch.equal(plain_behind[0], selective_behind[0])
+
+
+def test_selective_that_could_drop_nothing_is_refused(tmp_path):
+    config = tiny_run(tmp_path, algo={"latent": "foreground"}, loss={"selective": 0.9})
+    with pytest.raises(ConfigError, match=r"loss.selective=0.9 drops colour errors outside"):
+        config.validate()
+    config.loss.foreground_target = "zero_outside"
+    config.validate()
 
 
 def test_area_scale_is_its_definition_and_leaves_a_whole_picture_alone():

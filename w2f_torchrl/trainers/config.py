@@ -400,6 +400,16 @@ def _validate(config: RunConfig) -> None:
     _validate_segmentation(config)
     config.model.validate(config.environment.image_size)
     config.loss.validate()
+    if (
+        config.latent == "foreground"
+        and config.loss.selective is not None
+        and config.loss.foreground_target == "inside"
+    ):
+        raise ConfigError(
+            f"loss.selective={config.loss.selective} drops colour errors outside the mask, and "
+            "with algo.latent=foreground and loss.foreground_target=inside there are none: use "
+            "loss.foreground_target=zero_outside, or leave it out."
+        )
     _validate_optimizer(config.optimizer)
     _validate_training(config)
     _validate_device(config)
