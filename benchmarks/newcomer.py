@@ -220,6 +220,8 @@ def run(
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            # A shell starts what runs in its background with Ctrl+C ignored; programs inherit that.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         try:
             process.wait(step.interrupt or PATIENCE)
@@ -304,8 +306,6 @@ def main() -> None:
     parser.add_argument("--logs", type=Path, help="keep what each command printed in this folder")
     parser.add_argument("--out", default="benchmarks/results/newcomer.json")
     args = parser.parse_args()
-    # A shell starts what runs in its background with Ctrl+C ignored, and programs inherit that.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     with tempfile.TemporaryDirectory() as folder:
         clone, logs = Path(folder) / "clone", (args.logs or Path(folder) / "logs").absolute()
         logs.mkdir(parents=True, exist_ok=True)
