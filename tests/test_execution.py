@@ -213,7 +213,6 @@ def test_the_backgrounds_latent_is_made_on_the_side_and_waited_for(monkeypatch):
     model.side_stream = streams
     torch.manual_seed(0)
     beside = model.infer(sample.clone())
-    written = ["kept"] * 5
     assert streams.said == [
         "main marks the start",
         "encoder",
@@ -224,7 +223,7 @@ def test_the_backgrounds_latent_is_made_on_the_side_and_waited_for(monkeypatch):
         "background_rollout",
         "side ends",
         "main waits for the side",
-        *written,
+        *["kept"] * 5,
     ]
     assert set(beside.keys(True, True)) == set(plain.keys(True, True))
     for key, value in plain.items(True, True):

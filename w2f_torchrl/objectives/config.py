@@ -50,8 +50,8 @@ class LossConfig:
     selective: float | None = None
     """For imperfect masks: where the mask head is surer of foreground than this, a probability in
     [0.5, 1), and the mask says background, colour errors are dropped. null: masks are right. With
-    foreground_target=inside, which asks for no colours there, only the background learns
-    otherwise."""
+    foreground_target=inside, which asks for no colours there, only the background's loss
+    changes."""
     free_nats: float = 1.0
     """Nats of KL, summed over a state's categoricals, below which there is no gradient."""
     entropy: float = 3e-4

@@ -120,7 +120,7 @@ class Learner(nn.Module):
         )
 
     def _choose_execution(self) -> None:
-        if self.execution == "compile" or self.execution in GRAPHED:
+        if self.execution in ("compile", *GRAPHED):
             compile_core(self.loss)
         if self.execution == "compile_all":
             self.loss.compute = torch.compile(self.loss.compute)  # type: ignore[method-assign]
