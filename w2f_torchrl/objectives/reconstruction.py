@@ -43,20 +43,20 @@ class _SquaredError(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, prediction: Tensor, pixels: Tensor, weight: Tensor | None) -> Tensor:
         residual = torch.sub(prediction, pixels.to(prediction.dtype), alpha=1 / 255)
-        weighted = residual if weight is None else residual * weight
+        # Picture by picture: one float32 sum over a whole batch would lose digits.
+        if weight is None:
+            weighted = residual
+            errors: Tensor = torch.linalg.vector_norm(residual, dim=(-3, -2, -1)).square()
+        else:
+            weighted = residual * weight
+            errors = residual.mul_(weighted).sum((-3, -2, -1))
         ctx.save_for_backward(weighted)
-        return _dot(weighted, residual) / _pictures(prediction)
+        return errors.sum() / _pictures(prediction)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (weighted,) = ctx.saved_tensors
         return weighted * (2 * grad / _pictures(weighted)), None, None
-
-
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    # Picture by picture: one float32 dot product over a whole batch would lose digits.
-    size = a.shape[-3:].numel()
-    return torch.bmm(a.reshape(-1, 1, size), b.reshape(-1, size, 1)).sum()
 
 
 def _pictures(images: Tensor) -> int:
