@@ -42,6 +42,7 @@ from torchrl.modules import symexp
 from w2f_torchrl.modules import PRESETS, ModelConfig
 from w2f_torchrl.trainers import Learner
 from w2f_torchrl.trainers.config import EXECUTIONS, OptimizerConfig
+from w2f_torchrl.trainers.execution import PIECES, compile_core
 
 #: Largest differences of one update that are called rounding.
 TOLERANCES = {"world_model": 1e-5, "returns": 1e-4, "gradients": 1e-3, "change": 1e-2}
@@ -282,10 +283,12 @@ def run(
                 action_size=ACTION_SIZE,
                 image_size=image,
                 latent=latent,
-                execution=mode,
+                execution="eager" if mode == "compile" else mode,
                 device=device,
                 optimizer=OptimizerConfig(lr=1e-3, warmup_updates=3),
             )
+            if mode == "compile":  # on a CPU too all that is compiled on CUDA
+                compile_core(learner.loss, PIECES)
             bins = learner.loss.world_model.two_hot.bins
             bins.copy_(symexp(torch.linspace(-LARGEST_BIN, LARGEST_BIN, len(bins))))
             return learner

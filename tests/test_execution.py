@@ -15,10 +15,10 @@ from torch import Tensor
 from torchrl.trainers.algorithms import DreamerV3Optimizer
 
 from w2f_torchrl.objectives import LossConfig
-from w2f_torchrl.trainers import ConfigError, Learner
+from w2f_torchrl.trainers import ConfigError, Learner, execution
 from w2f_torchrl.trainers.config import OptimizerConfig
 from w2f_torchrl.trainers.device_copy import DeviceCopy
-from w2f_torchrl.trainers.execution import CapturableOptimizer
+from w2f_torchrl.trainers.execution import PIECES, CapturableOptimizer, compile_core
 
 
 def make_learner(
@@ -44,6 +44,25 @@ def make_learner(
 @pytest.mark.parametrize("mode", ["compile", "compile_all"])
 def test_a_checkpoint_has_no_trace_of_the_mode(mode):
     assert list(make_learner(mode).state_dict()) == list(make_learner("eager").state_dict())
+
+
+def test_a_cpu_compiles_what_gains_there(monkeypatch):
+    compiled: list[str] = []
+
+    def note(function, **settings):
+        compiled.append(function.__qualname__)
+        return function
+
+    monkeypatch.setattr(torch, "compile", note)
+    # Of the foreground's recurrence, and of the background's.
+    steps = [*["step_forward", "step_backward"] * 2, "imagine_step"]
+    make_learner("compile")
+    assert compiled == steps
+    assert execution.pieces_worth_compiling(torch.device("cuda")) == PIECES
+    compiled.clear()
+    compile_core(make_learner("eager").loss, PIECES)
+    encoders, decoders = ["ImageEncoder.forward"] * 2, ["Module._call_impl"] * 2
+    assert compiled == [*encoders, *decoders, *steps]
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from torchrl.modules import (
 from w2f_torchrl.modules import build_world_model, layers
 from w2f_torchrl.modules.convolution import ImageDecoder, ImageEncoder, subpixel_convolution
 from w2f_torchrl.modules.layers import MLP
-from w2f_torchrl.modules.rssm import _draw_one_hot, sample_one_hot
+from w2f_torchrl.modules.rssm import PriorHead, _draw_one_hot, sample_one_hot
 from w2f_torchrl.modules.two_hot import TwoHot
 from w2f_torchrl.utils.memory import keep_freed_memory
 
@@ -212,8 +212,21 @@ def test_draws_without_gradient_are_those_with(classes):
     torch.manual_seed(0)
     logits, uniform = 2 * torch.randn(50, 8, classes), torch.rand(50, 8)
     want = sample_one_hot(logits, 0.01, uniform)
-    assert torch.equal(_draw_one_hot(logits, 0.01, uniform), want)
-    assert _draw_one_hot(logits[:1], 0.01, torch.full((1, 8), 1 - 1e-8)).sum() == 8
+    classes_first = logits.transpose(1, 2)
+    for formula in (_draw_one_hot, torch.compile(_draw_one_hot, backend="eager")):
+        assert torch.equal(formula(classes_first, 0.01, uniform), want)
+        assert formula(classes_first[:1], 0.01, torch.full((1, 8), 1 - 1e-8)).sum() == 8
+
+
+@torch.no_grad()
+def test_a_head_with_classes_first_draws_what_torchrls_gives():
+    torch.manual_seed(0)
+    prior = build_world_model("size1m", action_size=2).prior
+    belief, uniform = torch.randn(50, 512), torch.rand(50, prior.num_categoricals)
+    logits = prior.rnn_to_prior_projector(belief).view(50, prior.num_categoricals, -1)
+    want = sample_one_hot(logits, prior.unimix, uniform).flatten(-2)
+    assert want.unflatten(-1, (-1, prior.num_classes)).argmax(-1).unique().numel() > 1
+    assert torch.equal(PriorHead(prior).draw(belief, uniform), want)
 
 
 def test_the_allocator_is_set_where_it_can_be():

@@ -12,7 +12,7 @@ Shape letters: N rows, I inputs, O outputs, G blocks, w = width of a block.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
 from typing import Any, NamedTuple, cast
 
@@ -37,6 +37,40 @@ def _find_onednn() -> Callable[..., Tensor] | None:
 _onednn = _find_onednn() if torch.backends.cpu.get_cpu_capability() == "AVX512" else None
 
 
+def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    assert _onednn is not None
+    # A slice of a larger matrix would fall back to oneDNN's plain loops.
+    if not (weight.is_contiguous() or weight.t().is_contiguous()):
+        weight = weight.contiguous()
+    return _onednn(x, weight, bias, "none", [], "")
+
+
+def _multiply_blocks(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    biases = [None] * len(weight) if bias is None else list(bias)
+    parts = zip(x.split(weight.shape[1], -1), weight, biases, strict=True)
+    return torch.cat([product(part, matrix.t(), shift) for part, matrix, shift in parts], -1)
+
+
+def _product_alike(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(len(x), len(weight))
+
+
+def _block_product_alike(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(len(x), len(weight) * weight.shape[-1])
+
+
+# The same two as operators, for compiled graphs without gradients: Inductor takes oneDNN's own for
+# one whose weights are constants.
+_library = torch.library.Library("w2f_torchrl", "DEF")
+for _name, _function, _alike in (
+    ("product", _multiply, _product_alike),
+    ("block_product", _multiply_blocks, _block_product_alike),
+):
+    _library.define(f"{_name}(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+    _library.impl(_name, _function, "CPU")
+    torch.library.register_fake(f"w2f_torchrl::{_name}", _alike, lib=_library)
+
+
 def by_hand(x: Tensor) -> bool:
     """Whether the hand-written passes for CPUs apply to ``x``."""
     return on_cpu(x) and not torch.compiler.is_compiling()
@@ -51,16 +85,17 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Multiply ``[N, I]`` by ``[O, I]`` transposed, without a gradient: ``[N, O]``."""
     multiplications = x.numel() * len(weight)
     if (
-        _onednn is not None
-        and multiplications >= ONEDNN_MULTIPLICATIONS
-        and x.dtype is torch.float32
-        and by_hand(x)
+        _onednn is None
+        or multiplications < ONEDNN_MULTIPLICATIONS
+        or x.dtype is not torch.float32
+        or not on_cpu(x)
     ):
-        # A slice of a larger matrix would fall back to oneDNN's plain loops.
-        if not (weight.is_contiguous() or weight.t().is_contiguous()):
-            weight = weight.contiguous()
-        return _onednn(x, weight, bias, "none", [], "")
-    return F.linear(x, weight, bias)
+        return F.linear(x, weight, bias)
+    if not torch.compiler.is_compiling():
+        return _multiply(x, weight, bias)
+    if torch.is_grad_enabled():
+        return F.linear(x, weight, bias)
+    return cast(Tensor, torch.ops.w2f_torchrl.product(x, weight, bias))
 
 
 def block_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -72,13 +107,18 @@ def block_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
         bias: ``[G, v]``.
     """
     blocks, width, _ = weight.shape
-    if x.numel() * weight.shape[-1] < 2 * blocks * ONEDNN_MULTIPLICATIONS or not by_hand(x):
+    compiling = torch.compiler.is_compiling()
+    if (
+        x.numel() * weight.shape[-1] < 2 * blocks * ONEDNN_MULTIPLICATIONS
+        or not on_cpu(x)
+        or (compiling and torch.is_grad_enabled())
+    ):
         grouped = x.unflatten(-1, (blocks, width)).transpose(0, 1)
         out = torch.bmm(grouped, weight).transpose(0, 1).flatten(1)
         return out if bias is None else out + bias.flatten()
-    biases = [None] * blocks if bias is None else list(bias)
-    parts = zip(x.split(width, -1), weight, biases, strict=True)
-    return torch.cat([product(part, matrix.t(), shift) for part, matrix, shift in parts], -1)
+    if compiling:
+        return cast(Tensor, torch.ops.w2f_torchrl.block_product(x, weight, bias))
+    return _multiply_blocks(x, weight, bias)
 
 
 class _Linear(torch.autograd.Function):
@@ -176,7 +216,7 @@ class _Layer(torch.autograd.Function):
         return grad_x, product(grad.t(), x.t()), grad.sum(0), grad_gain, None
 
 
-def run_layers(layers: nn.Sequential, x: Tensor) -> Tensor:
+def run_layers(layers: Iterable[nn.Module], x: Tensor) -> Tensor:
     """Apply TorchRL's layers (linear maps, each but the last with norm and activation).
 
     Args:
@@ -184,7 +224,9 @@ def run_layers(layers: nn.Sequential, x: Tensor) -> Tensor:
         x: ``[..., I]``.
     """
     if not by_hand(x):
-        return cast(Tensor, layers(x))
+        for layer in layers:
+            x = layer(x)
+        return x
     value = x.reshape(-1, x.shape[-1])
     modules: list[Any] = list(layers)  # a slice of a Sequential builds another one
     hidden = len(modules) // 3 * 3

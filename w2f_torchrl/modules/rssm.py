@@ -17,6 +17,7 @@ from torchrl.modules import RSSMPosteriorV3, RSSMPriorV3, RSSMRolloutV3
 from w2f_torchrl.modules.layers import (
     activate,
     block_product,
+    by_hand,
     linear,
     on_cpu,
     product,
@@ -73,14 +74,25 @@ def sample_one_hot(logits: Tensor, unimix: float, uniform: Tensor) -> Tensor:
 
 
 def _draw_one_hot(logits: Tensor, unimix: float, uniform: Tensor) -> Tensor:
-    """:func:`sample_one_hot` without a gradient, classes outermost: vectorised over the rest."""
-    classes = logits.shape[-1]
-    outermost = logits.movedim(-1, 0).contiguous()
-    probs = torch.softmax(outermost, 0).mul_(1 - unimix).add_(unimix / classes)
+    """:func:`sample_one_hot` without a gradient, from logits with the classes first.
+
+    Args:
+        logits: ``[N, classes, K]``: a CPU's softmax and sums are then vectorised over K.
+        unimix: Share of the uniform distribution in the mixture, in [0, 1).
+        uniform: Draws from U[0, 1) ``[N, K]``.
+
+    Returns:
+        One-hot samples ``[N, K, classes]``.
+    """
+    classes = logits.shape[1]
+    probs = torch.softmax(logits, 1).mul_(1 - unimix).add_(unimix / classes)
     # The last cumulative probability is not asked: rounding can leave it below 1.
-    index = (uniform > probs.cumsum(0)[:-1]).sum(0)
+    index = (uniform.unsqueeze(1) > probs.cumsum(1)[:, :-1]).sum(1)
+    if not by_hand(logits):  # fused
+        every = torch.arange(classes, device=logits.device)
+        return (index.unsqueeze(-1) == every).to(logits.dtype)
     one_hots = torch.eye(classes, dtype=logits.dtype, device=logits.device)
-    return one_hots.index_select(0, index.flatten()).view(logits.shape)
+    return one_hots.index_select(0, index.flatten()).view(*uniform.shape, classes)
 
 
 class BlockGRUStep:
@@ -375,9 +387,33 @@ class RSSMRollout(RSSMRolloutV3):
         return torch.stack(states, 1), torch.stack(beliefs, 1), torch.stack(logits, 1)
 
 
+class PriorHead:
+    """The prior's head as imagination needs it: its last layer gives the classes first.
+
+    Built once per forward pass: it holds a copy of that layer, with the rows in another order.
+
+    Args:
+        prior: The block-GRU prior.
+    """
+
+    def __init__(self, prior: RSSMPriorV3):
+        *hidden, last = prior.rnn_to_prior_projector
+        self.hidden = hidden
+        self.sizes = (prior.num_classes, prior.num_categoricals)
+        self.unimix = prior.unimix
+        self.weight = last.weight.unflatten(0, self.sizes[::-1]).transpose(0, 1).flatten(0, 1)
+        self.bias = last.bias.view(self.sizes[::-1]).t().flatten()
+
+    def draw(self, belief: Tensor, uniform: Tensor) -> Tensor:
+        """Draw states without a gradient: ``[N, D], [N, K]`` to ``[N, S]``."""
+        hidden = run_layers(self.hidden, belief)
+        logits = product(hidden, self.weight, self.bias).unflatten(-1, self.sizes)
+        return _draw_one_hot(logits, self.unimix, uniform).flatten(-2)
+
+
 def imagine_step(
     step: BlockGRUStep,
-    prior: RSSMPriorV3,
+    prior: PriorHead,
     actor: GaussianActor,
     features: Tensor,
     state: Tensor,
@@ -389,7 +425,7 @@ def imagine_step(
 
     Args:
         step: The block GRU.
-        prior: The block-GRU prior.
+        prior: The prior's head.
         actor: The policy's network.
         features: Belief and state side by side ``[N, D + S]``.
         state: The state by itself ``[N, S]``.
@@ -403,9 +439,7 @@ def imagine_step(
     mean, std = actor.from_features(features)
     action = mean + std * noise
     belief = step.imagine(state, belief, action)
-    logits = run_layers(prior.rnn_to_prior_projector, belief)
-    logits = logits.unflatten(-1, (prior.num_categoricals, -1))
-    return _draw_one_hot(logits, prior.unimix, uniform).flatten(-2), belief, action
+    return prior.draw(belief, uniform), belief, action
 
 
 def imagine(
@@ -435,7 +469,7 @@ def imagine(
         included, and the actions taken in the first H of them ``[H, N, A]``.
     """
     with torch.no_grad():
-        step = BlockGRUStep(prior)
+        step, head = BlockGRUStep(prior), PriorHead(prior)
         uniforms = torch.rand(horizon, len(state), prior.num_categoricals, device=state.device)
         actions_shape = (horizon, len(state), *prior.action_shape)
         noise = torch.randn_like(belief.new_empty(actions_shape))
@@ -445,7 +479,7 @@ def imagine(
         actions = []
         for t in range(horizon):
             state, belief, action = one_step(
-                step, prior, actor, features[t], state, belief, noise[t], uniforms[t]
+                step, head, actor, features[t], state, belief, noise[t], uniforms[t]
             )
             torch.cat((belief, state), -1, out=features[t + 1])
             actions.append(action)

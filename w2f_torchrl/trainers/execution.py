@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,11 +15,12 @@ from w2f_torchrl.modules.convolution import ImageDecoder
 from w2f_torchrl.objectives import World2FilterLoss
 from w2f_torchrl.trainers.config import EXECUTIONS
 
-#: ``eager``; ``compile``: the pieces that hold nearly all of the work, each compiled on its own,
-#: so that compiling takes no longer for longer sequences; ``compile_all``: losses and the whole
-#: time loop as one graph; ``cuda_graph``: ``compile``, and the whole update captured once and
-#: replayed, which leaves no launch to the host; ``cuda_graph_parallel``: the graph has two branches
-#: where the two latents of ``split`` don't depend on each other.
+#: ``eager``; ``compile``: the pieces that hold nearly all of the work (on a CPU those that gain),
+#: each compiled on its own, so that compiling takes no longer for longer sequences;
+#: ``compile_all``: losses and the whole time loop as one graph; ``cuda_graph``: ``compile``, and
+#: the whole update captured once and replayed, which leaves no launch to the host;
+#: ``cuda_graph_parallel``: the graph has two branches where the two latents of ``split`` don't
+#: depend on each other.
 MODES = EXECUTIONS
 
 #: Real updates that precede the capture, undone after it: they compile, and they make the
@@ -28,28 +30,44 @@ CAPTURE_WARMUP = 3
 Update = Callable[[TensorDictBase], TensorDictBase]
 
 
-def compile_core(loss: World2FilterLoss) -> None:
-    """Compile encoders, decoders, one step of each recurrence (and back), and the model's losses.
+#: What ``compile`` compiles: a step of each recurrence and a step back; an imagined step; encoders
+#: and decoders.
+PIECES = ("recurrence", "imagination", "pictures")
+
+
+def pieces_worth_compiling(device: torch.device) -> tuple[str, ...]:
+    """All of :data:`PIECES`; on a CPU not the pictures'.
+
+    Its hand-written convolutions take half the time of compiled ones (``benchmarks/learner.py``).
+    """
+    return PIECES[:2] if device.type == "cpu" else PIECES
+
+
+def compile_core(loss: World2FilterLoss, pieces: Collection[str]) -> None:
+    """Compile some of :data:`PIECES`, each on its own.
 
     Acting is not touched: the policy calls the encoder itself, with batches of other sizes.
     """
     # Every shape is known: kernels for any size would be slower, and the two recurrences, which
     # share their code, would otherwise be compiled for any.
+    compiled = partial(torch.compile, dynamic=False)
+    if next(loss.parameters()).device.type == "cpu":
+        compiled = partial(compiled, options={"cpp.threads": 1})
     world_model = loss.world_model
-    for name in ("encoder", "background_encoder"):
-        if (encoder := getattr(world_model, name)) is not None:
-            world_model.compiled[name] = torch.compile(encoder.forward, dynamic=False)
-    for module in world_model.decoder.modules():
-        if isinstance(module, ImageDecoder):
-            module.compile(dynamic=False)
-    for rollout in (world_model.rollout, world_model.background_rollout):
-        if rollout is not None:
-            forward, backward = rollout.steps
-            rollout.steps = (
-                torch.compile(forward, dynamic=False),
-                torch.compile(backward, dynamic=False),
-            )
-    loss.imagine_step = torch.compile(loss.imagine_step, dynamic=False)
+    if "pictures" in pieces:
+        for name in ("encoder", "background_encoder"):
+            if (encoder := getattr(world_model, name)) is not None:
+                world_model.compiled[name] = compiled(encoder.forward)
+        for module in world_model.decoder.modules():
+            if isinstance(module, ImageDecoder):
+                module.compile(dynamic=False)
+    if "recurrence" in pieces:
+        for rollout in (world_model.rollout, world_model.background_rollout):
+            if rollout is not None:
+                forward, backward = rollout.steps
+                rollout.steps = (compiled(forward), compiled(backward))
+    if "imagination" in pieces:
+        loss.imagine_step = compiled(loss.imagine_step)
 
 
 class CapturableOptimizer(DreamerV3Optimizer):

@@ -25,6 +25,7 @@ from w2f_torchrl.trainers.execution import (
     GraphedUpdate,
     Update,
     compile_core,
+    pieces_worth_compiling,
 )
 from w2f_torchrl.trainers.finite import FiniteGuard
 from w2f_torchrl.trainers.gradients import ComposedLoss, SharedGradients, share_gradients
@@ -121,7 +122,8 @@ class Learner(nn.Module):
 
     def _choose_execution(self) -> None:
         if self.execution in ("compile", *GRAPHED):
-            compile_core(self.loss)
+            device = self.parameters_trained[0].device
+            compile_core(self.loss, pieces_worth_compiling(device))
         if self.execution == "compile_all":
             self.loss.compute = torch.compile(self.loss.compute)  # type: ignore[method-assign]
         if self.execution == "cuda_graph_parallel":
