@@ -10,8 +10,11 @@ from pathlib import Path
 
 import gpu_acceptance
 import learner_growth
+import learner_parts
 import pytest
 import same_losses
+import torch
+from tensordict import TensorDict
 from test_objectives import TINY
 
 from w2f_torchrl.trainers.checkpointing import latest_checkpoint, load_checkpoint, save_checkpoint
@@ -113,6 +116,34 @@ def test_a_larger_batch_takes_more_of_everything(monkeypatch):
     assert grown["gflop"] == pytest.approx(32, rel=0.2)
     assert 2 < grown["operations"] < 32  # imagination's don't depend on it
     assert grown["peak_mib"] > 1
+
+
+def test_the_kinds_of_an_update_add_up():
+    weight, pictures = torch.randn(64, 64, 3, 3), torch.randn(8, 64, 32, 32)
+    table = learner_parts.by_kind(
+        lambda sample: torch.conv2d(pictures, weight), TensorDict(), rounds=3
+    )
+    assert table["products"] == 0
+    assert table["convolutions"] > 0.5 * table["update"] > 0
+    total = table["products"] + table["convolutions"] + table["rest"]
+    assert total == pytest.approx(table["update"], abs=1e-4)
+    square = torch.randn(512, 512)
+    table = learner_parts.by_kind(lambda sample: square @ square, TensorDict(), rounds=3)
+    assert table["products"] > 0.5 * table["update"]
+    assert table["convolutions"] == 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_each_part_is_timed_eager_and_compiled(monkeypatch):
+    monkeypatch.setitem(learner_parts.PRESETS, "tiny", TINY)
+    monkeypatch.setattr(learner_parts, "HEAP", 1)
+    threads = torch.get_num_threads()
+    results = learner_parts.run("tiny", (2, 4), 1, threads)
+    assert list(results["parts"]) == ["encoder", "decoder", "recurrence", "imagination"]
+    assert all(row[mode] > 0 for row in results["parts"].values() for mode in ("eager", "compiled"))
+    for table in results["seconds_by_kind"].values():
+        assert min(table["products"], table["convolutions"]) > 0
 
 
 @pytest.mark.slow
