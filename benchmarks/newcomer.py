@@ -146,6 +146,7 @@ STEPS = (
         "python benchmarks/replay.py",
         "python benchmarks/replay.py --records 8000 --streams 4 --rounds 3",
     ),
+    Step("python benchmarks/end_to_end.py"),
     Step(
         "python benchmarks/student.py",
         "python benchmarks/student.py --tasks 'walker walk' --few --seeds 0 --steps 60 --jobs 2",
