@@ -7,6 +7,8 @@ VENV_PYTHON := .venv/bin/python
 EXPERIMENT ?= demo
 ARGS ?=
 PYTEST_ARGS ?=
+# 0: in one process, as --pdb needs it.
+TEST_PROCESSES ?= 2
 
 # The stamp is named after the contents it was made from, not their times: a fresh checkout of the
 # same lock installs nothing, another lock does.
@@ -27,8 +29,8 @@ smoke: $(STAMP) gl  ## The whole flow in about a minute, into a new runs/smoke.
 	$(VENV_PYTHON) sota_configs/world2filter.py experiment=smoke $(ARGS)
 
 test: export OMP_NUM_THREADS ?= 1
-test: $(STAMP) gl  ## Run the tests, without those marked slow; PYTEST_ARGS are passed on.
-	$(VENV_PYTHON) -m pytest -m "not slow" $(PYTEST_ARGS)
+test: $(STAMP) gl  ## Run the tests not marked slow by TEST_PROCESSES processes; PYTEST_ARGS are passed on.
+	$(VENV_PYTHON) -m pytest -m "not slow" -n $(TEST_PROCESSES) --dist loadfile $(PYTEST_ARGS)
 
 test-all: export OMP_NUM_THREADS ?= 1
 test-all: $(STAMP) gl  ## Run every test that this machine can run.
