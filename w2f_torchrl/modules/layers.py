@@ -5,7 +5,8 @@ twice oneDNN's time on the others that have it (``benchmarks/learner.py`` times 
 AVX-512 MKL is the faster one. Torch ships oneDNN's product too, as the operator that its compiler
 uses; where an installation lacks it, or it does not apply, MKL computes. A layer of linear map,
 norm and activation is one node of the graph here, with its backward pass written out. On other
-devices, under autocast and in compiled graphs these are torch's plain operations.
+devices, under autocast and in compiled graphs these are torch's plain operations; only products
+without a gradient stay oneDNN's in a compiled graph.
 
 Shape letters: N rows, I inputs, O outputs, G blocks, w = width of a block.
 """

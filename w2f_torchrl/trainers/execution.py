@@ -38,7 +38,7 @@ PIECES = ("recurrence", "imagination", "pictures")
 def pieces_worth_compiling(device: torch.device) -> tuple[str, ...]:
     """All of :data:`PIECES`; on a CPU not the pictures'.
 
-    Its hand-written convolutions take half the time of compiled ones (``benchmarks/learner.py``).
+    Encoders and decoders are faster by hand there (``benchmarks/learner_parts.py``).
     """
     return PIECES[:2] if device.type == "cpu" else PIECES
 
@@ -52,6 +52,7 @@ def compile_core(loss: World2FilterLoss, pieces: Collection[str]) -> None:
     # share their code, would otherwise be compiled for any.
     compiled = partial(torch.compile, dynamic=False)
     if next(loss.parameters()).device.type == "cpu":
+        # What the graphs fuse is small: a team of threads costs more than it does.
         compiled = partial(compiled, options={"cpp.threads": 1})
     world_model = loss.world_model
     if "pictures" in pieces:
