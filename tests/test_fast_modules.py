@@ -207,6 +207,52 @@ def test_two_hot_equals_torchrls():
     assert torch.equal(TwoHot(255).decode(torch.zeros(2, 3, 255)), torch.zeros(2, 3))
 
 
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_a_compiled_graph_calls_the_large_products_by_hand(monkeypatch, with_bias):
+    """The models of the other tests are too small for it."""
+    if layers._onednn is None:
+        monkeypatch.setattr(
+            layers, "_onednn", lambda x, weight, bias, *_: F.linear(x, weight, bias)
+        )
+    torch.manual_seed(0)
+    x, weight = torch.randn(256, 512), torch.randn(64, 512)
+    block_weight = torch.randn(8, 64, 192)
+    bias, block_bias = (torch.randn(64), torch.randn(8, 192)) if with_bias else (None, None)
+    called: list[str] = []
+
+    def backend(graph, inputs):
+        called.extend(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    def both(x):
+        return (
+            layers.product(x, weight, bias),
+            layers.block_product(x, block_weight, block_bias),
+        )
+
+    blocks = (x.view(256, 8, 1, 64) @ block_weight).squeeze(2)
+    blocks = blocks if block_bias is None else blocks + block_bias
+    want = F.linear(x, weight, bias), blocks.flatten(1)
+    compiled = torch.compile(both, backend=backend, dynamic=False)
+    with torch.no_grad():
+        torch.testing.assert_close(both(x), want, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(compiled(x), want, rtol=1e-4, atol=1e-4)
+        for name, arguments in (
+            ("product", (x, weight, bias)),
+            ("block_product", (x, block_weight, block_bias)),
+        ):
+            assert any(f"w2f_torchrl.{name}" in target for target in called)
+            operator = getattr(torch.ops.w2f_torchrl, name).default
+            torch.library.opcheck(
+                operator, arguments, test_utils=("test_schema", "test_faketensor")
+            )
+    called.clear()  # the operators have no gradient, so they are not for a graph that needs one
+    compiled(x.requires_grad_())[0].sum().backward()
+    assert called
+    assert not any("w2f_torchrl" in target for target in called)
+    torch.testing.assert_close(x.grad, weight.sum(0).expand_as(x), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("classes", [2, 4, 16])
 def test_draws_without_gradient_are_those_with(classes):
     torch.manual_seed(0)

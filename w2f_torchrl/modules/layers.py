@@ -38,40 +38,6 @@ def _find_onednn() -> Callable[..., Tensor] | None:
 _onednn = _find_onednn() if torch.backends.cpu.get_cpu_capability() == "AVX512" else None
 
 
-def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    assert _onednn is not None
-    # A slice of a larger matrix would fall back to oneDNN's plain loops.
-    if not (weight.is_contiguous() or weight.t().is_contiguous()):
-        weight = weight.contiguous()
-    return _onednn(x, weight, bias, "none", [], "")
-
-
-def _multiply_blocks(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    biases = [None] * len(weight) if bias is None else list(bias)
-    parts = zip(x.split(weight.shape[1], -1), weight, biases, strict=True)
-    return torch.cat([product(part, matrix.t(), shift) for part, matrix, shift in parts], -1)
-
-
-def _product_alike(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return x.new_empty(len(x), len(weight))
-
-
-def _block_product_alike(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return x.new_empty(len(x), len(weight) * weight.shape[-1])
-
-
-# The same two as operators, for compiled graphs without gradients: Inductor takes oneDNN's own for
-# one whose weights are constants.
-_library = torch.library.Library("w2f_torchrl", "DEF")
-for _name, _function, _alike in (
-    ("product", _multiply, _product_alike),
-    ("block_product", _multiply_blocks, _block_product_alike),
-):
-    _library.define(f"{_name}(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
-    _library.impl(_name, _function, "CPU")
-    torch.library.register_fake(f"w2f_torchrl::{_name}", _alike, lib=_library)
-
-
 def by_hand(x: Tensor) -> bool:
     """Whether the hand-written passes for CPUs apply to ``x``."""
     return on_cpu(x) and not torch.compiler.is_compiling()
@@ -89,14 +55,15 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         _onednn is None
         or multiplications < ONEDNN_MULTIPLICATIONS
         or x.dtype is not torch.float32
-        or not on_cpu(x)
+        or not _by_hand_or_operator(x)
     ):
         return F.linear(x, weight, bias)
-    if not torch.compiler.is_compiling():
-        return _multiply(x, weight, bias)
-    if torch.is_grad_enabled():
-        return F.linear(x, weight, bias)
-    return cast(Tensor, torch.ops.w2f_torchrl.product(x, weight, bias))
+    if torch.compiler.is_compiling():
+        return cast(Tensor, torch.ops.w2f_torchrl.product(x, weight, bias))
+    # A slice of a larger matrix would fall back to oneDNN's plain loops.
+    if not (weight.is_contiguous() or weight.t().is_contiguous()):
+        weight = weight.contiguous()
+    return _onednn(x, weight, bias, "none", [], "")
 
 
 def block_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -108,18 +75,42 @@ def block_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
         bias: ``[G, v]``.
     """
     blocks, width, _ = weight.shape
-    compiling = torch.compiler.is_compiling()
-    if (
-        x.numel() * weight.shape[-1] < 2 * blocks * ONEDNN_MULTIPLICATIONS
-        or not on_cpu(x)
-        or (compiling and torch.is_grad_enabled())
-    ):
+    small = x.numel() * weight.shape[-1] < 2 * blocks * ONEDNN_MULTIPLICATIONS
+    if small or not _by_hand_or_operator(x):
         grouped = x.unflatten(-1, (blocks, width)).transpose(0, 1)
         out = torch.bmm(grouped, weight).transpose(0, 1).flatten(1)
         return out if bias is None else out + bias.flatten()
-    if compiling:
+    if torch.compiler.is_compiling():
         return cast(Tensor, torch.ops.w2f_torchrl.block_product(x, weight, bias))
-    return _multiply_blocks(x, weight, bias)
+    biases = [None] * blocks if bias is None else list(bias)
+    parts = zip(x.split(width, -1), weight, biases, strict=True)
+    return torch.cat([product(part, matrix.t(), shift) for part, matrix, shift in parts], -1)
+
+
+def _by_hand_or_operator(x: Tensor) -> bool:
+    # The operators below have no gradient.
+    return on_cpu(x) and not (torch.compiler.is_compiling() and torch.is_grad_enabled())
+
+
+# Both as operators that a compiled graph calls as they are: Inductor takes oneDNN's own for one
+# whose weights are constants.
+_library = torch.library.Library("w2f_torchrl", "DEF")
+for _function in (product, block_product):
+    _name = _function.__name__
+    _library.define(f"{_name}(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+    _library.impl(_name, _function, "CPU")
+
+
+def _product_alike(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(len(x), len(weight))
+
+
+def _block_product_alike(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(len(x), len(weight) * weight.shape[-1])
+
+
+torch.library.register_fake("w2f_torchrl::product", _product_alike, lib=_library)
+torch.library.register_fake("w2f_torchrl::block_product", _block_product_alike, lib=_library)
 
 
 class _Linear(torch.autograd.Function):

@@ -88,7 +88,7 @@ def _draw_one_hot(logits: Tensor, unimix: float, uniform: Tensor) -> Tensor:
     probs = torch.softmax(logits, 1).mul_(1 - unimix).add_(unimix / classes)
     # The last cumulative probability is not asked: rounding can leave it below 1.
     index = (uniform.unsqueeze(1) > probs.cumsum(1)[:, :-1]).sum(1)
-    if not by_hand(logits):  # fused
+    if not by_hand(logits):  # a compiler fuses this form
         every = torch.arange(classes, device=logits.device)
         return (index.unsqueeze(-1) == every).to(logits.dtype)
     one_hots = torch.eye(classes, dtype=logits.dtype, device=logits.device)
