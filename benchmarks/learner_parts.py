@@ -14,13 +14,12 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from learner import ACTION_SIZE, Update, make_sample, torchrl_update
+from learner import ACTION_SIZE, Update, make_sample, measure, torchrl_update
 from results_file import write_results
 from tensordict import TensorDictBase
 from torch.profiler import ProfilerActivity, profile
@@ -36,7 +35,6 @@ KINDS = {
     "products": ("::mm", "::addmm", "::bmm", "::baddbmm", "::mv", "::addmv", "_linear_pointwise"),
     "convolutions": ("convolution",),
 }
-WARM_UP = 3
 #: Floats that are touched and freed first: memory that grows during the measurement is cleared
 #: page by page, which the profiler would count with the operation that asks for it.
 HEAP = 2**28
@@ -71,21 +69,18 @@ def parts(learner: Learner, sample: TensorDictBase) -> dict[str, Callable[[], ob
     }
 
 
-def timed(functions: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+def timed(
+    functions: dict[str, Callable[[], object]], sample: TensorDictBase, rounds: int
+) -> dict[str, float]:
     """Median CPU seconds of functions that take turns."""
-    seconds: dict[str, list[float]] = {name: [] for name in functions}
-    for turn in range(rounds + WARM_UP):
-        for name, function in functions.items():
-            begin = time.process_time()
-            function()
-            if turn >= WARM_UP:
-                seconds[name].append(time.process_time() - begin)
+    takers = {name: (lambda _, call=call: call(), sample) for name, call in functions.items()}
+    seconds, _, _ = measure(takers, rounds, "cpu")
     return {name: round(statistics.median(times), 5) for name, times in seconds.items()}
 
 
 def by_kind(update: Update, sample: TensorDictBase, rounds: int) -> dict[str, float]:
     """Seconds of an eager update by kind of operation."""
-    total = timed({"update": lambda: update(sample.clone())}, rounds)["update"]
+    total = timed({"update": lambda: update(sample.clone())}, sample, rounds)["update"]
     with profile(activities=[ProfilerActivity.CPU]) as profiled:
         for _ in range(rounds):
             update(sample.clone())
@@ -118,7 +113,7 @@ def run(model: str, batch: tuple[int, int], rounds: int, threads: int) -> dict[s
     eager, compiled = (parts(learner, sample) for learner in learners)
     table = {}
     for name in eager:
-        row = timed({"eager": eager[name], "compiled": compiled[name]}, rounds)
+        row = timed({"eager": eager[name], "compiled": compiled[name]}, sample, rounds)
         table[name] = row | {"compiled_to_eager": round(row["compiled"] / row["eager"], 3)}
     return {"seconds_by_kind": kinds, "parts": table}
 
