@@ -51,6 +51,8 @@ DEFAULT_STAGES = ("environment", "smoke", "learner", "render", "equality", "curv
 SECONDS = 520.0
 #: By how much longer a stage may take with ``--small``, on a CPU that others use.
 PATIENCE = 6
+#: Seconds that a stage may run over before its process is ended.
+GRACE = 10
 RESULTS = "results.json"
 
 
@@ -127,7 +129,7 @@ def _watch(process: subprocess.Popen[bytes], args: argparse.Namespace, end: floa
         newest = next(reversed(stages), "") if stages else ""
         if newest != stage:
             stage, since = newest, time.monotonic()
-        limit = limits_of(args)[stage] + 10 if stage else 60 * (PATIENCE if args.small else 1)
+        limit = limits_of(args)[stage] + GRACE if stage else 60 * (PATIENCE if args.small else 1)
         if time.monotonic() > min(since + limit, end + 3):
             process.kill()
             process.wait()
