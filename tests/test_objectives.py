@@ -27,6 +27,7 @@ from w2f_torchrl.objectives import (
     lambda_return,
     mask_loss,
 )
+from w2f_torchrl.objectives.world2filter import LossTerm
 from w2f_torchrl.segmenters import mask_iou
 
 SIZE = 16
@@ -429,6 +430,88 @@ def test_the_set_of_losses_is_asserted_and_finite(latent):
     assert {k for k in out.keys() if k.startswith("loss_")} == set(loss.loss_names())
     assert all(torch.isfinite(v).all() for v in out.values())
     assert ("wm/mask_iou" in out.keys()) == (latent != "whole")
+
+
+@dataclasses.dataclass
+class OwnConfig(LossConfig):
+    mask_area: float = 0.5
+    bonus: float = 2.0
+
+
+class OwnLosses(World2FilterLoss):
+    """A loss of the world model and one of the actor, as docs/howto/loss.md adds them."""
+
+    terms = World2FilterLoss.terms | {"bonus": LossTerm(("ac/bonus_loss",))}
+
+    def loss_names(self):
+        return [*super().loss_names(), "loss_mask_area"]
+
+    def world_model_losses(self, model_td):
+        losses, metrics = super().world_model_losses(model_td)
+        area = model_td["next", "mask_logits"].sigmoid().sum((-3, -2, -1)).mean()
+        return losses | {"mask_area": area}, metrics
+
+    def actor_critic_losses(self, state, belief):
+        losses, metrics, returns = super().actor_critic_losses(state, belief)
+        return losses | {"bonus": belief.sum() * 0 + 3.0}, metrics, returns
+
+
+def with_own_losses(kind=OwnLosses, latent="shared", config=None):
+    plain = make_loss(latent)
+    parts = plain.world_model, plain.actor, plain.critic
+    return kind(*parts, config or OwnConfig())
+
+
+@pytest.mark.parametrize("latent", ["shared", "foreground", "split"])
+def test_a_loss_of_ones_own_is_in_the_total_and_has_a_metric(latent):
+    loss = with_own_losses(latent=latent)
+    out = loss(make_sample()).detach()
+    own = float(out["loss_mask_area"])
+    assert own > 1.0
+    assert float(out["wm/mask_area_loss"]) == own
+    assert float(out["ac/bonus_loss"]) == float(out["loss_bonus"]) == 6.0
+    # The minimised sum is the world model's total and the actor's and critic's.
+    minimised = sum(float(out[name]) for name in loss.out_keys)
+    parts = ("wm/total_loss", "ac/actor_loss", "ac/critic_loss", "ac/bonus_loss")
+    assert sum(float(out[name]) for name in parts) == pytest.approx(minimised, rel=1e-6)
+    plain = make_loss(latent)(make_sample())
+    assert float(out["wm/total_loss"] - plain["wm/total_loss"]) == pytest.approx(own, rel=1e-4)
+
+
+@pytest.mark.parametrize("latent", LATENTS)
+def test_each_metric_of_losses_is_the_sum_of_its_own(latent):
+    out = make_loss(latent, dynamics=0.7)(make_sample())
+    losses = {k.removeprefix("loss_"): float(v) for k, v in out.items() if k.startswith("loss_")}
+    kl = [k for k in losses if k.endswith(("dynamics", "representation"))]
+    images = {"image", "foreground", "mask", "background"} & losses.keys()
+    assert len(kl) == (4 if latent == "split" else 2)
+    expected = {
+        "wm/kl_loss": kl,
+        "wm/image_loss": images,
+        "wm/total_loss": [*kl, *images, "reward", "continuation"],
+        "ac/critic_loss": ["critic", "replay_critic"],
+    }
+    if latent != "whole":
+        expected["wm/fg_loss"] = ["foreground", "mask"]
+    for metric, names in expected.items():
+        wanted = sum(losses[name] for name in names)
+        assert float(out[metric]) == pytest.approx(wanted, rel=1e-6), metric
+    assert ("wm/fg_loss" in out.keys()) == (latent != "whole")
+    assert ("wm/bg_loss" in out.keys()) == (latent in ("split", "shared"))
+
+
+def test_a_loss_without_a_weight_and_one_of_the_actor_without_a_row_are_errors():
+    with pytest.raises(ValueError, match=r"loss_bonus has no weight: LossConfig"):
+        with_own_losses(config=LossConfig())
+
+    class Unlisted(OwnLosses):
+        terms = World2FilterLoss.terms
+
+        def loss_names(self):
+            return [*super().loss_names(), "loss_bonus"]
+
+    with pytest.raises(RuntimeError, match=r"add a row 'bonus' to Unlisted.terms"):
+        with_own_losses(Unlisted)(make_sample())
 
 
 def test_terminal_records_teach_the_continuation_zero():

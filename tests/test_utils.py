@@ -21,6 +21,7 @@ from torchrl.record.loggers.csv import CSVLogger
 
 from w2f_torchrl.utils import plotting, wandb_logging
 from w2f_torchrl.utils.logging import MetricsLogger, ProgressBar, make_wandb_logger, read_metrics
+from w2f_torchrl.utils.metric_names import meaning_of
 from w2f_torchrl.utils.plotting import metric_series, plot_curves, trailing_mean
 from w2f_torchrl.utils.seeding import derive_seed
 from w2f_torchrl.utils.video import contact_sheet, panel, read_video, to_uint8, write_video
@@ -429,6 +430,19 @@ def test_curves_show_the_logged_points_and_leave_pyplot_alone(tmp_path, monkeypa
     assert returns.get_ylim()[0] == 0
     assert losses.get_yscale() == "log"
     assert returns.get_xlim() == (0, 60_000)
+
+
+def test_a_loss_of_ones_own_is_in_the_curves(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(plotting, "save_figure", lambda figure, path: figures.append(figure))
+    row = {"wm/image_loss": 2.0, "wm/mask_area_loss": 3.0, "wm/total_loss": 5.0}
+    with MetricsLogger(tmp_path) as metrics:
+        for frames in (100, 200):
+            metrics.log(row, frames=frames, updates=frames)
+    plot_curves(tmp_path)
+    drawn = {line.get_label(): list(line.get_ydata()) for line in figures[0].axes[1].lines}
+    assert drawn == {"image": [2.0, 2.0], "mask area": [3.0, 3.0]}
+    assert meaning_of("wm/mask_area_loss").text == "a loss of one's own, weighted"
 
 
 def test_curves_of_a_run_with_gaps(tmp_path):

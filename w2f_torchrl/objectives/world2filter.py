@@ -6,6 +6,7 @@ Shape letters: B batch, T time, N = B x T imagined trajectories, H horizon, S st
 from __future__ import annotations
 
 import copy
+from typing import ClassVar, NamedTuple
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -25,6 +26,42 @@ from w2f_torchrl.objectives import reconstruction
 from w2f_torchrl.objectives.config import ForegroundScale, ForegroundTarget, LossConfig
 from w2f_torchrl.objectives.returns import ReturnNorm, lambda_return
 from w2f_torchrl.segmenters import mask_iou
+
+ALL_LATENTS = ("whole", "shared", "foreground", "split")
+TOTAL = "wm/total_loss"
+
+
+class LossTerm(NamedTuple):
+    """What else belongs to a loss than its value."""
+
+    metrics: tuple[str, ...]
+    """The rows of ``metrics.jsonl`` that it is added to."""
+    latents: tuple[str, ...] = ALL_LATENTS
+    """The world model's latents that have it."""
+    weight: str | None = None
+    """The field of :class:`LossConfig` that weighs it; None: the one of its own name."""
+
+
+_KL = (TOTAL, "wm/kl_loss")
+_IMAGE = (TOTAL, "wm/image_loss")
+_MASKED = ("shared", "foreground", "split")
+
+TERMS: dict[str, LossTerm] = {
+    "dynamics": LossTerm(_KL),
+    "representation": LossTerm(_KL),
+    "background_dynamics": LossTerm(_KL, ("split",), "dynamics"),
+    "background_representation": LossTerm(_KL, ("split",), "representation"),
+    "image": LossTerm(_IMAGE, ("whole",)),
+    "foreground": LossTerm((*_IMAGE, "wm/fg_loss"), _MASKED),
+    "mask": LossTerm((*_IMAGE, "wm/fg_loss", "wm/mask_loss"), _MASKED),
+    "background": LossTerm((*_IMAGE, "wm/bg_loss"), ("shared", "split")),
+    "reward": LossTerm((TOTAL, "wm/reward_loss")),
+    "continuation": LossTerm((TOTAL, "wm/continue_loss")),
+    "actor": LossTerm(("ac/actor_loss",)),
+    "critic": LossTerm(("ac/critic_loss",)),
+    "replay_critic": LossTerm(("ac/critic_loss",)),
+}
+"""Every loss by name; metrics add them in this order."""
 
 
 class World2FilterLoss(LossModule):
@@ -46,7 +83,18 @@ class World2FilterLoss(LossModule):
 
     Output: scalars. ``loss_*`` as :meth:`loss_names` lists them, already weighted, and detached
     metrics under their names in ``metrics.jsonl``.
+
+    A subclass that returns one more loss from :meth:`world_model_losses` lists it in
+    :meth:`loss_names`. Its weight is the field of its name in ``config``, and it is logged as
+    ``wm/<name>_loss`` and within ``wm/total_loss``; :attr:`terms` says otherwise.
+
+    Raises:
+        ValueError: If a setting is out of range, or a loss has no weight.
     """
+
+    terms: ClassVar[dict[str, LossTerm]] = TERMS
+    """What belongs to each loss; a subclass adds rows for losses of the actor or the critic, and
+    for losses that share a weight or a metric with another."""
 
     def __init__(
         self,
@@ -67,6 +115,7 @@ class World2FilterLoss(LossModule):
         names = ("reward", "terminated", "done")
         self.in_keys = [*world_model.in_keys, *(("next", name) for name in names), *masks]
         self.out_keys = self.loss_names()
+        self._check_terms()
         self.imagine_step = imagine_step
         """One imagined step; the learner may compile it."""
 
@@ -75,18 +124,21 @@ class World2FilterLoss(LossModule):
 
     def loss_names(self) -> list[str]:
         """The entries that are summed; :meth:`forward` gives exactly these."""
-        names = ["dynamics", "representation", "reward", "continuation"]
-        names += ["actor", "critic", "replay_critic"]
         latent = self.world_model.latent
-        if latent == "whole":
-            names.append("image")
-        else:
-            names += ["foreground", "mask"]
-        if latent in ("split", "shared"):
-            names.append("background")
-        if latent == "split":
-            names += ["background_dynamics", "background_representation"]
-        return [f"loss_{name}" for name in names]
+        return [f"loss_{name}" for name, term in self.terms.items() if latent in term.latents]
+
+    def term(self, name: str) -> LossTerm:
+        """What belongs to a loss, ``"reward"`` say; a subclass's is taken for the world model's."""
+        return self.terms.get(name) or LossTerm((TOTAL, f"wm/{name}_loss"))
+
+    def _check_terms(self) -> None:
+        for name in map(_plain, self.out_keys):
+            weight = self.term(name).weight or name
+            if not hasattr(self.config, weight):
+                raise ValueError(
+                    f"loss_{name} has no weight: {type(self.config).__name__} must have a field "
+                    f"{weight!r}, or {type(self).__name__}.terms name another."
+                )
 
     def forward(self, sample: TensorDictBase) -> TensorDict:
         """Compute every loss on a batch of replayed sequences ``[B, T]``."""
@@ -123,7 +175,8 @@ class World2FilterLoss(LossModule):
             following.get("done").squeeze(-1),
             bootstrap,
         )
-        losses = {f"loss_{k}": getattr(self.config, _scale(k)) * v for k, v in losses.items()}
+        self._check_owners(actor_critic)
+        losses = {f"loss_{k}": self._weight(k) * v for k, v in losses.items()}
         if set(losses) != set(self.out_keys):
             raise RuntimeError(f"losses {sorted(losses)} differ from {sorted(self.out_keys)}.")
         return TensorDict({**losses, **metrics, **more}, [])
@@ -287,29 +340,27 @@ class World2FilterLoss(LossModule):
             self.config.slow_critic_rate,
         )
 
+    def _weight(self, name: str) -> float:
+        weight: float = getattr(self.config, self.term(name).weight or name)
+        return weight
+
+    def _check_owners(self, actor_critic: dict[str, Tensor]) -> None:
+        for name in actor_critic:
+            if TOTAL in self.term(name).metrics:
+                raise RuntimeError(
+                    f"loss_{name} comes from actor_critic_losses and would be logged as the world "
+                    f"model's: add a row {name!r} to {type(self).__name__}.terms, with a metric "
+                    f"such as 'ac/{name}_loss'."
+                )
+
     def _loss_metrics(self, losses: dict[str, Tensor]) -> dict[str, Tensor]:
-        def total(*names: str) -> Tensor:
-            zero = losses["loss_reward"].new_zeros(())
-            return sum((losses[f"loss_{n}"] for n in names if f"loss_{n}" in losses), zero)
-
-        kl = ("dynamics", "representation", "background_dynamics", "background_representation")
-        images = ("image", "foreground", "mask", "background")
-        metrics = {
-            "wm/total_loss": total(*kl, *images, "reward", "continuation"),
-            "wm/image_loss": total(*images),
-            "wm/kl_loss": total(*kl),
-            "wm/reward_loss": total("reward"),
-            "wm/continue_loss": total("continuation"),
-            "ac/actor_loss": total("actor"),
-            "ac/critic_loss": total("critic", "replay_critic"),
-        }
-        if self.world_model.latent != "whole":
-            metrics["wm/fg_loss"] = total("foreground", "mask")
-            metrics["wm/mask_loss"] = total("mask")
-        if "loss_background" in losses:
-            metrics["wm/bg_loss"] = total("background")
-        return metrics
+        sums: dict[str, Tensor] = {}
+        zero = losses["loss_reward"].new_zeros(())
+        for key in self.out_keys:
+            for metric in self.term(_plain(key)).metrics:
+                sums[metric] = sums.get(metric, zero) + losses[key]
+        return sums
 
 
-def _scale(name: str) -> str:
-    return name.removeprefix("background_")
+def _plain(key: str) -> str:
+    return key.removeprefix("loss_")

@@ -82,4 +82,15 @@ def meaning_of(name: str) -> Meaning:
     if group == "eval" and len(rest) == 2:
         unit, text = METRICS.get(f"eval/{rest[1]}", METRICS["wm/mask_iou"])
         return Meaning(unit, f"{text}, set {rest[0]}")
+    if is_own_loss(name):
+        return Meaning("", "a loss of one's own, weighted")
     return Meaning("", "")
+
+
+def is_own_loss(name: str) -> bool:
+    """Whether a metric is a loss that a subclass of ``World2FilterLoss`` added.
+
+    Args:
+        name: The metric.
+    """
+    return name.startswith("wm/") and name.endswith("_loss") and name not in METRICS

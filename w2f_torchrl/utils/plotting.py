@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +21,7 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 from numpy.typing import NDArray
 
 from w2f_torchrl.utils.logging import read_metrics
+from w2f_torchrl.utils.metric_names import is_own_loss
 
 Array = NDArray[np.float64]
 
@@ -132,7 +134,7 @@ def plot_curves(
     run_dir = Path(run_dir)
     records = read_metrics(run_dir)
     names = {name for record in records for name in record}
-    panels = [panel for panel in _PANELS if names.intersection(panel.metrics)]
+    panels = [panel for panel in _panels(names) if names.intersection(panel.metrics)]
     if not panels and not names & {"episode/return", "eval/return_mean"}:
         raise ValueError(f"{run_dir / 'metrics.jsonl'} holds nothing to draw.")
     rows = math.ceil(len(panels) / 3)
@@ -145,6 +147,17 @@ def plot_curves(
     for axes in figure.axes:
         style_frames_axis(axes, max(record["frames"] for record in records))
     return save_figure(figure, run_dir / "curves.png" if out is None else out)
+
+
+def _panels(names: Collection[str]) -> list[_Panel]:
+    """The panels; losses of one's own among the metrics join the world model's."""
+    losses, *others = _PANELS
+    own = {name: _label_of(name) for name in sorted(names) if is_own_loss(name)}
+    return [losses._replace(metrics=losses.metrics | own), *others]
+
+
+def _label_of(name: str) -> str:
+    return name.removeprefix("wm/").removesuffix("_loss").replace("_", " ")
 
 
 def save_figure(figure: Figure, path: str | os.PathLike[str], dpi: int = 120) -> Path:
@@ -220,7 +233,7 @@ def _draw_returns(axes: Axes, records: Sequence[dict[str, float]]) -> None:
 def _draw_panel(axes: Axes, panel: _Panel, records: Sequence[dict[str, float]]) -> None:
     drawn = 0
     smallest = math.inf
-    for color, (name, label) in zip(_COLORS, panel.metrics.items(), strict=False):
+    for color, (name, label) in zip(cycle(_COLORS), panel.metrics.items(), strict=False):
         frames, values = metric_series(records, name)
         if not np.isfinite(values).any():
             continue
