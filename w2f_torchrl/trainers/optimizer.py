@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -23,13 +24,21 @@ class CapturableOptimizer(DreamerV3Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> None:
-        """Update every parameter that has a gradient."""
+        """Update every parameter that has a gradient; every group counts the step.
+
+        Raises:
+            ValueError: If a closure is given.
+            RuntimeError: If no parameter has a gradient.
+        """
         if closure is not None:
             raise ValueError("closure must be None: a captured update calls none.")
-        for group in self.param_groups:
-            parameters = [p for p in group["params"] if p.grad is not None]
+        trained = [[p for p in group["params"] if p.grad is not None] for group in self.param_groups]
+        if not any(trained):
+            raise RuntimeError("no parameter has a gradient: call backward() before step().")
+        for group, parameters in zip(self.param_groups, trained, strict=True):
+            good = self._count(group)
             if parameters:
-                self._step_group(group, parameters)
+                self._step_group(group, parameters, good)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict; the step counter follows the parameters to their device."""
@@ -38,19 +47,23 @@ class CapturableOptimizer(DreamerV3Optimizer):
             if isinstance(group["step"], Tensor):  # torch moves the moments only
                 group["step"] = group["step"].to(group["params"][0].device)
 
-    def _step_group(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
+    def _count(self, group: dict[str, Any]) -> Tensor:
+        """Count the step where it is applied; whether it is, on the device."""
         count = group["step"]
         if not isinstance(count, Tensor):  # TorchRL's checkpoints hold an int
-            count = torch.tensor(float(count), device=parameters[0].device)
+            count = torch.tensor(float(count), device=group["params"][0].device)
             group["step"] = count
-        beta1, beta2 = group["beta1"], group["beta2"]
-        gradients = [p.grad.float() for p in parameters if p.grad is not None]
         good = self.applied
         if good is None:
             good = torch.ones((), dtype=torch.bool, device=count.device)
-        else:
-            gradients = [torch.where(good, gradient, 0) for gradient in gradients]
         count.add_(good)
+        return good
+
+    def _step_group(self, group: dict[str, Any], parameters: list[Tensor], good: Tensor) -> None:
+        count, beta1, beta2 = group["step"], group["beta1"], group["beta2"]
+        gradients = [p.grad.float() for p in parameters if p.grad is not None]
+        if self.applied is not None:
+            gradients = [torch.where(good, gradient, 0) for gradient in gradients]
         warmup = group["warmup_steps"]
         rate = group["lr"] * ((count - 1) / warmup).clamp(max=1) if warmup else group["lr"]
         rate = torch.where(good, rate, 0.0)
@@ -61,12 +74,12 @@ class CapturableOptimizer(DreamerV3Optimizer):
         count = count.clamp(min=1)
         torch._foreach_mul_(rms, keep2)
         torch._foreach_addcmul_(rms, gradients, gradients, value=1 - beta2)
-        denominator = torch._foreach_div(rms, 1 - torch.pow(beta2, count))
+        denominator = torch._foreach_div(rms, _bias_correction(beta2, count))
         torch._foreach_sqrt_(denominator)
         torch._foreach_add_(denominator, group["eps"])
         torch._foreach_mul_(momentum, keep1)
         torch._foreach_add_(momentum, torch._foreach_div(gradients, denominator), alpha=1 - beta1)
-        change = torch._foreach_mul(momentum, rate / (1 - torch.pow(beta1, count)))
+        change = torch._foreach_mul(momentum, rate / _bias_correction(beta1, count))
         torch._foreach_sub_(parameters, change)
 
     def _moments(self, parameters: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
@@ -77,6 +90,13 @@ class CapturableOptimizer(DreamerV3Optimizer):
                     state[name] = torch.zeros_like(parameter, dtype=torch.float32)
         states = [self.state[parameter] for parameter in parameters]
         return [s["rms"] for s in states], [s["momentum"] for s in states]
+
+
+def _bias_correction(beta: float, count: Tensor) -> Tensor:
+    """``1 - beta ** count``, float32; in float32 the power alone would lose three digits of it."""
+    if beta == 0:
+        return torch.ones_like(count)
+    return torch.expm1(count.double() * math.log(beta)).neg().float()
 
 
 def _clip(gradients: list[Tensor], parameters: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
