@@ -285,7 +285,7 @@ def test_a_distracted_run_is_evaluated_in_named_sets(tmp_path):
         ({"environment": {"domain": "cartpol"}}, "cartpol"),
         ({"environment": {"domain": "cartpole", "task": "fly"}}, "fly"),
         ({"environment": {"image_size": 50}}, "environment.image_size=50 must be a multiple of 16"),
-        ({"environment": {"image_size": 8}}, "environment.image_size=8 must be at least 16"),
+        ({"environment": {"image_size": 8}}, r"environment.image_size=8 must be in \[16, 1024\]"),
         ({"environment": {"num_envs": 0}}, "environment.num_envs=0"),
         ({"environment": {"render": "slow"}}, "environment.render='slow'.*fast, reference"),
         (

@@ -32,12 +32,12 @@ REQUIRED_KEYS: tuple[NestedKey, ...] = (
     ("next", "pixels"),
     ("next", "reward"),
     ("next", "terminated"),
-    ("next", "truncated"),
     ("next", "done"),
 )
 OPTIONAL_KEYS: tuple[NestedKey, ...] = (
     "foreground_mask",
     ("next", "foreground_mask"),
+    ("next", "truncated"),
     ("next", "episode_reward"),
     ("next", "step_count"),
 )

@@ -180,8 +180,8 @@ def parse_distraction(value: Distraction) -> DistractionConfig | None:
         config = value
     elif isinstance(value, Mapping):
         config = _from_mapping(value)
-    elif value in DIFFICULTIES:
-        config = DistractionConfig.of_difficulty(str(value))
+    elif isinstance(value, str) and value in DIFFICULTIES:
+        config = DistractionConfig.of_difficulty(value)
     elif value == "none":
         return None
     else:

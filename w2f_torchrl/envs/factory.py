@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -17,12 +18,14 @@ from torchrl.envs import (
 
 from w2f_torchrl.envs._dm_control import suite
 from w2f_torchrl.envs._gl import require_gl_backend
+from w2f_torchrl.envs.actions import box_actions
 from w2f_torchrl.envs.distractions import Distraction, DistractionConfig
 from w2f_torchrl.envs.dm_control import PixelDMControlEnv, make_distractor
 from w2f_torchrl.envs.tasks import (
     RenderMode,
     default_camera,
     registered_factory,
+    validate_action_range,
     validate_camera,
     validate_distraction,
     validate_integer,
@@ -60,6 +63,17 @@ def _validate_simulation(
         )
 
 
+def _validate_action_range(action_range: Sequence[float] | None, domain: str) -> None:
+    if action_range is None:
+        return
+    if registered_factory(domain) is None:
+        raise ValueError(
+            f"environment.action_range={list(action_range)} must be null for {domain!r}: the "
+            "Control Suite's actions lie in [-1, 1]."
+        )
+    validate_action_range(action_range)
+
+
 def make_env(
     domain: str,
     task: str,
@@ -75,6 +89,7 @@ def make_env(
     device: torch.device | str = "cpu",
     camera_id: int | None = None,
     foreground_mask: bool = True,
+    action_range: Sequence[float] | None = None,
 ) -> TransformedEnv:
     """Make one env, or a batch of envs that run in processes of their own.
 
@@ -98,11 +113,15 @@ def make_env(
         device: Device of the tensors.
         camera_id: Index of the model's camera, None for the domain's usual one.
         foreground_mask: Whether to make ``foreground_mask``.
+        action_range: Lowest and highest action of a registered env whose spec names no limits; None
+            where it names them.
 
     Returns:
         An env with ``pixels`` uint8 [*B, 3, H, W], ``foreground_mask`` bool [*B, 1, H, W],
-        ``is_init`` bool [*B, 1], ``reward`` and ``episode_reward`` float32 [*B, 1], ``step_count``
-        int64 [*B, 1] in agent steps, and TorchRL's ``done``, ``terminated``, ``truncated``.
+        ``action`` float32 [*B, A] in [-1, 1] (what lies outside is clipped, then scaled to the
+        env's own box), ``is_init`` bool [*B, 1], ``reward`` and ``episode_reward`` float32 [*B, 1],
+        ``step_count`` int64 [*B, 1] in agent steps, and TorchRL's ``done``, ``terminated`` and
+        ``truncated``.
 
     Raises:
         ValueError: If a setting is not allowed; the message names it, its value and what is.
@@ -121,6 +140,7 @@ def make_env(
         "foreground_mask": foreground_mask,
     }
     factory = registered_factory(domain)
+    _validate_action_range(action_range, domain)
     if factory is None:
         _validate_simulation(
             domain,
@@ -158,4 +178,11 @@ def make_env(
             mp_start_method="spawn",
             daemon=True,
         )
-    return TransformedEnv(env, Compose(InitTracker(), RewardSum(), StepCounter()))
+    transforms = [InitTracker(), RewardSum(), StepCounter()]
+    if registered_factory(domain) is not None:  # the suite's env clips and scales by itself
+        try:
+            transforms.insert(0, box_actions(env, domain, action_range))
+        except ValueError:
+            env.close()
+            raise
+    return TransformedEnv(env, Compose(*transforms))

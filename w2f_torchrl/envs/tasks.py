@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Literal, get_args
 
 from w2f_torchrl.envs.backgrounds import select_clips, validate_split
 from w2f_torchrl.envs.distractions import Distraction, DistractionConfig, parse_distraction
 from w2f_torchrl.envs.suite_tasks import TASKS_BY_DOMAIN
+from w2f_torchrl.utils.checks import check_number
 
 if TYPE_CHECKING:
     from torchrl.envs import EnvBase
@@ -16,6 +17,7 @@ RenderMode = Literal["fast", "reference"]
 RENDER_MODES: tuple[str, ...] = get_args(RenderMode)
 
 MIN_IMAGE_SIZE = 16
+MAX_IMAGE_SIZE = 1024
 
 EnvFactory = Callable[..., "EnvBase"]
 
@@ -28,9 +30,12 @@ def register_env(domain: str, factory: EnvFactory) -> None:
     The factory is called once per env, as ``factory(task, image_size=..., action_repeat=...,
     render=..., camera_id=..., foreground_mask=..., seed=..., device=...)``. It returns a TorchRL
     env with ``pixels`` uint8 [3, H, W] and, unless ``foreground_mask`` is False,
-    ``foreground_mask`` bool [1, H, W]; ``action`` float32 [A] in [-1, 1]; ``reward`` float32 [1],
-    summed over the action repeat. It raises ValueError for a task or a setting that it does not
-    support. Batches call it in worker processes, so it has to be importable from a module.
+    ``foreground_mask`` bool [1, H, W]; ``action`` [A], a box with limits; ``reward`` float32 [1],
+    summed over the action repeat; ``done`` and ``terminated`` bool [1], and ``truncated`` where
+    episodes may be cut. ``make_env`` clips what a policy proposes to [-1, 1] and scales it to the
+    box: the env gets no action outside its spec. The factory raises ValueError for a task or a
+    setting that it does not support. Batches call it in worker processes, so it has to be
+    importable from a module.
 
     An env with ``resume_state()``, plain values and tensors, and ``load_resume_state(state)`` lets
     a resumed run go on within its episodes; without, it begins new ones.
@@ -40,8 +45,13 @@ def register_env(domain: str, factory: EnvFactory) -> None:
         factory: Builds one env.
 
     Raises:
-        ValueError: If the name is taken, by the Control Suite or by an earlier call.
+        ValueError: If the name is taken, by the Control Suite or by an earlier call, or is no name.
+        TypeError: If the factory can't be called.
     """
+    if not isinstance(domain, str) or not domain.strip():
+        raise ValueError(f"domain is {domain!r}: must be a name.")
+    if not callable(factory):
+        raise TypeError(f"factory is {factory!r}: must be callable, see register_env.")
     if domain in _REGISTRY or domain in TASKS_BY_DOMAIN:
         raise ValueError(f"domain {domain!r} is taken: register the env under another name.")
     _REGISTRY[domain] = factory
@@ -91,7 +101,7 @@ def validate_pixel_settings(image_size: int, action_repeat: int, render: str) ->
     """Check how an env is to be drawn and stepped.
 
     Args:
-        image_size: Height and width in pixels, at least 16.
+        image_size: Height and width in pixels, from 16 to 1024.
         action_repeat: Control steps per agent step, at least 1.
         render: ``"fast"`` or ``"reference"``.
 
@@ -99,9 +109,27 @@ def validate_pixel_settings(image_size: int, action_repeat: int, render: str) ->
         ValueError: If a setting is not allowed; the message names it, its value and what is.
     """
     validate_integer("image_size", image_size, MIN_IMAGE_SIZE)
+    if image_size > MAX_IMAGE_SIZE:
+        raise ValueError(f"image_size is {image_size}: must be at most {MAX_IMAGE_SIZE}.")
     validate_integer("action_repeat", action_repeat, 1)
     if render not in RENDER_MODES:
         raise ValueError(f"render is {render!r}: must be one of {', '.join(RENDER_MODES)}.")
+
+
+def validate_action_range(action_range: Sequence[float]) -> None:
+    """Check the range that is declared for actions without limits.
+
+    Args:
+        action_range: Lowest and highest value.
+
+    Raises:
+        ValueError: If it is not two finite numbers, the lower one first.
+    """
+    name = "environment.action_range"
+    for number in action_range:
+        check_number(name, number)
+    if len(action_range) != 2 or not action_range[0] < action_range[1]:
+        raise ValueError(f"{name}={list(action_range)} must be [lowest, highest], or null.")
 
 
 def validate_distraction(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
+from w2f_torchrl.utils.checks import check_fields, check_number
+
 #: Where the mask decides what is learned: see :func:`w2f_torchrl.modules.build_world_model`.
 LATENTS = ("split", "shared", "foreground")
 
@@ -89,10 +91,15 @@ class ModelConfig:
         Args:
             image_size: Side of the square image, pixels.
         """
+        check_fields("model", self)
         for field in fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, int) and not isinstance(value, bool) and value < 1:
-                raise ValueError(f"model.{field.name}={value} must be at least 1.")
+            if isinstance(value, int):
+                check_number(f"model.{field.name}", value, minimum=1)
+        if not self.cnn_multipliers:
+            raise ValueError("model.cnn_multipliers=[] must hold one factor or more.")
+        for factor in self.cnn_multipliers:
+            check_number("model.cnn_multipliers", factor, integer=True, minimum=1)
         for name in ("belief_size", "background_belief_size"):
             if getattr(self, name) % self.num_blocks:
                 raise ValueError(
@@ -109,10 +116,13 @@ class ModelConfig:
                 f"model.background_encoder={self.background_encoder!r} is unknown; allowed: "
                 f"{', '.join(BACKGROUND_ENCODERS)}."
             )
-        if self.num_bins % 2 == 0:
-            raise ValueError(f"model.num_bins={self.num_bins} must be odd, so that 0 is a bin.")
-        if not 0 <= self.unimix < 1:
-            raise ValueError(f"model.unimix={self.unimix} must be in [0, 1).")
+        if self.num_bins < 3 or self.num_bins % 2 == 0:
+            raise ValueError(
+                f"model.num_bins={self.num_bins} must be odd and at least 3: bins below, at and "
+                "above 0."
+            )
+        check_number("model.unimix", self.unimix, minimum=0, below=1)
+        check_number("environment.image_size", image_size, integer=True, minimum=1)
         if image_size % self.image_factor:
             raise ValueError(
                 f"environment.image_size={image_size} must be a multiple of {self.image_factor}, "

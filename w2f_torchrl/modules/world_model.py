@@ -17,6 +17,7 @@ from w2f_torchrl.modules.dual_decoder import DualImageDecoder
 from w2f_torchrl.modules.layers import MLP
 from w2f_torchrl.modules.rssm import RSSMRollout
 from w2f_torchrl.modules.two_hot import TwoHot
+from w2f_torchrl.utils.checks import check_number
 
 Latent = Literal["whole", "split", "shared", "foreground"]
 
@@ -167,6 +168,7 @@ def build_world_model(
     if latent not in ("whole", *LATENTS):
         raise ValueError(f"latent={latent!r} is unknown; allowed: whole, {', '.join(LATENTS)}.")
     config.validate(image_size)
+    check_number("action_size", action_size, integer=True, minimum=1)
     return WorldModel(config, action_size, image_size, latent)
 
 

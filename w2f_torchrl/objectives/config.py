@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from w2f_torchrl.utils.checks import check_fields
+
 ForegroundTarget = Literal["inside", "zero_outside"]
 FOREGROUND_TARGETS: tuple[str, ...] = get_args(ForegroundTarget)
 ForegroundScale = Literal["none", "area"]
@@ -71,6 +73,7 @@ class LossConfig:
 
     def validate(self) -> None:
         """Raise ``ValueError`` naming the first setting out of range."""
+        check_fields("loss", self)
         if self.foreground_target not in FOREGROUND_TARGETS:
             raise ValueError(
                 f"loss.foreground_target={self.foreground_target!r} is unknown; allowed: "

@@ -137,6 +137,27 @@ def count_workers(config: RunConfig, local_ranks: int) -> int:
     return max(n for n in range(1, min(max(cores, 1), envs) + 1) if envs % n == 0)
 
 
+def check_finite(batch: TensorDictBase) -> None:
+    """Refuse transitions that would poison the replay: every update that draws one is lost.
+
+    Args:
+        batch: Transitions ``[N, T]``.
+
+    Raises:
+        FloatingPointError: Naming the first env and step whose reward or action is not finite.
+    """
+    entries = {"action": batch["action"], "reward": batch["next", "reward"]}
+    for name, values in entries.items():
+        bad = ~values.flatten(2).isfinite().all(-1)  # [N, T]
+        if bad.any():
+            row, column = bad.nonzero()[0].tolist()
+            blame = "environment gave it" if name == "reward" else "policy's weights are spoiled"
+            raise FloatingPointError(
+                f"{name} is {values[row, column].tolist()} in env {row}, step {column} of the "
+                f"batch: the {blame}. The batch is not stored; a resume begins new episodes."
+            )
+
+
 def ended_episodes(batch: TensorDictBase) -> list[EndedEpisode]:
     """The episodes that ended in a batch of transitions ``[N, T]``, env by env."""
     following = batch["next"]

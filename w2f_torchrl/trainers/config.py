@@ -7,9 +7,11 @@ the question whether this machine has the CUDA device that is asked for needs to
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,10 +21,16 @@ from omegaconf.errors import OmegaConfBaseException
 from w2f_torchrl.envs import evaluation_sets, validate_distraction, validate_task
 from w2f_torchrl.envs.backgrounds import SPLITS
 from w2f_torchrl.envs.distractions import Distraction, shows_video
-from w2f_torchrl.envs.tasks import registered_factory
+from w2f_torchrl.envs.tasks import (
+    MAX_IMAGE_SIZE,
+    MIN_IMAGE_SIZE,
+    registered_factory,
+    validate_action_range,
+)
 from w2f_torchrl.modules.config import LATENTS, ModelConfig
 from w2f_torchrl.objectives.config import LossConfig
 from w2f_torchrl.segmenters.sam3_requirements import missing_requirement
+from w2f_torchrl.utils.checks import check_fields, check_number
 
 if TYPE_CHECKING:
     import torch
@@ -39,8 +47,12 @@ EXECUTIONS = ("eager", "compile", "compile_all", "cuda_graph", "cuda_graph_paral
 GRAPHED = ("cuda_graph", "cuda_graph_parallel")
 COLLECTION_DEVICES = ("cpu", "learner")
 GRADIENTS = ("auto", "ddp", "flat")
+LONGEST_TIMEOUT = 1_000_000_000
+"""Seconds; more than what the process group's clock can count would be a raw error."""
 
-_DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
+_DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,9})?")
+_LONGEST_PATH = 3800
+"""Bytes: the system's 4096, less what is made below a run directory."""
 
 
 class ConfigError(ValueError):
@@ -72,6 +84,9 @@ class EnvironmentConfig:
     """Videos: a folder, davis, procedural or procedural:SEED; null: procedural."""
     background_split: str = "train"
     """train or val: which of the source's clips."""
+    action_range: list[float] | None = None
+    """Lowest and highest action of a registered env whose spec names no limits: the policy's
+    [-1, 1] is scaled to it. null: the spec's own."""
 
 
 @dataclass
@@ -155,6 +170,16 @@ class OptimizerConfig:
     precision: str = "auto"
     """float32; bfloat16 (autocast; parameters and optimizer stay in float32); or auto: bfloat16 on
     CUDA, as the reference has it, float32 on a CPU."""
+
+    def validate(self) -> None:
+        """Raise ``ValueError`` naming the first setting out of range."""
+        check_fields("optimizer", self)
+        check_choice("optimizer.precision", self.precision, PRECISIONS)
+        check_number("optimizer.lr", self.lr, above=0)
+        for name in ("warmup_updates", "agc", "eps"):
+            _at_least(f"optimizer.{name}", getattr(self, name), 0)
+        for name in ("beta1", "beta2"):
+            check_number(f"optimizer.{name}", getattr(self, name), minimum=0, below=1)
 
 
 @dataclass
@@ -382,18 +407,30 @@ class RunConfig:
             raise ConfigError(str(error)) from error
 
 
-def _choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
+def check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    """Check a setting that is one of a few words.
+
+    Args:
+        name: Of the setting, for the message.
+        value: What the user gave.
+        allowed: The words.
+
+    Raises:
+        ConfigError: Naming the setting, its value and what is allowed.
+    """
     if value not in allowed:
         raise ConfigError(f"{name}={value!r} is unknown; allowed: {', '.join(allowed)}.")
 
 
 def _at_least(name: str, value: float, least: float) -> None:
-    if value < least:
-        raise ConfigError(f"{name}={value} must be at least {least}.")
+    check_number(name, value, minimum=least)
 
 
 def _validate(config: RunConfig) -> None:
-    _choice("algo", config.algo.name, ALGORITHMS)
+    for group in fields(config):
+        if is_dataclass(getattr(config, group.name)):
+            check_fields(group.name, getattr(config, group.name))
+    check_choice("algo", config.algo.name, ALGORITHMS)
     if config.algo.name == "dreamer_v3":
         if config.algo.latent is not None:
             raise ConfigError(
@@ -401,7 +438,7 @@ def _validate(config: RunConfig) -> None:
                 "one latent and no masks; for split, shared or foreground use algo=world2filter."
             )
     else:
-        _choice("algo.latent", config.algo.latent, LATENTS)
+        check_choice("algo.latent", config.algo.latent, LATENTS)
     _validate_environment(config.environment)
     _validate_distractions(config)
     _validate_segmentation(config)
@@ -417,35 +454,49 @@ def _validate(config: RunConfig) -> None:
             "with algo.latent=foreground and loss.foreground_target=inside there are none: use "
             "loss.foreground_target=zero_outside, or leave it out."
         )
-    _validate_optimizer(config.optimizer)
+    config.optimizer.validate()
     _validate_training(config)
     _validate_device(config)
     _validate_distributed(config)
+    _validate_run_dir(config.run_dir)
+
+
+def _validate_run_dir(run_dir: str) -> None:
+    if not run_dir.strip() or "\0" in run_dir:
+        raise ConfigError(f"run_dir={run_dir!r} must name a directory.")
+    path = Path(run_dir).absolute()
+    parts = [os.fsencode(part) for part in path.parts]
+    if sum(map(len, parts)) + len(parts) > _LONGEST_PATH or max(map(len, parts)) > 255:
+        raise ConfigError(f"run_dir={run_dir[:60]}... is too long for a path: shorten it.")
+    there = next(folder for folder in (path, *path.parents) if folder.exists())
+    if not there.is_dir():
+        where = "is" if there == path else f"lies below {there}, which is"
+        raise ConfigError(f"run_dir={run_dir} {where} a file: name a directory.")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ConfigError(f"run_dir={run_dir}: there is no permission to write to {there}.")
 
 
 def _validate_segmentation(config: RunConfig) -> None:
     segmentation = config.segmentation
-    _choice("segmentation", segmentation.source, SEGMENTATIONS)
+    check_choice("segmentation", segmentation.source, SEGMENTATIONS)
     if not config.needs_masks and segmentation.source != "simulator":
         raise ConfigError(
             f"segmentation={segmentation.source!r} has no effect with algo=dreamer_v3, which has "
             "no masks: leave it out."
         )
-    if not 0 <= segmentation.lost < 1:
-        raise ConfigError(f"segmentation.lost={segmentation.lost} must be in [0, 1).")
+    check_number("segmentation.lost", segmentation.lost, minimum=0, below=1)
     if segmentation.lost and not (config.needs_masks and segmentation.source == "simulator"):
         raise ConfigError(
             f"segmentation.lost={segmentation.lost} takes away masks of the simulator, and this is "
             f"algo={config.algo.name} with segmentation={segmentation.source}: leave it out."
         )
-    _choice("segmentation.teacher", segmentation.teacher, TEACHERS)
+    check_choice("segmentation.teacher", segmentation.teacher, TEACHERS)
     for name in ("batch_size", "teacher_frames", "train_steps"):
         _at_least(f"segmentation.{name}", getattr(segmentation, name), 1)
     _at_least("segmentation.teacher_every", segmentation.teacher_every, 0)
-    for name, least, most in (("score_threshold", 0, 1), ("threshold", 0, 254)):
+    for name, most in (("score_threshold", 1), ("threshold", 254)):
         value = getattr(segmentation, name)
-        if not least <= value <= most:
-            raise ConfigError(f"segmentation.{name}={value} must be in [{least}, {most}].")
+        check_number(f"segmentation.{name}", value, minimum=0, maximum=most)
     if not segmentation.prompts or not all(map(str.strip, segmentation.prompts)):
         raise ConfigError(
             f"segmentation.prompts={list(segmentation.prompts)} must be one text or more, "
@@ -467,9 +518,12 @@ def _validate_environment(environment: EnvironmentConfig) -> None:
     validate_task(environment.domain, environment.task)
     _at_least("environment.num_envs", environment.num_envs, 1)
     _at_least("environment.action_repeat", environment.action_repeat, 1)
-    _at_least("environment.image_size", environment.image_size, 16)
-    _choice("environment.render", environment.render, ("fast", "reference"))
-    _choice("environment.background_split", environment.background_split, SPLITS)
+    size, least, most = environment.image_size, MIN_IMAGE_SIZE, MAX_IMAGE_SIZE
+    check_number("environment.image_size", size, minimum=least, maximum=most)
+    if environment.action_range is not None:
+        validate_action_range(environment.action_range)
+    check_choice("environment.render", environment.render, ("fast", "reference"))
+    check_choice("environment.background_split", environment.background_split, SPLITS)
 
 
 def _validate_distractions(config: RunConfig) -> None:
@@ -484,7 +538,7 @@ def _validate_distractions(config: RunConfig) -> None:
         )
     source, sets = environment.background_source, evaluation_sets()
     for name in config.evaluation.sets:
-        _choice("evaluation.sets", name, tuple(sets))
+        check_choice("evaluation.sets", name, tuple(sets))
         wanted = sets[name].background_source(source)
         _validate_distraction(
             f"evaluation.sets={name}", sets[name].distraction, wanted, sets[name].split
@@ -510,21 +564,10 @@ def _validate_distraction(
         raise ConfigError(f"{setting}: {error}") from error
 
 
-def _validate_optimizer(optimizer: OptimizerConfig) -> None:
-    _choice("optimizer.precision", optimizer.precision, PRECISIONS)
-    if optimizer.lr <= 0:
-        raise ConfigError(f"optimizer.lr={optimizer.lr} must be above 0.")
-    for name in ("warmup_updates", "agc", "eps"):
-        _at_least(f"optimizer.{name}", getattr(optimizer, name), 0)
-    for name in ("beta1", "beta2"):
-        if not 0 <= getattr(optimizer, name) < 1:
-            raise ConfigError(f"optimizer.{name}={getattr(optimizer, name)} must be in [0, 1).")
-
-
 def _validate_training(config: RunConfig) -> None:
     training, envs = config.training, config.environment.num_envs
-    _choice("training.execution", training.execution, EXECUTIONS)
-    _choice("training.on_nan", training.on_nan, ON_NAN)
+    check_choice("training.execution", training.execution, EXECUTIONS)
+    check_choice("training.on_nan", training.on_nan, ON_NAN)
     _at_least("training.total_frames", training.total_frames, 1)
     _at_least("training.batch_size", training.batch_size, 1)
     _at_least("training.batch_length", training.batch_length, 2)
@@ -537,14 +580,15 @@ def _validate_training(config: RunConfig) -> None:
             f"environment.num_envs x training.batch_length = {least}, so "
             "that every env holds a sequence before the first update."
         )
+    _validate_updates(config)
     if config.replay.capacity < envs * (training.batch_length + 1):
         raise ConfigError(
             f"replay.capacity={config.replay.capacity} must be at least environment.num_envs x "
             f"(training.batch_length + 1) = {envs * (training.batch_length + 1)}."
         )
-    _choice("replay.storage", config.replay.storage, STORAGES)
+    check_choice("replay.storage", config.replay.storage, STORAGES)
     _at_least("collection.steps_per_batch", config.collection.steps_per_batch, 1)
-    _choice("collection.device", config.collection.device, COLLECTION_DEVICES)
+    check_choice("collection.device", config.collection.device, COLLECTION_DEVICES)
     workers = config.collection.num_workers
     if workers is not None and (workers < 0 or (workers and envs % workers)):
         raise ConfigError(
@@ -560,7 +604,27 @@ def _validate_training(config: RunConfig) -> None:
     _at_least("checkpoint.every_updates", config.checkpoint.every_updates, 1)
     _at_least("checkpoint.keep", config.checkpoint.keep, 1)
     _validate_logging(config.logging)
-    _at_least("seed", config.seed, 0)
+    check_number("seed", config.seed, integer=True, minimum=0)
+
+
+def _validate_updates(config: RunConfig) -> None:
+    """A run that asks for updates must have the frames for one."""
+    training = config.training
+    if training.train_ratio == 0:
+        return
+    records = config.effective_batch_size * training.batch_length
+    due = config.prefill_steps + math.ceil(records / Fraction(str(training.train_ratio)))
+    repeat = config.environment.action_repeat
+    batch = config.collection.steps_per_batch * config.environment.num_envs
+    batch *= config.distributed.ranks * repeat
+    collected = math.ceil(training.total_frames / batch) * batch
+    if collected < due * repeat:
+        raise ConfigError(
+            f"training.total_frames={training.total_frames} ends the run before its first update, "
+            f"which is due after {due * repeat} frames with training.prefill_steps="
+            f"{config.prefill_steps}, training.train_ratio={training.train_ratio:g} and "
+            f"environment.action_repeat={repeat}."
+        )
 
 
 def _validate_logging(settings: LoggingConfig) -> None:
@@ -568,7 +632,7 @@ def _validate_logging(settings: LoggingConfig) -> None:
     for name in ("histograms_every_updates", "images_every_updates", "videos_every_frames"):
         _at_least(f"logging.{name}", getattr(settings, name), 0)
     _at_least("logging.imagination_windows", settings.imagination_windows, 0)
-    _choice("logging.wandb_mode", settings.wandb_mode, WANDB_MODES)
+    check_choice("logging.wandb_mode", settings.wandb_mode, WANDB_MODES)
     for name, packages in LOGGER_PACKAGES.items():
         missing = [p for p in packages if importlib.util.find_spec(p) is None]
         if getattr(settings, name) and missing:
@@ -601,7 +665,8 @@ def _validate_device(config: RunConfig) -> None:
         import torch
 
         count = torch.cuda.device_count()
-        if (torch.device(name).index or 0) >= count:
+        # Not torch.device's index: a large one is an error to it.
+        if int(name.partition(":")[2] or 0) >= count:
             raise ConfigError(f"device={name!r}: this machine has {count} CUDA devices.")
     execution = config.training.execution
     if execution == "cuda_graph_parallel" and config.latent != "split":
@@ -618,11 +683,10 @@ def _validate_device(config: RunConfig) -> None:
 
 def _validate_distributed(config: RunConfig) -> None:
     distributed = config.distributed
-    _choice("distributed.gradients", distributed.gradients, GRADIENTS)
-    if distributed.timeout_seconds <= 0:
-        raise ConfigError(
-            f"distributed.timeout_seconds={distributed.timeout_seconds} must be above 0."
-        )
+    check_choice("distributed.gradients", distributed.gradients, GRADIENTS)
+    timeout, longest = distributed.timeout_seconds, LONGEST_TIMEOUT
+    check_number("distributed.timeout_seconds", timeout, above=0)
+    check_number("distributed.timeout_seconds", timeout, maximum=longest)
     if distributed.gradients == "ddp" and config.training.execution in GRAPHED:
         raise ConfigError(
             "distributed.gradients='ddp' hooks into the backward pass, which training.execution="

@@ -11,6 +11,8 @@ from torchrl.envs import TransformedEnv
 
 from w2f_torchrl.envs import EvaluationSet, evaluation_sets, make_env
 from w2f_torchrl.envs.distractions import shows_video
+from w2f_torchrl.envs.specs import check_env
+from w2f_torchrl.envs.tasks import registered_factory
 from w2f_torchrl.trainers.config import ConfigError, EnvironmentConfig, RunConfig
 
 
@@ -26,11 +28,13 @@ def probe_env(config: RunConfig) -> EnvFacts:
     """Build every kind of env of a run once, so that what is wrong with one shows before any work.
 
     Raises:
-        ConfigError: If one can't be built.
+        ConfigError: If one can't be built, or offers what a run can't use.
     """
     environment = config.environment
     try:
         env = build_env(environment, 0, foreground_mask=config.needs_masks)
+        if registered_factory(environment.domain) is not None:
+            check_env(env, environment.domain, environment.image_size)
     except ValueError as error:  # a camera that the model lacks, a video that can't be read
         raise ConfigError(f"environment: {error}") from error
     for name in config.evaluation.sets:
@@ -75,6 +79,7 @@ def build_env(
         camera_id=environment.camera_id,
         foreground_mask=foreground_mask,
         seed=seed,
+        action_range=environment.action_range,
     )
 
 

@@ -21,7 +21,14 @@ from w2f_torchrl.modules import (
 from w2f_torchrl.objectives import LossConfig, World2FilterLoss
 from w2f_torchrl.trainers.auto_execution import AutoUpdate
 from w2f_torchrl.trainers.checkpointing import CheckpointError
-from w2f_torchrl.trainers.config import GRAPHED, OptimizerConfig, RunConfig
+from w2f_torchrl.trainers.config import (
+    EXECUTIONS,
+    GRAPHED,
+    ON_NAN,
+    OptimizerConfig,
+    RunConfig,
+    check_choice,
+)
 from w2f_torchrl.trainers.execution import (
     compile_core,
     pieces_worth_compiling,
@@ -50,6 +57,9 @@ class Learner(nn.Module):
             process group, which must be there; all ranks start from rank 0's networks.
         on_nan: What an update does whose gradients are not finite: ``skip`` it, or ``stop``: it and
             all after it change nothing. Either is to be read off the metric ``finite``.
+
+    Raises:
+        ValueError: Naming the setting that is out of range, its value and what is allowed.
     """
 
     def __init__(
@@ -68,6 +78,10 @@ class Learner(nn.Module):
     ):
         super().__init__()
         settings = optimizer or OptimizerConfig()
+        settings.validate()
+        check_choice("execution", execution, EXECUTIONS)
+        check_choice("gradients", gradients, ("none", "ddp", "flat"))
+        check_choice("on_nan", on_nan, ON_NAN)
         world_model = build_world_model(
             model,
             action_size=action_size,
@@ -220,8 +234,11 @@ class Learner(nn.Module):
     def is_finite(self) -> bool:
         """Whether every parameter and every moment of the optimizer is finite; reads the device."""
         moments = [m for state in self.optimizer.state.values() for m in state.values()]
-        tensors = [*self.loss.parameters(), *moments]
-        return all(bool(t.isfinite().all()) for t in tensors if isinstance(t, Tensor))
+        tensors = [t for t in (*self.loss.parameters(), *moments) if isinstance(t, Tensor)]
+        # A finite sum of absolute values has finite terms, and makes no copy of bools; large finite
+        # values may overflow it, and are then looked at one by one.
+        sums = torch.stack([norm.double() for norm in torch._foreach_norm(tensors, 1)])
+        return bool(sums.isfinite().all()) or all(bool(t.isfinite().all()) for t in tensors)
 
     def checkpoint(self) -> dict[str, Any]:
         """Everything that the learner needs to go on: parameters, normaliser, optimizer."""

@@ -32,7 +32,9 @@ class CapturableOptimizer(DreamerV3Optimizer):
         """
         if closure is not None:
             raise ValueError("closure must be None: a captured update calls none.")
-        trained = [[p for p in group["params"] if p.grad is not None] for group in self.param_groups]
+        trained = [
+            [p for p in group["params"] if p.grad is not None] for group in self.param_groups
+        ]
         if not any(trained):
             raise RuntimeError("no parameter has a gradient: call backward() before step().")
         for group, parameters in zip(self.param_groups, trained, strict=True):

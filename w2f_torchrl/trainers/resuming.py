@@ -18,7 +18,7 @@ from w2f_torchrl.trainers.checkpointing import (
     resolve_resume,
     run_of,
 )
-from w2f_torchrl.trainers.config import RunConfig
+from w2f_torchrl.trainers.config import EnvironmentConfig, RunConfig
 from w2f_torchrl.trainers.distributed import Ranks
 from w2f_torchrl.trainers.open_replay import check_layout
 
@@ -98,7 +98,9 @@ class Resumption:
             return "their state is in no checkpoint of this rank"
         if self.state["collector"] is None:
             return "their state was not saved (an exception, or envs without resume_state)"
-        return _describe_difference(self.state["environment"], environment)
+        # What a checkpoint of an older version doesn't name had its default.
+        then = vars(EnvironmentConfig()) | self.state["environment"]
+        return _describe_difference(then, environment)
 
 
 def restore_run_dir(run_dir: Path, saved: Checkpoint, path: Path) -> None:

@@ -61,8 +61,18 @@ class RunCheckpoints:
 
         Returns:
             The path that the checkpoint has or will have.
+
+        Raises:
+            FloatingPointError: If the networks or the optimizer hold a number that is not finite:
+                they must not take the place of a good checkpoint.
         """
         state, counters = self.state, self.state.counters
+        if not state.learner.is_finite():
+            raise FloatingPointError(
+                f"the weights are not finite at update {counters.updates}: no checkpoint is "
+                "written, the last one stays the newest. optimizer.lr and the loss scales are the "
+                "first places to look."
+            )
         self.last = counters.updates
         state.share_masks()
         payload: dict[str, Any] = {"resume": self._own()}
@@ -75,7 +85,12 @@ class RunCheckpoints:
         )
 
     def save_best(self) -> None:
-        """Write the networks as those that evaluated best; only rank 0 calls it."""
+        """Write the networks as those that evaluated best; only rank 0 calls it.
+
+        Networks that are not finite are left out; the run's next checkpoint says so.
+        """
+        if not self.state.learner.is_finite():
+            return
         counters = self.state.counters
         self.writer.save_best(self.state.common(), updates=counters.updates, frames=counters.frames)
 

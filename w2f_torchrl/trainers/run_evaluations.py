@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +15,8 @@ from w2f_torchrl.utils.seeding import derive_seed
 
 if TYPE_CHECKING:
     from w2f_torchrl.trainers.filtering import FilteringMeter
+
+logger = logging.getLogger(__name__)
 
 
 class RunEvaluations:
@@ -59,8 +63,14 @@ class RunEvaluations:
         return evaluation
 
     def is_best(self, evaluation: Evaluation) -> bool:
-        """Whether no evaluation before had so high a mean return; it is the best from now on."""
+        """Whether no evaluation before had so high a mean return; it is the best from now on.
+
+        A mean that is not finite is never the best: nothing would exceed nan later.
+        """
         score = evaluation.metrics["eval/return_mean"]
+        if not math.isfinite(score):
+            logger.warning("eval/return_mean=%s: best.pt stays as it is", score)
+            return False
         best = self.best is None or score > self.best
         self.best = score if best else self.best
         return best
@@ -72,6 +82,8 @@ class RunEvaluations:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what :meth:`state_dict` gave, and more entries that are not read."""
         self.last, self.best = state["evaluated"], state["best"]
+        if self.best is not None and not math.isfinite(self.best):
+            self.best = None  # older versions kept a nan
 
     def _measure_filtering(self) -> dict[str, float]:
         """Probe the latents; the episodes are recorded at the first call."""

@@ -23,7 +23,7 @@ from w2f_torchrl.trainers.checkpointing import (
     discard_checkpoints_after,
     load_checkpoint,
 )
-from w2f_torchrl.trainers.collecting import ended_episodes, start_collecting
+from w2f_torchrl.trainers.collecting import check_finite, ended_episodes, start_collecting
 from w2f_torchrl.trainers.config import RunConfig, save_config
 from w2f_torchrl.trainers.device_copy import DeviceCopy
 from w2f_torchrl.trainers.diagnostics import Diagnostics
@@ -233,6 +233,7 @@ class Trainer:
 
     def _take(self, batch: TensorDictBase) -> None:
         """Store a batch of transitions ``[N, T]`` and log the episodes that ended in it."""
+        check_finite(batch)
         self.replay.extend(self.masks.label(records_from_rollout(batch)))
         before, ranks = self.steps, self.ranks.size
         # In the order of time, with the frames of the step that ended the episode.
@@ -285,9 +286,10 @@ class Trainer:
         name = f"not_finite_after_{self.updates:012d}_rank_{self.ranks.rank}.pt"
         path = save_batch(self.run_dir / name, self.replay, self.state.metrics.slots[sums.applied])
         self.state.metrics.clear()
+        weights = "were not changed" if self.learner.is_finite() else "are not finite either"
         return FloatingPointError(
             f"gradients are not finite after update {self.updates} "
-            f"({', '.join(sums.not_finite())}). The networks are those of before. The batch is in "
+            f"({', '.join(sums.not_finite())}). The weights {weights}. The batch is in "
             f"{path}. training.on_nan=skip goes on without such updates, as long as not all of a "
             "row of metrics are."
         )

@@ -1,0 +1,117 @@
+"""From the policy's actions to those that an env's spec allows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from tensordict import TensorDictBase
+from torch import Tensor
+from torchrl.data import Bounded, Composite, TensorSpec, Unbounded
+from torchrl.envs import EnvBase, Transform
+
+ACTION = "action"
+
+_UNLIMITED = 1e9
+"""Bounds beyond it mean none: Gym and MuJoCo write numbers where others write infinity."""
+
+
+class BoxActions(Transform):
+    """Gives an env actions within its box, whatever the policy proposes.
+
+    The policy acts in [-1, 1] and samples from an unbounded distribution around it. What it
+    proposes is clipped to [-1, 1] and then scaled: -1 is the box's lower end and 1 its upper one,
+    exactly, in every component. The tensordict of a step keeps what the policy proposed, as the
+    replay of the reference does; the recurrence scales it into [-1, 1] where it is larger.
+
+    Args:
+        low: The box's lower end ``[*B, A]``.
+        high: Its upper end ``[*B, A]``.
+    """
+
+    def __init__(self, low: Tensor, high: Tensor) -> None:
+        super().__init__(in_keys_inv=[ACTION], out_keys_inv=[ACTION])
+        self.register_buffer("low", low)
+        self.register_buffer("high", high)
+        self.is_unit = bool((low == -1).all() and (high == 1).all())
+
+    def _inv_apply_transform(self, action: Tensor) -> Tensor:
+        clipped = action.to(self.low.dtype).clamp(-1, 1)
+        # A lerp, unlike centre + half the width, gives the ends themselves.
+        return clipped if self.is_unit else torch.lerp(self.low, self.high, (clipped + 1) / 2)
+
+    def _inv_call(self, tensordict: TensorDictBase) -> TensorDictBase:
+        return tensordict.set(ACTION, self._inv_apply_transform(tensordict.get(ACTION)))
+
+    def transform_input_spec(self, input_spec: Composite) -> Composite:
+        """Announce [-1, 1] in the place of the env's own box."""
+        old = input_spec["full_action_spec", ACTION]
+        input_spec["full_action_spec", ACTION] = Bounded(
+            -1.0, 1.0, shape=old.shape, dtype=torch.float32, device=old.device
+        )
+        return input_spec
+
+
+def box_actions(
+    env: EnvBase, domain: str, action_range: Sequence[float] | None = None
+) -> BoxActions:
+    """Make the transform that gives an env actions within its spec.
+
+    Args:
+        env: A single env, or a batch of them.
+        domain: Its name, for the messages.
+        action_range: Lowest and highest value for components that the spec leaves without a limit.
+
+    Raises:
+        ValueError: If the actions are no box, or one without limits and without ``action_range``,
+            or ``action_range`` changes nothing.
+    """
+    spec = _action_spec(env, domain)
+    if isinstance(spec, Bounded):
+        low, high = spec.space.low.clone(), spec.space.high.clone()
+    else:
+        low = torch.full(spec.shape, -torch.inf, dtype=spec.dtype, device=spec.device)
+        high = -low
+    no_low, no_high = ~(low > -_UNLIMITED), ~(high < _UNLIMITED)
+    if action_range is None:
+        if no_low.any() or no_high.any():
+            raise ValueError(
+                f"domain {domain!r}: action has no limits ({_describe(spec)}): declare the range "
+                "that the policy shall use, environment.action_range=[-1,1] for example."
+            )
+    else:
+        if not (no_low.any() or no_high.any()):
+            raise ValueError(
+                f"environment.action_range={list(action_range)} must be null for domain "
+                f"{domain!r}, whose action spec has limits: {_describe(spec)}."
+            )
+        low = torch.where(no_low, action_range[0], low)
+        high = torch.where(no_high, action_range[1], high)
+    if not (low < high).all():
+        raise ValueError(
+            f"domain {domain!r}: action must have a lower end below the upper one in every "
+            f"component, got {low.tolist()} and {high.tolist()}."
+        )
+    return BoxActions(low, high)
+
+
+def _action_spec(env: EnvBase, domain: str) -> Bounded | Unbounded:
+    if list(env.action_keys) != [ACTION]:
+        raise ValueError(
+            f"domain {domain!r}: the actions are {list(env.action_keys)}; allowed: one, 'action'."
+        )
+    spec = env.action_spec
+    wanted = len(env.batch_size) + 1
+    is_box = isinstance(spec, Bounded | Unbounded) and spec.dtype.is_floating_point
+    if not is_box or len(spec.shape) != wanted or spec.shape[-1] < 1:
+        raise ValueError(
+            f"domain {domain!r}: action is {_describe(spec)}; allowed: a box, Bounded of a "
+            "floating dtype and the shape [A], A at least 1. Discrete actions are not supported."
+        )
+    return cast(Bounded | Unbounded, spec)
+
+
+def _describe(spec: TensorSpec) -> str:
+    kind = type(spec).__name__.removesuffix("Continuous").removesuffix("Discrete")
+    return f"{kind} {str(spec.dtype).removeprefix('torch.')} {list(spec.shape)}"

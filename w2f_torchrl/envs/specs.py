@@ -1,0 +1,96 @@
+"""What an env offers, compared with what a run needs, before anything is built on it."""
+
+from __future__ import annotations
+
+import torch
+from tensordict import TensorDictBase
+from torch import Tensor
+from torchrl.data import TensorSpec
+from torchrl.envs import EnvBase
+
+MASK = "foreground_mask"
+FLAGS = ("done", "terminated")
+
+
+def check_env(env: EnvBase, domain: str, image_size: int) -> None:
+    """Compare an env's specs, and what it really gives, with what a run needs.
+
+    Args:
+        env: A single env. It is reset and makes one step, with torch's random state kept.
+        domain: Its name, for the messages.
+        image_size: S, the side that pictures must have, pixels.
+
+    Raises:
+        ValueError: Naming the domain, the entry, what it is and what is allowed.
+    """
+    if env.batch_size:
+        raise ValueError(
+            f"domain {domain!r}: the factory made a batch of envs {list(env.batch_size)}; allowed: "
+            "one env, of batch size []."
+        )
+    _check_specs(env, domain, image_size)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        before = env.reset()
+        _check_observation(before, domain, image_size, "reset() gives")
+        action = torch.zeros(env.action_spec.shape, device=env.device)
+        after = env.step(before.set("action", action))["next"]
+    _check_observation(after, domain, image_size, "step() gives")
+    _check_entry(domain, "reward", after.get("reward", None), [1], torch.float32, "step() gives")
+    for name in FLAGS:
+        _check_entry(domain, name, after.get(name, None), [1], torch.bool, "step() gives")
+    if not after["reward"].isfinite().all():
+        raise ValueError(f"domain {domain!r}: step() gives a reward of {after['reward'].item()}.")
+
+
+def _check_specs(env: EnvBase, domain: str, image_size: int) -> None:
+    observation = env.observation_spec
+    specs = {name: observation.get(name, None) for name in ("pixels", MASK)}
+    specs |= {"reward": env.full_reward_spec.get("reward", None)}
+    specs |= {name: env.full_done_spec.get(name, None) for name in FLAGS}
+    if specs[MASK] is None:  # masks may come from a segmenter
+        del specs[MASK]
+    wanted = _wanted(image_size)
+    for name, spec in specs.items():
+        _check_entry(domain, name, spec, *wanted[name], "the spec says")
+
+
+def _check_observation(data: TensorDictBase, domain: str, image_size: int, source: str) -> None:
+    wanted = _wanted(image_size)
+    _check_entry(domain, "pixels", data.get("pixels", None), *wanted["pixels"], source)
+    if MASK in data.keys():
+        _check_entry(domain, MASK, data.get(MASK), *wanted[MASK], source)
+
+
+def _wanted(image_size: int) -> dict[str, tuple[list[int], torch.dtype]]:
+    picture = [3, image_size, image_size], torch.uint8
+    mask = [1, image_size, image_size], torch.bool
+    return {
+        "pixels": picture,
+        MASK: mask,
+        "reward": ([1], torch.float32),
+        **{name: ([1], torch.bool) for name in FLAGS},
+    }
+
+
+def _check_entry(
+    domain: str,
+    name: str,
+    found: TensorSpec | Tensor | None,
+    shape: list[int],
+    dtype: torch.dtype,
+    source: str,
+) -> None:
+    allowed = f"{_name(dtype)} {shape}"
+    if found is None:
+        raise ValueError(f"domain {domain!r}: {name} is missing; it must be {allowed}.")
+    if list(found.shape) == shape and found.dtype is dtype:
+        return
+    hint = " (channels first, environment.image_size square)" if name == "pixels" else ""
+    raise ValueError(
+        f"domain {domain!r}: {name} must be {allowed}{hint}, {source} {_name(found.dtype)} "
+        f"{list(found.shape)}."
+    )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
