@@ -191,7 +191,7 @@ def test_keys_and_bad_input():
         ForegroundMaskTransform(BrightSegmenter())(
             TensorDict({"pixels": torch.rand(2, 3, 8, 8)}, [2])
         )
-    with pytest.raises(ValueError, match=r"\[N, 3, H, W\]"):
+    with pytest.raises(ValueError, match=r"\[\.\.\., 3, H, W\]"):
         transform(TensorDict({"pixels": random_pixels(2)[:, :1]}, [2]))
 
 

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from w2f_torchrl.data.masks import pack_mask, unpack_mask
+from w2f_torchrl.utils.checks import check_number
+from w2f_torchrl.utils.tensors import check_tensor
 
 MASKS_FILE = "masks.npy"
 RECORD_FILE = "masks.json"
@@ -40,6 +42,8 @@ class MaskStore:
     ) -> None:
         self.folder = Path(folder)
         count, height, width = shape
+        for name, size in (("frames", count), ("height", height), ("width", width)):
+            check_number(name, size, integer=True, minimum=1)
         if width % 8:
             raise ValueError(f"masks are stored one bit a pixel: width {width} must be 8 x n.")
         self._record: dict[str, Any] = {"frames": count, "height": height, "width": width}
@@ -63,7 +67,11 @@ class MaskStore:
 
     def append(self, masks: Tensor) -> None:
         """Write the masks of the next frames, bool ``[M, 1, H, W]``."""
+        record = self._record
+        check_tensor("masks", masks, torch.bool, ("M", 1, record["height"], record["width"]))
         stop = self.done + len(masks)
+        if stop > record["frames"]:
+            raise ValueError(f"masks of {stop} frames don't fit the store's {record['frames']}.")
         self._masks[self.done : stop] = pack_mask(masks.cpu()).numpy()
         self._masks.flush()
         self._record["done"] = stop

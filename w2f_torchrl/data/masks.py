@@ -39,7 +39,7 @@ def pack_mask(mask: Tensor) -> Tensor:
             f"Masks are stored as one bit a pixel, so their width must be a multiple of 8: got "
             f"W={mask.shape[-1]} in {tuple(mask.shape)}. Choose such an image size."
         )
-    octets = mask.reshape(*mask.shape[:-1], -1, 8).byte()  # [..., 1, H, W // 8, 8]
+    octets = mask.reshape(*mask.shape[:-1], mask.shape[-1] // 8, 8).byte()  # [..., 1, H, W // 8, 8]
     weights = 1 << torch.arange(7, -1, -1, dtype=torch.uint8, device=mask.device)
     packed: Tensor = (octets * weights).sum(-1, dtype=torch.uint8)
     return packed
@@ -57,9 +57,14 @@ def unpack_mask(packed: Tensor, *, pin_memory: bool = False) -> Tensor:
 
     Raises:
         TypeError: If the packed mask is not uint8.
+        ValueError: If it lacks the channel dimension.
     """
     if packed.dtype != torch.uint8:
         raise TypeError(f"unpack_mask expects uint8, got {packed.dtype}.")
+    if packed.ndim < 3 or packed.shape[-3] != 1:
+        raise ValueError(
+            f"unpack_mask expects the shape [..., 1, H, W // 8], got {tuple(packed.shape)}."
+        )
     words = _BITS.to(packed.device).view(torch.int64).squeeze(-1)  # [256], eight bools a word
     flat = words.new_empty(packed.numel(), pin_memory=pin_memory)
     torch.index_select(words, 0, packed.reshape(-1).int(), out=flat)

@@ -8,6 +8,8 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
+from w2f_torchrl.utils.tensors import check_tensor
+
 OBSERVATION_KEYS = ("pixels", "foreground_mask")
 
 
@@ -36,13 +38,18 @@ def records_from_rollout(
         under ``next`` the observation keys, ``reward``, ``terminated`` and ``done``.
 
     Raises:
-        ValueError: If the batch is not two-dimensional.
+        TypeError: If a flag is not bool.
+        ValueError: If the batch is not two-dimensional, or empty.
         KeyError: If a key is missing.
     """
-    if batch.ndim != 2:
+    if batch.ndim != 2 or 0 in batch.shape:
         raise ValueError(
-            f"records_from_rollout expects a batch of shape [N, T], got {tuple(batch.batch_size)}."
+            "records_from_rollout expects a batch, not empty, of shape [N, T], got "
+            f"{tuple(batch.batch_size)}."
         )
+    for key in ("is_init", ("next", "terminated"), ("next", "done")):
+        name = key if isinstance(key, str) else key[-1]
+        check_tensor(name, batch[key], torch.bool, (*batch.shape, 1))
     if observation_keys is None:
         observation_keys = [key for key in OBSERVATION_KEYS if key in batch.keys()]
     is_init = batch["is_init"].reshape(-1)  # [N * T]

@@ -16,6 +16,7 @@ from w2f_torchrl.data.masks import pack_mask, unpack_mask
 from w2f_torchrl.data.record_files import RecordFiles, fields_of
 from w2f_torchrl.data.sampler import StreamSampler
 from w2f_torchrl.data.streams import StreamCheckpointer, StreamHeads, StreamWriter
+from w2f_torchrl.utils.checks import check_number
 
 MASK_KEY = ("next", "foreground_mask")
 ALLOCATED_ROWS = 1024
@@ -310,6 +311,7 @@ def make_replay(
         "batch_length": batch_length,
     }
     for name, value in sizes.items():
+        check_number(name, value, integer=True)
         if value < 1:
             raise ValueError(f"{name} must be positive, got {value}.")
     heads = StreamHeads(num_streams, capacity // num_streams, ring)

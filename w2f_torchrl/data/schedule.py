@@ -5,6 +5,8 @@ from __future__ import annotations
 from fractions import Fraction
 from typing import Any
 
+from w2f_torchrl.utils.checks import check_number
+
 
 class UpdateSchedule:
     """Count the learner updates that are due after a number of agent steps.
@@ -38,6 +40,11 @@ class UpdateSchedule:
         batch_length: int,
         start: int = 0,
     ) -> None:
+        if isinstance(train_ratio, int | float):
+            check_number("train_ratio", train_ratio)
+        counts = {"batch_size": batch_size, "batch_length": batch_length, "start": start}
+        for name, value in counts.items():
+            check_number(name, value, integer=True)
         ratio = Fraction(str(train_ratio))
         if ratio < 0:
             raise ValueError(f"train_ratio must not be negative, got {train_ratio}.")

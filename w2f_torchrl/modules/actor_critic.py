@@ -17,6 +17,7 @@ from torchrl.modules.distributions import IndependentNormal
 from w2f_torchrl.modules.config import ModelConfig
 from w2f_torchrl.modules.layers import MLP
 from w2f_torchrl.modules.world_model import WorldModel
+from w2f_torchrl.utils.checks import check_number
 
 
 class GaussianActor(nn.Module):
@@ -68,6 +69,7 @@ def build_actor(config: ModelConfig, action_size: int) -> ProbabilisticTensorDic
 
     Under ``set_exploration_type(ExplorationType.MODE)`` the action is the mean.
     """
+    check_number("action_size", action_size, integer=True, minimum=1)
     net = GaussianActor(config.state_size + config.belief_size, action_size, config)
     return ProbabilisticTensorDictSequential(
         TensorDictModule(net, in_keys=["state", "belief"], out_keys=["loc", "scale"]),

@@ -9,6 +9,7 @@ from tensordict.utils import NestedKey
 from torch import Tensor
 
 from w2f_torchrl.modules.convolution import ImageDecoder
+from w2f_torchrl.utils.tensors import FLOATING, check_tensor
 
 #: Share of a picture that the agent typically covers (1 to 10 % over the Control Suite). The mask
 #: head starts at it, so that no update is spent on unlearning an even grey mask.
@@ -108,4 +109,8 @@ def compose(foreground: Tensor, mask_logits: Tensor, background: Tensor) -> Tens
         >>> compose(foreground, torch.tensor([[[-9.0, 9.0]]]), background)[0].round()
         tensor([[0., 1.]])
     """
+    check_tensor("foreground", foreground, FLOATING, ("...", 3, "H", "W"), empty=True)
+    check_tensor("background", background, foreground.dtype, tuple(foreground.shape), empty=True)
+    mask_shape = (*foreground.shape[:-3], 1, *foreground.shape[-2:])
+    check_tensor("mask_logits", mask_logits, foreground.dtype, mask_shape, empty=True)
     return torch.lerp(background, foreground, torch.sigmoid(mask_logits))

@@ -30,6 +30,7 @@ from w2f_torchrl.modules.scan import (
     step_forward,
     thresholds,
 )
+from w2f_torchrl.utils.checks import check_number
 
 if TYPE_CHECKING:
     from w2f_torchrl.modules.actor_critic import GaussianActor
@@ -468,6 +469,7 @@ def imagine(
         Features of the latents, belief and state side by side ``[H + 1, N, D + S]``, the start
         included, and the actions taken in the first H of them ``[H, N, A]``.
     """
+    check_number("horizon", horizon, integer=True, minimum=1)
     with torch.no_grad():
         step, head = BlockGRUStep(prior), PriorHead(prior)
         uniforms = torch.rand(horizon, len(state), prior.num_categoricals, device=state.device)

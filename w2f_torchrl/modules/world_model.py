@@ -18,6 +18,7 @@ from w2f_torchrl.modules.layers import MLP
 from w2f_torchrl.modules.rssm import RSSMRollout
 from w2f_torchrl.modules.two_hot import TwoHot
 from w2f_torchrl.utils.checks import check_number
+from w2f_torchrl.utils.tensors import FLOATING, check_tensor
 
 Latent = Literal["whole", "split", "shared", "foreground"]
 
@@ -43,6 +44,7 @@ class WorldModel(TensorDictModuleBase):
     def __init__(self, config: ModelConfig, action_size: int, image_size: int, latent: Latent):
         super().__init__()
         self.config, self.latent = config, latent
+        self.action_size, self.image_size = action_size, image_size
         self.encoder = _build_encoder(config)
         embedding = self.encoder.output_features((3, image_size, image_size))
         self.rollout = _build_rollout(config, embedding, action_size)
@@ -90,8 +92,27 @@ class WorldModel(TensorDictModuleBase):
         tensordict.set(("next", "continue_logits"), self.continuation(features).float())
         return tensordict
 
+    def check_records(self, records: TensorDictBase) -> None:
+        """Check what the model reads of records ``[B, T]``.
+
+        Args:
+            records: ``action``, ``is_init`` and ``("next", "pixels")``.
+
+        Raises:
+            TypeError: If an entry has another dtype; a picture's range is never guessed.
+            ValueError: If an entry has another shape, or there are no records.
+        """
+        if records.ndim != 2 or 0 in records.shape:
+            raise ValueError(f"records must be [B, T], 1 or more, got {list(records.shape)}.")
+        leading, size = tuple(records.shape), self.image_size
+        check_tensor("action", records.get("action"), FLOATING, (*leading, self.action_size))
+        check_tensor("is_init", records.get("is_init"), torch.bool, (*leading, 1))
+        pixels = records.get(("next", "pixels"))
+        check_tensor("pixels", pixels, torch.uint8, (*leading, 3, size, size))
+
     def infer(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Write the posterior latents ``[B, T, ...]`` only."""
+        self.check_records(tensordict)
         side, start = self.side_stream, None
         if side is not None and self.background_encoder is not None:
             start = torch.cuda.current_stream(side.device).record_event()

@@ -13,11 +13,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from w2f_torchrl.objectives.config import ForegroundScale, ForegroundTarget
+from w2f_torchrl.utils.tensors import FLOATING, check_tensor, check_unit_interval
 
 
 def _check(prediction: Tensor, pixels: Tensor, mask: Tensor | None = None) -> None:
-    if pixels.dtype is not torch.uint8:  # a range is never guessed
-        raise TypeError(f"pixels must be uint8, got {pixels.dtype}.")
+    # A range is never guessed.
+    check_tensor("pixels", pixels, torch.uint8, ("...", 3, "H", "W"))
+    check_tensor("the prediction", prediction, FLOATING, ("...",))
     if prediction.shape != pixels.shape:
         raise ValueError(
             f"the prediction must have the pixels' shape {tuple(pixels.shape)}, got "
@@ -27,10 +29,16 @@ def _check(prediction: Tensor, pixels: Tensor, mask: Tensor | None = None) -> No
         _check_mask(mask, pixels)
 
 
+def _check_logits(mask_logits: Tensor, mask: Tensor) -> None:
+    check_tensor("mask_logits", mask_logits, FLOATING, ("...", 1, "H", "W"))
+    _check_mask(mask, mask_logits)
+
+
 def _check_mask(mask: Tensor, pixels: Tensor) -> None:
     expected = (*pixels.shape[:-3], 1, *pixels.shape[-2:])
     if mask.shape != expected:
         raise ValueError(f"foreground_mask must have shape {expected}, got {tuple(mask.shape)}.")
+    check_unit_interval("foreground_mask", mask)
 
 
 class _SquaredError(torch.autograd.Function):
@@ -129,7 +137,7 @@ def doubted(mask_logits: Tensor, mask: Tensor, threshold: float) -> Tensor:
     Returns:
         bool ``[..., 1, H, W]``.
     """
-    _check_mask(mask, mask_logits)
+    _check_logits(mask_logits, mask)
     says_background = ~mask if mask.dtype is torch.bool else mask < 0.5
     return (mask_logits.detach().sigmoid() > threshold) & says_background
 
@@ -141,7 +149,7 @@ def mask_loss(mask_logits: Tensor, mask: Tensor) -> Tensor:
         mask_logits: ``[..., 1, H, W]``.
         mask: bool, or confidence in [0, 1], ``[..., 1, H, W]``.
     """
-    _check_mask(mask, mask_logits)
+    _check_logits(mask_logits, mask)
     # -m log p - (1 - m) log (1 - p) = softplus(l) - m l
     own = mask_logits * mask.to(mask_logits.dtype)
     return (F.softplus(mask_logits) - own).sum() / _pictures(mask_logits)

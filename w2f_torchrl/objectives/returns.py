@@ -7,6 +7,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torchrl.modules import PercentileValueNorm
 
+from w2f_torchrl.utils.checks import check_number
+from w2f_torchrl.utils.tensors import FLOATING, check_tensor
+
 
 class ReturnNorm(PercentileValueNorm):
     """TorchRL's percentile normaliser, over the returns of all ranks.
@@ -56,6 +59,10 @@ def lambda_return(
     Returns:
         Returns of the states 0 to T - 2, ``[N, T - 1]``.
 
+    Raises:
+        TypeError: If a dtype is wrong.
+        ValueError: If shapes differ, T is below 2, or lmbda is out of range.
+
     Examples:
         Two rewards of 1, no discount, and a value of 5 at the end:
 
@@ -66,6 +73,14 @@ def lambda_return(
         >>> lambda_return(reward, torch.ones(1, 3), value, lmbda=0.0)
         tensor([[10.,  6.]])
     """
+    check_tensor("reward", reward, FLOATING, ("N", "T"))
+    for name, other in (("continuation", continuation), ("value", value)):
+        check_tensor(name, other, FLOATING, tuple(reward.shape))
+    if last is not None:
+        check_tensor("last", last, torch.bool, tuple(reward.shape))
+    if reward.shape[1] < 2:
+        raise ValueError(f"a return needs T=2 states or more, got {list(reward.shape)}.")
+    check_number("lmbda", lmbda, minimum=0, maximum=1)
     longer = torch.full_like(value, lmbda)
     if last is not None:
         longer = longer * (~last).to(value.dtype)

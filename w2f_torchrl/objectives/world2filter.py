@@ -26,6 +26,7 @@ from w2f_torchrl.objectives import reconstruction
 from w2f_torchrl.objectives.config import ForegroundScale, ForegroundTarget, LossConfig
 from w2f_torchrl.objectives.returns import ReturnNorm, lambda_return
 from w2f_torchrl.segmenters import mask_iou
+from w2f_torchrl.utils.tensors import FLOATING, check_tensor
 
 ALL_LATENTS = ("whole", "shared", "foreground", "split")
 TOTAL = "wm/total_loss"
@@ -141,10 +142,27 @@ class World2FilterLoss(LossModule):
                 )
 
     def forward(self, sample: TensorDictBase) -> TensorDict:
-        """Compute every loss on a batch of replayed sequences ``[B, T]``."""
+        """Compute every loss on a batch of replayed sequences ``[B, T]``.
+
+        Raises:
+            TypeError: If an entry has a wrong dtype.
+            ValueError: If an entry has a wrong shape, or T is below 2.
+        """
+        self._check_sample(sample)
         out = self.compute(sample)
         losses = {name: out.get(name).detach() for name in self.out_keys}
         return out.update(self._loss_metrics(losses))
+
+    def _check_sample(self, sample: TensorDictBase) -> None:
+        if sample.ndim != 2 or sample.shape[0] < 1 or sample.shape[1] < 2:
+            raise ValueError(
+                f"a sample must be records [B, T] with B at least 1 and T at least 2, got "
+                f"{list(sample.shape)}."
+            )
+        following = sample.get("next")
+        check_tensor("reward", following.get("reward"), FLOATING, (*sample.shape, 1))
+        for name in ("terminated", "done"):
+            check_tensor(name, following.get(name), torch.bool, (*sample.shape, 1))
 
     def compute(self, sample: TensorDictBase) -> TensorDict:
         """The losses, and those metrics that are no losses under other names.

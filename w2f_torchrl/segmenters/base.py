@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import max_pool2d
 
+from w2f_torchrl.utils.tensors import check_tensor, check_unit_interval
+
 
 @runtime_checkable
 class Segmenter(Protocol):
@@ -31,9 +33,10 @@ def check_pixels(pixels: Tensor) -> None:
         TypeError: If the dtype is not uint8: a range is never guessed.
         ValueError: If the shape is not ``[N, 3, H, W]``.
     """
-    if pixels.dtype is not torch.uint8:
-        raise TypeError(f"pixels must be uint8 in [0, 255], got {pixels.dtype}.")
-    if pixels.ndim != 4 or pixels.shape[1] != 3:
+    if not isinstance(pixels, Tensor) or pixels.dtype is not torch.uint8:
+        got = pixels.dtype if isinstance(pixels, Tensor) else type(pixels).__name__
+        raise TypeError(f"pixels must be uint8 in [0, 255], got {got}.")
+    if pixels.ndim != 4 or pixels.shape[1] != 3 or not pixels.shape[2:].numel():
         raise ValueError(f"pixels must have the shape [N, 3, H, W], got {tuple(pixels.shape)}.")
 
 
@@ -42,16 +45,17 @@ def check_masks(masks: Tensor, pixels: Tensor) -> None:
 
     Raises:
         TypeError: If the masks are neither bool nor floating point.
-        ValueError: If their shape is not ``[N, 1, H, W]`` of the pictures.
+        ValueError: If their shape is not ``[N, 1, H, W]`` of the pictures, or a confidence is not
+            in [0, 1].
     """
-    if masks.dtype is not torch.bool and not masks.is_floating_point():
-        raise TypeError(f"masks must be bool or confidences in [0, 1], got {masks.dtype}.")
+    check_tensor("masks", masks, None, ("...",), empty=True)
     wanted = (pixels.shape[0], 1, *pixels.shape[2:])
     if tuple(masks.shape) != wanted:
         raise ValueError(
             f"masks of pixels {tuple(pixels.shape)} must have the shape {wanted}, got "
             f"{tuple(masks.shape)}."
         )
+    check_unit_interval("masks", masks)
 
 
 def mask_iou(a: Tensor, b: Tensor) -> Tensor:
@@ -66,7 +70,7 @@ def mask_iou(a: Tensor, b: Tensor) -> Tensor:
 
     Raises:
         TypeError: If a mask is not bool.
-        ValueError: If the shapes differ.
+        ValueError: If the shapes differ, or are no masks'.
     """
     _check_pair(a, b)
     intersection = (a & b).sum((-1, -2, -3))
@@ -93,6 +97,7 @@ def boundary_error(a: Tensor, b: Tensor) -> Tensor:
         ValueError: If the shapes differ.
     """
     _check_pair(a, b)
+    check_tensor("masks", a, torch.bool, ("N", 1, "H", "W"), empty=True)
     longest = max(a.shape[-2:])
     outlines = torch.stack([_outline(a), _outline(b)])  # [2, N, 1, H, W]
     reached = outlines.flip(0).float()
@@ -114,6 +119,8 @@ def _outline(mask: Tensor) -> Tensor:
 
 
 def _check_pair(a: Tensor, b: Tensor) -> None:
+    for masks in (a, b):
+        check_tensor("masks", masks, None, ("...", 1, "H", "W"), empty=True)
     if a.dtype is not torch.bool or b.dtype is not torch.bool:
         raise TypeError(f"masks must be bool, got {a.dtype} and {b.dtype}.")
     if a.shape != b.shape:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from w2f_torchrl.segmenters.base import check_pixels
+from w2f_torchrl.utils.tensors import check_tensor
 
 
 class MedianSegmenter:
@@ -34,6 +35,8 @@ class MedianSegmenter:
     def __init__(self, threshold: int = 24, background: Tensor | None = None) -> None:
         if not 0 <= threshold < 255:
             raise ValueError(f"threshold={threshold} must be in [0, 255).")
+        if background is not None:
+            check_tensor("background", background, torch.uint8, (3, "H", "W"))
         self.threshold = threshold
         self.background = background
 
@@ -47,6 +50,8 @@ class MedianSegmenter:
             The segmenter itself.
         """
         check_pixels(pixels)
+        if not len(pixels):
+            raise ValueError("a median needs at least one picture, got none.")
         self.background = pixels.median(0).values
         return self
 

@@ -13,6 +13,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from w2f_torchrl.segmenters.base import check_pixels
 from w2f_torchrl.segmenters.sam3_requirements import SegmenterUnavailableError
+from w2f_torchrl.utils.checks import check_number
 
 #: Channels at a half, a quarter and an eighth of the resolution.
 WIDTHS = (16, 32, 32)
@@ -92,6 +93,7 @@ class StudentSegmenter:
     ) -> None:
         if not 0 < threshold < 1:
             raise ValueError(f"threshold={threshold} must be in (0, 1).")
+        check_number("batch_size", batch_size, integer=True, minimum=1)
         self.device = torch.device(device)
         self.network = (network or StudentNetwork()).to(self.device).eval()
         self.confidence = confidence

@@ -15,6 +15,7 @@ from torch.nn.functional import (
 
 from w2f_torchrl.segmenters.base import check_masks, check_pixels
 from w2f_torchrl.segmenters.student import WIDTHS, StudentNetwork, StudentSegmenter, to_images
+from w2f_torchrl.utils.checks import check_number
 
 
 def train_student(
@@ -62,6 +63,9 @@ def train_student(
     for name, value, most in (("paste", paste, 1.0), ("moves", moves, 0.5)):
         if not 0 <= value <= most:
             raise ValueError(f"{name}={value} must be in [0, {most}].")
+    for name, count in (("steps", steps), ("batch_size", batch_size)):
+        check_number(name, count, integer=True, minimum=1)
+    check_number("learning_rate", learning_rate, above=0)
     generator = torch.Generator().manual_seed(seed)
     if student is None:
         with torch.random.fork_rng(devices=[]):
@@ -171,6 +175,7 @@ def choose_diverse(pixels: Tensor, count: int) -> Tensor:
         ValueError: If the count is not positive, or there are no frames.
     """
     check_pixels(pixels)
+    check_number("count", count, integer=True)
     if count < 1 or not len(pixels):
         raise ValueError(f"can't choose count={count} of {len(pixels)} frames: both at least 1.")
     features = adaptive_avg_pool2d(pixels.float(), 8).flatten(1)  # [N, 192]

@@ -23,6 +23,7 @@ from w2f_torchrl.trainers.config import RunConfig, to_run_config
 from w2f_torchrl.trainers.environments import build_env
 from w2f_torchrl.trainers.learner import Learner
 from w2f_torchrl.utils.seeding import derive_seed
+from w2f_torchrl.utils.tensors import check_tensor
 
 
 class LoadedPolicy(TensorDictModuleBase):
@@ -46,11 +47,16 @@ class LoadedPolicy(TensorDictModuleBase):
 
         Raises:
             KeyError: If the tensordict carries no latent.
+            TypeError: If the pictures are not uint8; their range is never guessed.
+            ValueError: If they have another size than those that the policy was trained on.
         """
         if "belief" not in tensordict.keys():
             raise KeyError(
                 "the tensordict has no `belief`: append policy.make_tensordict_primer() to the env."
             )
+        size = self.config.environment.image_size
+        check_tensor("pixels", tensordict.get("pixels"), torch.uint8, ("...", 3, size, size))
+        check_tensor("is_init", tensordict.get("is_init"), torch.bool, ("...", 1))
         with torch.no_grad(), set_exploration_type(ExplorationType.MODE):
             return self.policy(tensordict)
 

@@ -15,7 +15,8 @@ from torchrl.envs.transforms.transforms import _apply_to_composite
 from torchrl.envs.transforms.utils import _set_missing_tolerance
 
 from w2f_torchrl.segmenters import Sam3Segmenter, Segmenter
-from w2f_torchrl.segmenters.base import check_masks, check_pixels
+from w2f_torchrl.segmenters.base import check_masks
+from w2f_torchrl.utils.tensors import check_tensor
 
 MASK_NAME = "foreground_mask"
 
@@ -155,10 +156,14 @@ class ForegroundMaskTransform(ObservationTransform):
             return [self._apply_transform(pixels) for pixels in pictures]
         if not pictures:
             return []
-        flat = [pixels.reshape(-1, *pixels.shape[-3:]) for pixels in pictures]
+        for pixels in pictures:  # without the leading dimensions, as check_pixels has it
+            check_tensor("pixels", pixels, torch.uint8, ("...", 3, "H", "W"), empty=True)
+        flat = [p.reshape(p.shape[:-3].numel(), *p.shape[-3:]) for p in pictures]
         frames = torch.cat(flat) if len(flat) > 1 else flat[0]  # [N, 3, H, W]
-        check_pixels(frames)
-        if len(flat) > 1:
+        if not len(frames):
+            dtype = torch.float32 if self.confidence else torch.bool
+            masks = frames.new_empty((0, 1, *frames.shape[2:]), dtype=dtype)
+        elif len(flat) > 1:
             first, inverse = _distinct(frames)
             masks = self._checked(frames[first])[inverse]
         else:

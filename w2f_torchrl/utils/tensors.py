@@ -1,0 +1,88 @@
+"""The one check of tensors that public functions are given: dtype, shape, not empty."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+FLOATING = "floating point"
+
+
+def check_tensor(
+    name: str,
+    tensor: object,
+    dtype: torch.dtype | str | None,
+    shape: Sequence[int | str],
+    *,
+    empty: bool = False,
+) -> None:
+    """Check a tensor that a caller gave.
+
+    Args:
+        name: What the caller knows it by, for the message.
+        tensor: What was given.
+        dtype: Of the tensor; ``"floating point"`` for any such, None for any at all.
+        shape: Sizes; a letter stands for any of 1 or more, ``"..."``, first, for any number of
+            dimensions.
+        empty: Whether there may be none of what it holds: only H and W must then be at least 1.
+
+    Raises:
+        TypeError: If it is no tensor, or of another dtype.
+        ValueError: If it has another shape, or is empty.
+    """
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}.")
+    if dtype == FLOATING:
+        right = tensor.is_floating_point()
+    else:
+        right = dtype is None or tensor.dtype is dtype
+    if not right:
+        raise TypeError(f"{name} must be {_name(dtype)}, got {_name(tensor.dtype)}.")
+    last = [size for size in shape if size != "..."]
+    leading = len(last) < len(shape)
+    fits = tensor.ndim >= len(last) if leading else tensor.ndim == len(last)
+    sizes = tensor.shape[tensor.ndim - len(last) :] if fits else ()
+    if not fits or not all(map(_fits, sizes, last)):
+        shown = ", ".join(map(str, shape))
+        raise ValueError(f"{name} must have the shape [{shown}], got {list(tensor.shape)}.")
+    if not empty and not tensor.numel():
+        raise ValueError(f"{name} must not be empty, got the shape {list(tensor.shape)}.")
+
+
+def check_unit_interval(name: str, values: Tensor) -> None:
+    """Check that floating-point values lie in [0, 1]; bool ones do.
+
+    Nothing is read while a compiler traces or a CUDA graph is captured.
+
+    Args:
+        name: What the caller knows them by, for the message.
+        values: bool or floating point, any shape.
+
+    Raises:
+        TypeError: If they are of another dtype.
+        ValueError: If one is nan or lies outside.
+    """
+    if values.dtype is torch.bool:
+        return
+    if not values.is_floating_point():
+        raise TypeError(
+            f"{name} must be bool or confidences in [0, 1], got {_name(values.dtype)}: where it "
+            f"holds 0 and 255, for example, pass {name} > 127."
+        )
+    if not values.numel() or torch.compiler.is_compiling():
+        return
+    if values.is_cuda and torch.cuda.is_current_stream_capturing():
+        return
+    low, high = (float(end) for end in values.detach().aminmax())
+    if not (low >= 0 and high <= 1):
+        raise ValueError(f"{name} must lie in [0, 1], got values from {low:g} to {high:g}.")
+
+
+def _fits(size: int, wanted: int | str) -> bool:
+    return size == wanted if isinstance(wanted, int) else size > 0 or wanted not in ("H", "W")
+
+
+def _name(dtype: torch.dtype | str | None) -> str:
+    return str(dtype).removeprefix("torch.")
