@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.util
+import os
 import runpy
 import shlex
 import shutil
@@ -132,9 +133,7 @@ def reader(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.render
 @pytest.mark.parametrize("page", [p for p in pages() if python_blocks(p)], ids=name_of)
 def test_the_python_of_a_page_runs(page: Path, reader: Path):
-    namespace: dict[str, Any] = {"__name__": f"page_{page.stem}"}
-    module = type(sys)(namespace["__name__"])
-    sys.modules[module.__name__] = module  # dataclasses look themselves up
+    module = type(sys)("__main__")  # what stands under `if __name__ == "__main__"` runs as well
     for block in python_blocks(page):
         run_block(block, vars(module))
 
@@ -143,6 +142,37 @@ def run_block(block: Block, namespace: dict[str, Any]) -> None:
     # So that a failure's traceback has the page's own line numbers.
     source = "\n" * (block.line - 1) + block.text
     exec(compile(source, block.page, "exec", dont_inherit=True), namespace)
+
+
+def starts_processes(page: Path) -> bool:
+    return any('__name__ == "__main__"' in block.text for block in python_blocks(page))
+
+
+@pytest.mark.render
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(p, marks=[] if p.name == "README.md" else [pytest.mark.slow])
+        for p in pages()
+        if starts_processes(p)
+    ],
+    ids=name_of,
+)
+def test_a_block_that_starts_processes_works_pasted_into_a_file(page: Path, workspace: Path):
+    for block in python_blocks(page):
+        if '__name__ == "__main__"' not in block.text:
+            continue
+        script = workspace / "pasted.py"
+        script.write_text(block.text)
+        done = subprocess.run(
+            [sys.executable, script],
+            cwd=workspace,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stderr
 
 
 # ------------------------------------------------------------------ commands

@@ -20,6 +20,7 @@ from torchrl.envs.utils import ExplorationType
 from w2f_torchrl.data.overlap import OverlappedCollector
 from w2f_torchrl.data.resumable import ResumableCollector
 from w2f_torchrl.data.workers import SyncCollector, ignore_stop_signals
+from w2f_torchrl.utils.main_guard import require_main_guard
 from w2f_torchrl.utils.seeding import derive_seed
 
 EnvFactory = Callable[[int, int], EnvBase]
@@ -90,8 +91,11 @@ def make_collector(
 
     Raises:
         ValueError: If the counts don't divide, or an env lacks ``is_init`` (raised by the worker).
+        RuntimeError: If a script starts workers outside ``if __name__ == "__main__":``.
     """
     _check_counts(num_envs, num_workers, frames_per_batch)
+    if num_workers:
+        require_main_guard(f"make_collector(num_workers={num_workers})")
     if overlap and not num_workers:
         raise ValueError(f"overlap=True needs workers, and num_workers={num_workers} has none.")
     if overlap or _device_of(policy).type != torch.device(device).type:

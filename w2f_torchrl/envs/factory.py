@@ -32,6 +32,7 @@ from w2f_torchrl.envs.tasks import (
     validate_pixel_settings,
     validate_task,
 )
+from w2f_torchrl.utils.main_guard import require_main_guard
 from w2f_torchrl.utils.seeding import derive_seed
 
 
@@ -125,10 +126,13 @@ def make_env(
 
     Raises:
         ValueError: If a setting is not allowed; the message names it, its value and what is.
-        RuntimeError: If there is no OpenGL backend; the message says how to get one.
+        RuntimeError: If there is no OpenGL backend; the message says how to get one. If a script
+            makes a batch outside ``if __name__ == "__main__":``, which its processes import again.
     """
     validate_pixel_settings(image_size, action_repeat, render)
     validate_integer("num_envs", num_envs, 1)
+    if num_envs > 1:
+        require_main_guard(f"make_env(num_envs={num_envs})")
     validate_integer("seed", seed, 0)
     distractions = validate_distraction(distraction, background_source, background_split)
     validate_task(domain, task)

@@ -23,7 +23,12 @@ from w2f_torchrl.trainers.checkpointing import (
     discard_checkpoints_after,
     load_checkpoint,
 )
-from w2f_torchrl.trainers.collecting import check_finite, ended_episodes, start_collecting
+from w2f_torchrl.trainers.collecting import (
+    check_finite,
+    count_workers,
+    ended_episodes,
+    start_collecting,
+)
 from w2f_torchrl.trainers.config import RunConfig, save_config
 from w2f_torchrl.trainers.device_copy import DeviceCopy
 from w2f_torchrl.trainers.diagnostics import Diagnostics
@@ -51,6 +56,7 @@ from w2f_torchrl.trainers.segmentation import prepare
 from w2f_torchrl.trainers.update_metrics import Sums, shown_row
 from w2f_torchrl.utils.environment import note_environment
 from w2f_torchrl.utils.logging import MetricsLogger, ProgressBar
+from w2f_torchrl.utils.main_guard import require_main_guard
 from w2f_torchrl.utils.memory import keep_freed_memory
 from w2f_torchrl.utils.random_state import restore_random_state
 from w2f_torchrl.utils.seeding import derive_seed
@@ -73,12 +79,16 @@ class Trainer:
         CheckpointError: If the run directory holds a run already and ``resume`` is null, or is in
             use by another process, or the checkpoint to resume from is missing, damaged or of
             another model.
+        RuntimeError: If a script builds it outside ``if __name__ == "__main__":``, and it would
+            start worker processes.
     """
 
     def __init__(self, config: RunConfig):
         self.ranks = Ranks.from_environment()
         config.distributed.ranks = self.ranks.size
         config.validate()
+        if count_workers(config, self.ranks.local_size):
+            require_main_guard("Trainer")
         self.config = config
         self.run_dir = Path(config.run_dir)
         self._lock = RunLock(self.run_dir)
