@@ -13,6 +13,7 @@ from torch.nn.functional import interpolate
 
 from w2f_torchrl.segmenters import sam3
 from w2f_torchrl.segmenters.base import check_masks, check_pixels
+from w2f_torchrl.utils.checks import check_number
 
 logger = logging.getLogger(__name__)
 
@@ -73,8 +74,7 @@ class Sam3Segmenter:
         self.prompts = _check_prompts(prompts)
         if not 0 <= score_threshold <= 1:
             raise ValueError(f"score_threshold={score_threshold} must be in [0, 1].")
-        if batch_size < 1:
-            raise ValueError(f"batch_size={batch_size} must be at least 1.")
+        check_number("batch_size", batch_size, integer=True, minimum=1)
         self.boxes = _check_boxes(boxes)
         self.score_threshold = score_threshold
         self.confidence = confidence

@@ -716,7 +716,8 @@ def to_run_config(config: DictConfig | dict[str, Any]) -> RunConfig:
         merged = OmegaConf.merge(OmegaConf.structured(RunConfig), config)
         return OmegaConf.to_object(merged)  # type: ignore[return-value]
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{error.full_key or error.key}: {error.msg or error}") from error
+        first = str(error.msg or error).partition("\n")[0]  # the rest is OmegaConf's own affair
+        raise ConfigError(f"{error.full_key or error.key}: {first}") from error
 
 
 def config_to_dict(config: RunConfig) -> dict[str, Any]:
