@@ -19,7 +19,8 @@ from w2f_torchrl.objectives import LossConfig
 from w2f_torchrl.trainers import ConfigError, Learner, execution
 from w2f_torchrl.trainers.config import OptimizerConfig
 from w2f_torchrl.trainers.device_copy import DeviceCopy
-from w2f_torchrl.trainers.execution import PIECES, CapturableOptimizer, compile_core
+from w2f_torchrl.trainers.execution import PIECES, compile_core
+from w2f_torchrl.trainers.optimizer import CapturableOptimizer
 
 
 def make_learner(

@@ -15,7 +15,7 @@ from torch import nn
 
 from w2f_torchrl.trainers import Learner, Trainer
 from w2f_torchrl.trainers.checkpointing import latest_checkpoint, load_checkpoint
-from w2f_torchrl.trainers.execution import CapturableOptimizer
+from w2f_torchrl.trainers.optimizer import CapturableOptimizer
 
 
 def make_learner(on_nan: str, optimizer_class: type | None = None) -> Learner:

@@ -92,11 +92,11 @@ def make_collector(
         ValueError: If the counts don't divide, or an env lacks ``is_init`` (raised by the worker).
     """
     _check_counts(num_envs, num_workers, frames_per_batch)
-    if overlap:
-        if not num_workers:
-            raise ValueError(f"overlap=True needs workers, and num_workers={num_workers} has none.")
-        # The workers see the policy's own memory, which a learner changes in place meanwhile.
-        policy = copy.deepcopy(policy)
+    if overlap and not num_workers:
+        raise ValueError(f"overlap=True needs workers, and num_workers={num_workers} has none.")
+    if overlap or _device_of(policy).type != torch.device(device).type:
+        # Overlapped, the workers would see the policy's own memory, which a learner changes.
+        policy = copy.deepcopy(policy).to(device)
     per_worker = num_envs // max(num_workers, 1)
     failures = tempfile.TemporaryDirectory(prefix="w2f_") if num_workers else None
     env_seed = derive_seed(seed, "train", rank)
@@ -150,13 +150,19 @@ def sync_policy_weights(
     Raises:
         WorkerError: If a worker died.
     """
-    weights = TensorDict.from_module(policy).data
     workers = collector.collector if isinstance(collector, OverlappedCollector) else collector
+    devices = workers.policy_device  # of a collector with workers: one for each
+    device = devices[0] if isinstance(devices, Sequence) else devices
+    weights = TensorDict.from_module(policy).data.to(device)
     if isinstance(workers, SyncCollector):
         with workers.watched():
             collector.update_policy_weights_(weights)
     else:
         collector.update_policy_weights_(weights)
+
+
+def _device_of(policy: TensorDictModuleBase) -> torch.device:
+    return next((p.device for p in policy.parameters()), torch.device("cpu"))
 
 
 def _check_counts(num_envs: int, num_workers: int, frames_per_batch: int) -> None:

@@ -24,7 +24,9 @@ class TwoHot(SymExpTwoHot):
         probs = torch.softmax(logits, -1)
         paired = probs[..., -half:] - probs[..., :half].flip(-1)
         bins: Tensor = self.bins[-half:].to(logits.dtype)
-        return torch.mv(paired.flatten(0, -2), bins).view(logits.shape[:-1])
+        # Autocast would multiply in bfloat16 on CUDA: 3 digits of rewards and values.
+        with torch.autocast(logits.device.type, enabled=False):
+            return torch.mv(paired.flatten(0, -2), bins).view(logits.shape[:-1])
 
     def loss(self, logits: Tensor, target: Tensor) -> Tensor:
         """Give the cross-entropy ``[...]`` of logits ``[..., bins]`` to raw scalars.

@@ -92,10 +92,12 @@ class WorldModel(TensorDictModuleBase):
     def infer(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Write the posterior latents ``[B, T, ...]`` only."""
         side, start = self.side_stream, None
-        if side is not None:
+        if side is not None and self.background_encoder is not None:
             start = torch.cuda.current_stream(side.device).record_event()
         encode = self.compiled.get("encoder", self.encoder)
         tensordict.set(("next", "encoded_latents"), encode(tensordict.get(("next", "pixels"))))
+        if side is not None and start is None:  # the background reads this encoder's output
+            start = torch.cuda.current_stream(side.device).record_event()
         self.rollout(tensordict)
         if side is None or start is None:
             self._infer_background(tensordict)

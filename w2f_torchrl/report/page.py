@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import av
 import jinja2
 from markupsafe import Markup
 
@@ -145,6 +144,8 @@ def _embed(item: Media, index: int, run: Run) -> dict[str, Any]:
     kind = "video/mp4" if item.path.suffix == ".mp4" else "image/png"
     note = None
     if kind == "video/mp4":
+        import av
+
         with av.open(os.fspath(item.path)) as container:
             stream = container.streams.video[0]
             width, codec = stream.width, stream.codec_context.name

@@ -116,7 +116,7 @@ def start_collecting(state: RunState, run_dir: Path, resumption: Resumption | No
         frames_per_batch=envs * config.collection.steps_per_batch,
         seed=seed,
         rank=ranks.rank,
-        device=config.torch_device(),
+        device=config.torch_device() if config.collection.device == "learner" else "cpu",
         overlap=config.collection.overlap,
     )
     return Collection(collector, replay, files, environment, go_on)

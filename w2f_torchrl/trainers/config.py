@@ -31,12 +31,13 @@ ALGORITHMS = ("world2filter", "dreamer_v3")
 SEGMENTATIONS = ("simulator", "sam3", "student", "median", "auto")
 TEACHERS = ("simulator", "sam3")
 STORAGES = ("memory", "disk")
-PRECISIONS = ("float32", "bfloat16")
+PRECISIONS = ("auto", "float32", "bfloat16")
 LOGGER_PACKAGES = {"use_wandb": ("wandb", "moviepy"), "tensorboard": ("tensorboard",)}
 WANDB_MODES = ("auto", "online", "offline")
 ON_NAN = ("stop", "skip")
-EXECUTIONS = ("eager", "compile", "compile_all", "cuda_graph", "cuda_graph_parallel")
+EXECUTIONS = ("eager", "compile", "compile_all", "cuda_graph", "cuda_graph_parallel", "auto")
 GRAPHED = ("cuda_graph", "cuda_graph_parallel")
+COLLECTION_DEVICES = ("cpu", "learner")
 GRADIENTS = ("auto", "ddp", "flat")
 
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
@@ -151,8 +152,9 @@ class OptimizerConfig:
     """Rate at which the mean of the squared gradients decays, in [0, 1)."""
     eps: float = 1e-20
     """A plain number added to the root of that mean; at least 0."""
-    precision: str = "float32"
-    """float32, or bfloat16 (autocast; parameters and optimizer stay in float32)."""
+    precision: str = "auto"
+    """float32; bfloat16 (autocast; parameters and optimizer stay in float32); or auto: bfloat16 on
+    CUDA, as the reference has it, float32 on a CPU."""
 
 
 @dataclass
@@ -174,11 +176,12 @@ class TrainingConfig:
     on_nan: str = "stop"
     """When gradients are not finite: stop before the weights are spoiled, with the batch and the
     state saved; or skip that update."""
-    execution: str = "eager"
-    """eager; compile (the core's pieces); compile_all (losses and time loop as one graph, slow to
-    compile); cuda_graph (compile, and the whole update replayed as one graph; CUDA only);
-    cuda_graph_parallel (in that graph the background's latent beside the foreground's;
-    algo.latent=split only)."""
+    execution: str = "auto"
+    """auto: eager on a CPU; on CUDA the first of cuda_graph, compile and eager that works and whose
+    first update equals eager's up to rounding. Or by name: eager; compile (the core's pieces);
+    compile_all (losses and time loop as one graph, slow to compile); cuda_graph (compile, and the
+    whole update replayed as one graph; CUDA only); cuda_graph_parallel (in that graph the
+    background's latent beside the foreground's; algo.latent=split only)."""
 
 
 @dataclass
@@ -189,8 +192,7 @@ class DistributedConfig:
     """Processes that there are; the run writes what the launcher says."""
     gradients: str = "auto"
     """ddp: DistributedDataParallel averages them during the backward pass; flat: one all-reduce of
-    one buffer after it; auto: flat with training.execution=cuda_graph and cuda_graph_parallel, else
-    ddp."""
+    one buffer after it; auto: flat where the update may become a CUDA graph, else ddp."""
     timeout_seconds: float = 1800.0
     """Seconds that a rank waits for one that is alive and compiles, evaluates or writes; one that
     dies is noticed at once."""
@@ -204,6 +206,9 @@ class CollectionConfig:
     """Worker processes; 0: in the trainer's own; null: one per core, at most one per env."""
     steps_per_batch: int = 16
     """Agent steps of each env between two rounds of updates."""
+    device: str = "cpu"
+    """Where the policy acts in the workers: cpu, or learner (the learner's device: on CUDA every
+    worker process then has a context of its own)."""
     overlap: bool = False
     """Collect the next batch while the learner learns; the policy that acts is one batch older."""
 
@@ -345,7 +350,9 @@ class RunConfig:
         if self.distributed.ranks == 1:
             return "none"
         if self.distributed.gradients == "auto":
-            return "flat" if self.training.execution in GRAPHED else "ddp"
+            graphed = self.training.execution in GRAPHED
+            graphed |= self.training.execution == "auto" and self.torch_device().type == "cuda"
+            return "flat" if graphed else "ddp"
         return self.distributed.gradients
 
     def torch_device(self) -> torch.device:
@@ -537,6 +544,7 @@ def _validate_training(config: RunConfig) -> None:
         )
     _choice("replay.storage", config.replay.storage, STORAGES)
     _at_least("collection.steps_per_batch", config.collection.steps_per_batch, 1)
+    _choice("collection.device", config.collection.device, COLLECTION_DEVICES)
     workers = config.collection.num_workers
     if workers is not None and (workers < 0 or (workers and envs % workers)):
         raise ConfigError(

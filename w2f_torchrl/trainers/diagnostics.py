@@ -133,10 +133,12 @@ class Diagnostics:
     def _log_episode(self, evaluation: Evaluation, frames: int) -> None:
         name = "train/observation_video"
         path = self.logger.log_video(name, evaluation.pixels, frames=frames)
-        logger.info("observation video: %s", path)
+        if path is not None:
+            logger.info("observation video: %s", path)
         name, video = "train/reconstruction_video", partial(panel, evaluation.columns)
         path = self.logger.log_video(name, video, frames=frames, scale=1)
-        logger.info("reconstruction video: %s", path)
+        if path is not None:
+            logger.info("reconstruction video: %s", path)
 
     def _log_imagination(self, evaluation: Evaluation, frames: int, updates: int) -> None:
         made = imagine_windows(

@@ -81,10 +81,11 @@ class Ranks:
                 compilation, and rank 0's evaluations and checkpoints. A rank that dies is noticed
                 at once, since its connections close.
         """
+        # Random state, streams and graphs are those of the current device.
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)
         if self.size == 1:
             return
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
         if dist.is_initialized():  # the runs of a sweep in one process share the group
             return
         timeout = timedelta(seconds=timeout_seconds)

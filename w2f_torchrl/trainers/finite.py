@@ -31,12 +31,17 @@ class FiniteGuard(nn.Module):
     def __init__(self, loss: World2FilterLoss, on_nan: str = "stop") -> None:
         super().__init__()
         self.skips = on_nan == "skip"
-        self._statistics = list(loss.return_norm.buffers())
+        # In a tuple, so that it is no submodule of this one too. Its buffers are looked up each
+        # time: moving a module to CUDA replaces them.
+        self._normalizers = (loss.return_norm,)
         self.register_buffer("halted", torch.zeros((), dtype=torch.bool))
 
     def remember(self) -> list[Tensor]:
         """Copies of what the forward pass is about to change."""
-        return [statistic.clone() for statistic in self._statistics]
+        return [statistic.clone() for statistic in self._statistics()]
+
+    def _statistics(self) -> list[Tensor]:
+        return [buffer for module in self._normalizers for buffer in module.buffers()]
 
     @torch.no_grad()
     def judge(
@@ -59,6 +64,6 @@ class FiniteGuard(nn.Module):
             metrics = metrics.update(zeros)
         else:
             self.halted.logical_or_(~good)
-        for statistic, before in zip(self._statistics, remembered, strict=True):
+        for statistic, before in zip(self._statistics(), remembered, strict=True):
             statistic.copy_(torch.where(good, statistic, before))
         return good, metrics.set(FINITE, good.float())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,17 +19,18 @@ from w2f_torchrl.modules import (
     build_world_model,
 )
 from w2f_torchrl.objectives import LossConfig, World2FilterLoss
+from w2f_torchrl.trainers.auto_execution import AutoUpdate
 from w2f_torchrl.trainers.checkpointing import CheckpointError
 from w2f_torchrl.trainers.config import GRAPHED, OptimizerConfig, RunConfig
 from w2f_torchrl.trainers.execution import (
-    CapturableOptimizer,
-    GraphedUpdate,
-    Update,
     compile_core,
     pieces_worth_compiling,
+    undo_compilation,
 )
 from w2f_torchrl.trainers.finite import FiniteGuard
 from w2f_torchrl.trainers.gradients import ComposedLoss, SharedGradients, share_gradients
+from w2f_torchrl.trainers.graphed_update import GraphedUpdate, Update, UpdateState
+from w2f_torchrl.trainers.optimizer import CapturableOptimizer
 
 
 class Learner(nn.Module):
@@ -79,7 +81,10 @@ class Learner(nn.Module):
         self.guard = FiniteGuard(self.loss, on_nan)
         self.to(device)
         self.device_type = torch.device(device).type
-        self.mixed_precision = settings.precision == "bfloat16"
+        self.precision = settings.precision
+        if self.precision == "auto":
+            mixed = self.device_type == "cuda" and torch.cuda.is_bf16_supported()
+            self.precision = "bfloat16" if mixed else "float32"
         self.parameters_trained = [p for p in self.loss.parameters() if p.requires_grad]
         # TorchRL's counts on the host, which would have to know whether an update is applied.
         on_host = self.device_type == "cpu"
@@ -93,14 +98,15 @@ class Learner(nn.Module):
             eps=settings.eps,
             warmup_steps=settings.warmup_updates,
         )
+        if execution == "auto" and on_host:
+            execution = "eager"
         self.execution = execution
         self.intact = True
         """False while an update changes the networks: an exception then leaves them half done."""
-        self._update: Update = self._eager_update
-        self._choose_execution()
         self._gradients: SharedGradients = share_gradients(
             gradients, ComposedLoss(self.loss), self.parameters_trained
         )
+        self._update = self._choose_update(gradients)
 
     @classmethod
     def from_config(
@@ -120,21 +126,40 @@ class Learner(nn.Module):
             on_nan=config.training.on_nan,
         )
 
-    def _choose_execution(self) -> None:
-        if self.execution in ("compile", *GRAPHED):
-            device = self.parameters_trained[0].device
+    def _choose_update(self, gradients: str) -> Update:
+        if self.execution != "auto":
+            return self._make_update(self.execution)
+        # DistributedDataParallel hooks into the backward pass, which a graph replays without it.
+        modes = ("compile",) if gradients == "ddp" else ("cuda_graph", "compile")
+        return AutoUpdate(
+            {mode: partial(self._make_update, mode) for mode in modes},
+            eager=self._eager_update,
+            undo=partial(undo_compilation, self.loss),
+            state=self._state(),
+            parameters=self.parameters_trained,
+            precision=self.precision,
+        )
+
+    def _make_update(self, mode: str) -> Update:
+        device = self.parameters_trained[0].device
+        if mode in ("compile", *GRAPHED):
             compile_core(self.loss, pieces_worth_compiling(device))
-        if self.execution == "compile_all":
+        if mode == "compile_all":
             self.loss.compute = torch.compile(self.loss.compute)  # type: ignore[method-assign]
-        if self.execution == "cuda_graph_parallel":
-            self.world_model.side_stream = torch.cuda.Stream(self.parameters_trained[0].device)
-        if self.execution in GRAPHED:
-            self._update = self._graphed()
+        if mode == "cuda_graph_parallel":
+            self.world_model.side_stream = torch.cuda.Stream(device)
+        if mode in GRAPHED:
+            return self._graphed()
+        return self._eager_update
 
     def _graphed(self) -> GraphedUpdate:
-        assert isinstance(self.optimizer, CapturableOptimizer), "cuda_graph is for CUDA"
+        device = self.parameters_trained[0].device
+        return GraphedUpdate(self._eager_update, self._state(), device)
+
+    def _state(self) -> UpdateState:
+        assert isinstance(self.optimizer, CapturableOptimizer), "graphs are for CUDA"
         changed = nn.ModuleList([self.loss, self.guard])
-        return GraphedUpdate(self._eager_update, changed, self.optimizer)
+        return UpdateState(changed, self.optimizer, self.parameters_trained[0].device)
 
     @property
     def world_model(self) -> WorldModel:
@@ -156,10 +181,14 @@ class Learner(nn.Module):
 
     def _eager_update(self, sample: TensorDictBase) -> TensorDictBase:
         remembered = self.guard.remember()
-        with torch.autocast(self.device_type, torch.bfloat16, enabled=self.mixed_precision):
+        mixed = self.precision == "bfloat16"
+        with torch.autocast(self.device_type, torch.bfloat16, enabled=mixed):
             total, metrics = self._gradients.composed(sample)
         self.optimizer.zero_grad()
-        total.backward()
+        # In this thread on CUDA too: what is first compiled in autograd's own threads, or launched
+        # from them into a capture, depends on their state.
+        with torch.autograd.set_multithreading_enabled(False):
+            total.backward()
         self._gradients.average()
         grads = [p.grad for p in self.parameters_trained if p.grad is not None]
         metrics["wm/grad_norm"] = torch.nn.utils.get_total_norm(grads)
@@ -207,5 +236,8 @@ class Learner(nn.Module):
                 f"The checkpoint is of another model: {lines[min(1, len(lines) - 1)].strip()}"
             ) from error
         self.optimizer.load_state_dict(checkpoint["optimizer"])
-        if isinstance(self._update, GraphedUpdate):  # it holds the old moments' addresses
+        # A graph holds the old moments' addresses.
+        if isinstance(self._update, GraphedUpdate):
             self._update = self._graphed()
+        elif isinstance(self._update, AutoUpdate):
+            self._update.recapture(self._graphed)

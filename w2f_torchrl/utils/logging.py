@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import math
@@ -123,8 +124,10 @@ class MetricsLogger(Closing):
         frames: int,
         fps: float = 30.0,
         scale: int | None = None,
-    ) -> Path:
+    ) -> Path | None:
         """Make ``run_dir/videos/<name>_<frames>.mp4`` and forward the video to the loggers.
+
+        Without PyAV no video is made; a warning says so once.
 
         Args:
             name: A metric name, such as ``"train/reconstruction_video"``; ``/`` becomes ``_`` in
@@ -135,12 +138,17 @@ class MetricsLogger(Closing):
             scale: As in :func:`~w2f_torchrl.utils.video.write_video`.
 
         Returns:
-            The path that the file will have.
+            The path that the file will have; None if no video is made.
 
         Raises:
             ValueError: If the name is in no group.
         """
         _check_name(name)
+        if importlib.util.find_spec("av") is None:
+            if "av" not in self._reported:
+                self._reported.add("av")
+                logger.warning("this run makes no videos: pip install av")
+            return None
         path = self.run_dir / "videos" / f"{name.replace('/', '_')}_{frames:09d}.mp4"
 
         def make() -> None:

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from fractions import Fraction
 from pathlib import Path
 
-import av
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -129,6 +128,8 @@ def read_video(path: str | os.PathLike[str]) -> Tensor:
     Returns:
         uint8 ``[T, 3, H, W]``.
     """
+    import av  # a run without it makes no videos, and trains
+
     with av.open(os.fspath(path)) as container:
         pictures = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
     return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
@@ -216,6 +217,8 @@ def _title(labels: list[str], column_width: int, total_width: int) -> Tensor:
 
 def _encode(path: Path, pictures: np.ndarray, fps: float, scale: int) -> None:
     """Encode uint8 ``[T, H, W, 3]``."""
+    import av
+
     height, width = pictures.shape[1] * scale, pictures.shape[2] * scale
     codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
     with av.open(os.fspath(path), mode="w", format="mp4") as container:

@@ -1,0 +1,90 @@
+"""TorchRL's DreamerV3 optimizer in a form that a CUDA graph can hold."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchrl.trainers.algorithms import DreamerV3Optimizer
+
+
+class CapturableOptimizer(DreamerV3Optimizer):
+    """TorchRL's DreamerV3 optimizer with its step counter on the device.
+
+    TorchRL counts on the host, and what the host computes from the count, the warm-up and the
+    bias corrections, would be frozen into a captured graph. The same numbers and state dict.
+    """
+
+    applied: Tensor | None = None
+    """A bool scalar on the device: where False, :meth:`step` changes nothing, whatever gradients
+    there are. None: every step is applied."""
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Tensor] | None = None) -> None:
+        """Update every parameter that has a gradient."""
+        if closure is not None:
+            raise ValueError("closure must be None: a captured update calls none.")
+        for group in self.param_groups:
+            parameters = [p for p in group["params"] if p.grad is not None]
+            if parameters:
+                self._step_group(group, parameters)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state dict; the step counter follows the parameters to their device."""
+        super().load_state_dict(state_dict)
+        for group in self.param_groups:
+            if isinstance(group["step"], Tensor):  # torch moves the moments only
+                group["step"] = group["step"].to(group["params"][0].device)
+
+    def _step_group(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
+        count = group["step"]
+        if not isinstance(count, Tensor):  # TorchRL's checkpoints hold an int
+            count = torch.tensor(float(count), device=parameters[0].device)
+            group["step"] = count
+        beta1, beta2 = group["beta1"], group["beta2"]
+        gradients = [p.grad.float() for p in parameters if p.grad is not None]
+        good = self.applied
+        if good is None:
+            good = torch.ones((), dtype=torch.bool, device=count.device)
+        else:
+            gradients = [torch.where(good, gradient, 0) for gradient in gradients]
+        count.add_(good)
+        warmup = group["warmup_steps"]
+        rate = group["lr"] * ((count - 1) / warmup).clamp(max=1) if warmup else group["lr"]
+        rate = torch.where(good, rate, 0.0)
+        gradients = _clip(gradients, parameters, group)
+        rms, momentum = self._moments(parameters)
+        # Zero gradients add nothing below: with decays of 1 and a rate of 0 nothing changes.
+        keep1, keep2 = (torch.where(good, beta, 1.0) for beta in (beta1, beta2))
+        count = count.clamp(min=1)
+        torch._foreach_mul_(rms, keep2)
+        torch._foreach_addcmul_(rms, gradients, gradients, value=1 - beta2)
+        denominator = torch._foreach_div(rms, 1 - torch.pow(beta2, count))
+        torch._foreach_sqrt_(denominator)
+        torch._foreach_add_(denominator, group["eps"])
+        torch._foreach_mul_(momentum, keep1)
+        torch._foreach_add_(momentum, torch._foreach_div(gradients, denominator), alpha=1 - beta1)
+        change = torch._foreach_mul(momentum, rate / (1 - torch.pow(beta1, count)))
+        torch._foreach_sub_(parameters, change)
+
+    def _moments(self, parameters: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        for parameter in parameters:
+            state = self.state[parameter]
+            for name in ("rms", "momentum"):
+                if name not in state:
+                    state[name] = torch.zeros_like(parameter, dtype=torch.float32)
+        states = [self.state[parameter] for parameter in parameters]
+        return [s["rms"] for s in states], [s["momentum"] for s in states]
+
+
+def _clip(gradients: list[Tensor], parameters: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
+    """Adaptive gradient clipping, tensor by tensor (Brock et al. 2021, as the reference has it)."""
+    if not group["agc"]:
+        return gradients
+    largest = list(torch._foreach_norm([p.detach().float() for p in parameters]))
+    torch._foreach_clamp_min_(largest, group["parameter_norm_min"])
+    torch._foreach_mul_(largest, group["agc"])
+    norms = torch._foreach_maximum(list(torch._foreach_norm(gradients)), largest)
+    return list(torch._foreach_mul(gradients, torch._foreach_div(largest, norms)))
