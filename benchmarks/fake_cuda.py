@@ -24,7 +24,7 @@ from unittest import mock
 import torch
 from tensordict import TensorDictBase
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -78,6 +78,7 @@ def fake_cuda() -> Iterator[FakeTensorMode]:
             # Draws again until no value lies outside.
             ("torch.nn.init.trunc_normal_", None),
             ("torch.cuda.set_rng_state", None),
+            ("torch.cuda.is_current_stream_capturing", False),
         ):
             stack.enter_context(mock.patch(name, lambda *_, answer=answer, **__: answer))
         for name, stand_in in (
@@ -106,6 +107,7 @@ class Watch(TorchDispatchMode):
     Args:
         reads_are_allowed: The host may read the device, and copy from it and to it, as a film or
             an evaluation does. A number that it reads is 1: nothing is known about it.
+        device: The type of the device that is watched.
         note: Called with each operation on the device, its arguments and its result.
     """
 
@@ -113,6 +115,7 @@ class Watch(TorchDispatchMode):
         self,
         *,
         reads_are_allowed: bool = False,
+        device: str = "cuda",
         note: Callable[[Any, tuple[Any, ...], Any], None] | None = None,
     ) -> None:
         super().__init__()
@@ -120,19 +123,21 @@ class Watch(TorchDispatchMode):
         """What a GPU, or the capture of a graph, would mind, with the line that did it."""
         self.operations: Counter[str] = Counter()
         """How often each operation ran on the device."""
-        self._reads_are_allowed, self._note = reads_are_allowed, note
+        self._reads_are_allowed, self._device, self._note = reads_are_allowed, device, note
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         """Run an operation and look at the devices of what it takes and gives."""
         kwargs = kwargs or {}
+        if func.namespace == "prim":  # torch asks for a tensor's device
+            return func(*args, **kwargs)
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         on_device = any(x.device.type == "cuda" for x in tensors)
         name = func._schema.name
         if on_device and not self._reads_are_allowed and _is_read(name, args):
             self.found[f"read by the host: {func} at {_where()}"] += 1
-        if name == "aten::_local_scalar_dense":
+        if name == "aten::_local_scalar_dense" and isinstance(tensors[0], FakeTensor):
             return {torch.bool: True}.get(tensors[0].dtype, 1)
         out = func(*args, **kwargs)
         tensors += [x for x in tree_leaves(out) if isinstance(x, Tensor)]
@@ -140,7 +145,7 @@ class Watch(TorchDispatchMode):
         if {"cpu", "cuda"} <= devices and not (self._reads_are_allowed and name in COPIES):
             host = [f"{x.dtype} {tuple(x.shape)}" for x in tensors if x.device.type == "cpu"]
             self.found[f"mixed devices: {func} with {host} on the host at {_where()}"] += 1
-        if "cuda" in devices:
+        if self._device in devices:
             self.operations[str(func)] += 1
             if self._note is not None:
                 self._note(func, args, out)
@@ -164,7 +169,8 @@ def _apply(module: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = Tr
         if parameter is not None:
             with torch.no_grad():
                 moved = fn(parameter)
-            module._parameters[name] = nn.Parameter(moved, parameter.requires_grad)
+            if moved is not parameter:
+                module._parameters[name] = nn.Parameter(moved, parameter.requires_grad)
     for name, buffer in module._buffers.items():
         if buffer is not None:
             module._buffers[name] = fn(buffer)
@@ -186,7 +192,7 @@ def _where() -> str:
         path = frame.filename.split("site-packages/")[-1]
         own = "w2f_torchrl/" in path
         if own or path.startswith(OWN):
-            found.append(f"{path[path.rfind('w2f_torchrl/') if own else 0:]}:{frame.lineno}")
+            found.append(f"{path[path.rfind('w2f_torchrl/') if own else 0 :]}:{frame.lineno}")
             if own:
                 break
     return " < ".join(found[:4]) or "autograd"

@@ -35,8 +35,10 @@ class CapturableOptimizer(DreamerV3Optimizer):
         """Load a state dict; the step counter follows the parameters to their device."""
         super().load_state_dict(state_dict)
         for group in self.param_groups:
-            if isinstance(group["step"], Tensor):  # torch moves the moments only
-                group["step"] = group["step"].to(group["params"][0].device)
+            # Torch moves the moments only, and a CPU's checkpoint holds an int, which the undoing
+            # of a capture's warm-up would not know.
+            step = torch.as_tensor(group["step"], dtype=torch.float32)
+            group["step"] = step.to(group["params"][0].device)
 
     def _step_group(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
         count = group["step"]

@@ -1,0 +1,80 @@
+"""How many kernels an update launches, counted without a GPU, and bounded from above."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from fake_cuda import Watch, fake_cuda, why_not
+from kernels import BLOCKS, CHUNK, Count, _launches, count_ours
+from test_objectives import SIZE, TINY
+
+pytestmark = pytest.mark.skipif(why_not() is not None, reason=f"no fake CUDA: {why_not()}")
+
+BATCH, TIME = 2, 6
+#: Of an eager bfloat16 update of T = 6 steps (and 15 imagined ones): all kernels, and casts. A
+#: change that lowers them lowers these; one that raises them says why.
+BOUNDS = {"whole": (3460, 970), "split": (4810, 1310)}
+
+
+def count(act: Any) -> Count:
+    counted = Count()
+    with Watch(reads_are_allowed=True, note=counted.note):
+        act()
+    return counted
+
+
+def test_the_rules_by_hand():
+    with fake_cuda():
+        x, y = (torch.zeros(4, 4, device="cuda") for _ in range(2))
+        bias, image = torch.zeros(4, device="cuda"), torch.zeros(2, 3, 8, 8, device="cuda")
+        weight = torch.zeros(5, 3, 3, 3, device="cuda", requires_grad=True)
+        many = [torch.zeros(3, device="cuda") for _ in range(200)]
+        assert count(lambda: x.t().reshape(2, 8)).by_kind == {"copies": 1}
+        for act, number, kind in (
+            (lambda: x.t()[1:], 0, None),
+            (lambda: torch.empty_like(x), 0, None),
+            (lambda: x + y, 1, "elementwise"),
+            (lambda: x @ y, 1, "products"),
+            (lambda: torch.addmm(bias, x, y), 1, "products"),
+            (lambda: torch.addmm(y, x, y), 2, "products"),
+            (lambda: x.bfloat16(), 1, "casts"),
+            (lambda: x.clone(), 1, "copies"),
+            (lambda: torch.cat(many), 2, "copies"),
+            (lambda: x.sum(), 1, "reductions"),
+            (lambda: torch.zeros_like(x), 1, "fills"),
+            (lambda: torch.rand(3, device="cuda"), 1, "random"),
+            (lambda: torch._foreach_mul_(many, 2.0), 2, "lists"),  # 110 and 90
+            (lambda: torch._foreach_mul(many, 2.0), 4, "lists"),  # 64, 64, 64 and 8
+            (lambda: torch._foreach_norm(many), 3, "lists"),
+        ):
+            row = count(act).row()
+            assert row["kernels"] == number, (kind, row)
+            assert set(row["by_kind"]) == ({kind} if kind else set())
+        made = torch.nn.functional.conv2d(image, weight).sum()
+        # The sum's gradient is expanded, so a copy of it is the convolution's.
+        backward = count(made.backward).by_operation
+        assert backward["rest: aten.convolution_backward.default"] == 1  # the weight's alone
+
+
+def test_lists_are_cut_into_launches_as_torch_does():
+    assert _launches([10] * 110, depth=1) == 1
+    assert _launches([10] * 111, depth=1) == 2
+    assert _launches([10] * 37, depth=4) == 2
+    assert _launches([CHUNK * BLOCKS], depth=1) == 1
+    assert _launches([CHUNK * BLOCKS + 1], depth=1) == 2
+    assert _launches([CHUNK * (BLOCKS - 1), 2 * CHUNK], depth=2) == 2
+    assert _launches([0, 0], depth=2) == 0
+
+
+@pytest.mark.parametrize("latent", sorted(BOUNDS))
+def test_an_update_launches_no_more_kernels_than_it_did(latent):
+    counted = count_ours(TINY, latent, "bfloat16", BATCH, TIME, SIZE)
+    row = counted.row()
+    kernels, casts = BOUNDS[latent]
+    assert row["kernels"] <= kernels, row["by_part"]
+    assert row["casts"] <= casts, row["casts_by_part"]
+    # A bound that is far off bounds nothing.
+    assert row["kernels"] > 0.9 * kernels
+    assert row["by_part"].keys() >= {"encoders", "decoders", "imagination", "optimizer"}
