@@ -91,10 +91,9 @@ def test_the_watch_finds_what_a_gpu_would_mind(cuda):
         (lambda: device[device > 0], "read by the host: aten.index"),
         (lambda: device.nonzero(), "read by the host: aten.nonzero"),
     ):
-        with Watch() as watch:
-            # A shape may depend on values, which fake tensors lack.
-            with contextlib.suppress(RuntimeError):
-                act()
+        # A shape may depend on values, which fake tensors lack.
+        with Watch() as watch, contextlib.suppress(RuntimeError):
+            act()
         assert any(found.startswith(message) for found in watch.found), (message, watch.found)
     with Watch() as watch:
         device[torch.arange(2, device="cuda")].add_(1).sum().backward  # noqa: B018

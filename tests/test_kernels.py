@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from fake_cuda import Watch, fake_cuda, why_not
 from kernels import BLOCKS, CHUNK, Count, _launches, count_ours
-from test_objectives import SIZE, TINY
+from test_objectives import SIZE, TINY, make_sample
 
-pytestmark = pytest.mark.skipif(why_not() is not None, reason=f"no fake CUDA: {why_not()}")
+from w2f_torchrl.modules import rssm, scan
+from w2f_torchrl.trainers import Learner
+from w2f_torchrl.trainers.config import OptimizerConfig
+
+fake = pytest.mark.skipif(why_not() is not None, reason=f"no fake CUDA: {why_not()}")
 
 BATCH, TIME = 2, 6
 #: Of an eager bfloat16 update of T = 6 steps (and 15 imagined ones): all kernels, and casts. A
 #: change that lowers them lowers these; one that raises them says why.
 BOUNDS = {"whole": (3460, 970), "split": (4810, 1310)}
+#: Of one step of the recurrence, and of one step back.
+STEP_CASTS = (7, 7)
 
 
 def count(act: Any) -> Count:
@@ -25,6 +33,7 @@ def count(act: Any) -> Count:
     return counted
 
 
+@fake
 def test_the_rules_by_hand():
     with fake_cuda():
         x, y = (torch.zeros(4, 4, device="cuda") for _ in range(2))
@@ -68,6 +77,7 @@ def test_lists_are_cut_into_launches_as_torch_does():
     assert _launches([0, 0], depth=2) == 0
 
 
+@fake
 @pytest.mark.parametrize("latent", sorted(BOUNDS))
 def test_an_update_launches_no_more_kernels_than_it_did(latent):
     counted = count_ours(TINY, latent, "bfloat16", BATCH, TIME, SIZE)
@@ -78,3 +88,41 @@ def test_an_update_launches_no_more_kernels_than_it_did(latent):
     # A bound that is far off bounds nothing.
     assert row["kernels"] > 0.9 * kernels
     assert row["by_part"].keys() >= {"encoders", "decoders", "imagination", "optimizer"}
+
+
+@pytest.mark.parametrize("latent", ["whole", "split"])
+def test_weights_cast_once_give_the_update_of_weights_cast_at_each_step(latent):
+    def update(cast_once: bool) -> dict[str, torch.Tensor]:
+        torch.manual_seed(0)
+        learner = Learner(
+            TINY,
+            action_size=2,
+            image_size=SIZE,
+            latent=latent,
+            optimizer=OptimizerConfig(precision="bfloat16"),
+        )
+        with ExitStack() as stack:
+            if not cast_once:
+                for owner, name, stand_in in (
+                    (scan, "_multiplied_in", lambda dtype, weights: weights),
+                    (rssm.BlockGRUStep, "multiply_in", lambda self, dtype: None),
+                    (rssm.PriorHead, "multiply_in", lambda self, dtype: None),
+                ):
+                    stack.enter_context(mock.patch.object(owner, name, stand_in))
+            made = dict(learner.update(make_sample()).items())
+        named = learner.loss.named_parameters()
+        return made | {name: p.grad for name, p in named if p.grad is not None}
+
+    once, each_step = update(True), update(False)
+    assert len(once) > 100
+    assert [name for name in once if not torch.equal(once[name], each_step[name])] == []
+
+
+@fake
+def test_casts_within_the_time_loops_are_those_of_activations():
+    casts = []
+    for time in (4, 5):
+        row = count_ours(TINY, "whole", "bfloat16", BATCH, time, SIZE).row()["casts_by_part"]
+        casts.append([row["recurrence, forward"], row["recurrence, backward"]])
+    forward, backward = (after - before for before, after in zip(*casts, strict=True))
+    assert (forward, backward) == STEP_CASTS

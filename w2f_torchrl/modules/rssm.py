@@ -130,6 +130,12 @@ class BlockGRUStep:
         # The update gate starts at sigmoid(-1): the cell's constant goes into the bias.
         self.gate_bias = torch.cat((biases[0], biases[2] - 1, biases[1]), -1)
 
+    def multiply_in(self, dtype: torch.dtype) -> None:
+        """Cast what :meth:`imagine` multiplies by; the gates' bias is added in float32."""
+        self.features, self.bias = self.features.to(dtype), self.bias.to(dtype)
+        self.belief_weight = self.belief_weight.to(dtype)
+        self.gate_weight = self.gate_weight.to(dtype)
+
     def _project_action(self, action: Tensor) -> Tensor:
         action = action / action.detach().abs().clamp_min(1)
         return run_layers(self.core.action_projection, action)
@@ -404,6 +410,10 @@ class PriorHead:
         self.weight = last.weight.unflatten(0, self.sizes[::-1]).transpose(0, 1).flatten(0, 1)
         self.bias = last.bias.view(self.sizes[::-1]).t().flatten()
 
+    def multiply_in(self, dtype: torch.dtype) -> None:
+        """Cast the last layer."""
+        self.weight, self.bias = self.weight.to(dtype), self.bias.to(dtype)
+
     def draw(self, belief: Tensor, uniform: Tensor) -> Tensor:
         """Draw states without a gradient: ``[N, D], [N, K]`` to ``[N, S]``."""
         hidden = run_layers(self.hidden, belief)
@@ -470,6 +480,11 @@ def imagine(
     """
     with torch.no_grad():
         step, head = BlockGRUStep(prior), PriorHead(prior)
+        device = belief.device.type
+        if torch.is_autocast_enabled(device):
+            # Once, and not at every step: autocast remembers parameters, not views of them.
+            step.multiply_in(torch.get_autocast_dtype(device))
+            head.multiply_in(torch.get_autocast_dtype(device))
         uniforms = torch.rand(horizon, len(state), prior.num_categoricals, device=state.device)
         actions_shape = (horizon, len(state), *prior.action_shape)
         noise = torch.randn_like(belief.new_empty(actions_shape))
