@@ -184,10 +184,9 @@ def parts_of(learner: Learner, count: Count) -> Iterator[None]:
         (world2filter, "imagine", "imagination"),
         (Tensor, "backward", "backward of all else"),
         (learner.optimizer, "step", "optimizer"),
-        (learner.guard, "judge", "guard, norm, slow critic"),
-        (learner.guard, "remember", "guard, norm, slow critic"),
-        (torch.nn.utils, "get_total_norm", "guard, norm, slow critic"),
-        (learner, "_apply_if", "guard, norm, slow critic"),
+        (learner.guard, "judge", "guard, slow critic"),
+        (learner.guard, "remember", "guard, slow critic"),
+        (learner, "_apply_if", "guard, slow critic"),
     ]
     if model.background_encoder is not None:
         places.append((model.background_encoder, "forward", "encoders"))

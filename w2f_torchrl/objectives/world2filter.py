@@ -279,13 +279,21 @@ class World2FilterLoss(LossModule):
         return to_returns + self.config.slow_critic_regularization * to_slow
 
     @torch.no_grad()
-    def update_slow_critic(self) -> None:
-        """Move the slow critic towards the critic by ``slow_critic_rate``."""
-        torch._foreach_lerp_(
-            list(self.slow_critic.parameters()),
-            list(self.critic.parameters()),
-            self.config.slow_critic_rate,
-        )
+    def update_slow_critic(self, applied: Tensor | None = None) -> None:
+        """Move the slow critic towards the critic by ``slow_critic_rate``.
+
+        Args:
+            applied: A bool scalar on the device; False: it stays. None: the host knows that it
+                moves.
+        """
+        slow, critic = list(self.slow_critic.parameters()), list(self.critic.parameters())
+        rate = self.config.slow_critic_rate
+        if applied is None:
+            torch._foreach_lerp_(slow, critic, rate)
+            return
+        change = torch._foreach_sub(critic, slow)
+        torch._foreach_mul_(change, applied * rate)
+        torch._foreach_add_(slow, change)
 
     def _loss_metrics(self, losses: dict[str, Tensor]) -> dict[str, Tensor]:
         def total(*names: str) -> Tensor:

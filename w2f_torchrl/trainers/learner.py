@@ -191,7 +191,8 @@ class Learner(nn.Module):
             total.backward()
         self._gradients.average()
         grads = [p.grad for p in self.parameters_trained if p.grad is not None]
-        metrics["wm/grad_norm"] = torch.nn.utils.get_total_norm(grads)
+        norms = torch.stack(torch._foreach_norm(grads))
+        metrics["wm/grad_norm"] = torch.linalg.vector_norm(norms)
         good, metrics = self.guard.judge(metrics, metrics["wm/grad_norm"], remembered)
         self.intact = False
         self._apply_if(good)
@@ -206,11 +207,7 @@ class Learner(nn.Module):
             return
         self.optimizer.applied = good
         self.optimizer.step()
-        slow = list(self.loss.slow_critic.parameters())
-        before = [parameter.clone() for parameter in slow]
-        self.loss.update_slow_critic()
-        for parameter, old in zip(slow, before, strict=True):
-            parameter.copy_(torch.where(good, parameter, old))
+        self.loss.update_slow_critic(good)
 
     def is_finite(self) -> bool:
         """Whether every parameter and every moment of the optimizer is finite; reads the device."""

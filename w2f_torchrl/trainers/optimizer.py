@@ -51,7 +51,7 @@ class CapturableOptimizer(DreamerV3Optimizer):
         if good is None:
             good = torch.ones((), dtype=torch.bool, device=count.device)
         else:
-            gradients = [torch.where(good, gradient, 0) for gradient in gradients]
+            gradients = _zero_unless(good, gradients)
         count.add_(good)
         warmup = group["warmup_steps"]
         rate = group["lr"] * ((count - 1) / warmup).clamp(max=1) if warmup else group["lr"]
@@ -79,6 +79,16 @@ class CapturableOptimizer(DreamerV3Optimizer):
                     state[name] = torch.zeros_like(parameter, dtype=torch.float32)
         states = [self.state[parameter] for parameter in parameters]
         return [s["rms"] for s in states], [s["momentum"] for s in states]
+
+
+def _zero_unless(good: Tensor, gradients: list[Tensor]) -> list[Tensor]:
+    """The gradients, or zeros where ``good`` is False: in one buffer, so that it takes two kernels.
+
+    A product with zero wouldn't do: it leaves NaN as it is.
+    """
+    buffer = torch.where(good, torch.cat([g.flatten() for g in gradients]), 0)
+    parts = buffer.split([g.numel() for g in gradients])
+    return [part.view(g.shape) for part, g in zip(parts, gradients, strict=True)]
 
 
 def _clip(gradients: list[Tensor], parameters: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
