@@ -1,7 +1,8 @@
-"""Count the kernels that an update launches on a GPU; no GPU is needed.
+r"""Count the kernels that an update launches on a GPU; no GPU is needed.
 
-    python benchmarks/kernels.py --output benchmarks/results/kernels.json
-    python benchmarks/kernels.py --model size12m --r2dreamer ../r2dreamer
+    python benchmarks/kernels.py
+    python benchmarks/kernels.py --torchrl --r2dreamer ../r2dreamer \
+        --output benchmarks/results/kernels.json
 
 An eager update runs on fake CUDA tensors (:mod:`fake_cuda`) and every operation that it dispatches
 is counted, below autograd and autocast, by kind and by the part of the update that did it. A
@@ -19,7 +20,9 @@ What counts as how many kernels:
 - ``addmm`` and ``baddbmm`` whose summand is no row, and so must first be copied: two;
 - all others: one. cuBLAS, cuDNN and sorting may take more, fused random numbers fewer.
 
-The second update is counted: the first makes the optimizer's state.
+The second update is counted: the first makes the optimizer's state. ``compiled`` is the update
+whose recurrence's steps and imagined steps are compiled (:mod:`compiled_groups`), an estimate; the
+compiled encoders and decoders, of few kernels, are counted as eager.
 """
 
 from __future__ import annotations
@@ -32,7 +35,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import torch
+from compiled_groups import count_pieces
 from fake_cuda import Watch, fake_cuda, fake_like
 from learner import ACTION_SIZE, Update, make_sample, torchrl_update
 from peers import r2dreamer_update
@@ -70,6 +73,11 @@ class Count:
         self.by_part: Counter[str] = Counter()
         self.casts_by_part: Counter[str] = Counter()
         self.by_operation: Counter[str] = Counter()
+        self.in_pieces: Counter[str] = Counter()
+        """Kernels within what ``compile`` compiles, by the function's name."""
+        self.calls: Counter[str] = Counter()
+        """How often these functions were called."""
+        self._piece: str | None = None
         self._parts = ["rest"]
 
     def note(self, func: Any, args: tuple[Any, ...], out: Any) -> None:
@@ -81,6 +89,8 @@ class Count:
         self.by_kind[kind] += number
         self.by_part[part] += number
         self.by_operation[f"{part}: {func}"] += number
+        if self._piece is not None:
+            self.in_pieces[self._piece] += number
         if kind == "casts":
             self.casts_by_part[part] += number
 
@@ -93,6 +103,24 @@ class Count:
         finally:
             self._parts.pop()
 
+    def piece(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The same function, whose kernels are counted apart."""
+
+        def call(*args: Any) -> Any:
+            self._piece = function.__name__
+            self.calls[function.__name__] += 1
+            try:
+                return function(*args)
+            finally:
+                self._piece = None
+
+        return call
+
+    def compiled(self, pieces: dict[str, int]) -> int:
+        """Kernels of the update if each call of a piece took so many."""
+        fused = sum(number * pieces[name] for name, number in self.calls.items())
+        return self.by_kind.total() - self.in_pieces.total() + fused
+
     def row(self) -> dict[str, Any]:
         """The counts as plain values, largest first."""
         return {
@@ -101,6 +129,10 @@ class Count:
             "by_kind": dict(self.by_kind.most_common()),
             "by_part": dict(self.by_part.most_common()),
             "casts_by_part": dict(self.casts_by_part.most_common()),
+            "pieces": {
+                name: {"calls": calls, "kernels_a_call": self.in_pieces[name] / calls}
+                for name, calls in self.calls.items()
+            },
         }
 
 
@@ -192,6 +224,11 @@ def parts_of(learner: Learner, count: Count) -> Iterator[None]:
         places.append((model.background_encoder, "forward", "encoders"))
     if model.background_rollout is not None:
         places.append((model.background_rollout, "unroll", "recurrence, forward"))
+    for rollout in (model.rollout, model.background_rollout):
+        if rollout is not None:
+            forward, backward = rollout.steps
+            rollout.steps = (count.piece(forward), count.piece(backward))
+    loss.imagine_step = count.piece(loss.imagine_step)
     with ExitStack() as stack:
         for owner, name, part in places:
             inner = getattr(owner, name)
@@ -278,8 +315,14 @@ def main() -> None:
     if args.r2dreamer is not None:
         update = r2dreamer_update(args.r2dreamer, PEER_MODEL, mixed=mixed)
         counts["r2dreamer, eager"] = count_peer(update, size[1])
+    pieces = count_pieces(args.precision)
+    print(f"compiled, by call: {pieces}")
+    rows = {name: count.row() for name, count in counts.items()}
     for name, count in counts.items():
-        row = count.row()
+        row = rows[name]
+        if count.calls:
+            row["compiled"] = count.compiled(pieces)
+            print(f"{name} but with compiled steps: {row['compiled']} kernels")
         print(f"{name}: {row['kernels']} kernels, {row['casts']} of them casts")
         for key in ("by_part", "by_kind", "casts_by_part"):
             print(f"  {key}: " + ", ".join(f"{k} {v}" for k, v in row[key].items()))
@@ -287,9 +330,10 @@ def main() -> None:
             print(f"  {number:6d} {operation}")
     if args.output is not None:
         settings = {k: v for k, v in vars(args).items() if k in ("model", "precision")}
-        rows = {name: count.row() for name, count in counts.items()}
         shape = {"batch_size": size[0], "batch_length": size[1]}
-        write_results(args.output, {**settings, **shape, "updates": rows})
+        write_results(
+            args.output, {**settings, **shape, "compiled_pieces": pieces, "updates": rows}
+        )
 
 
 if __name__ == "__main__":
