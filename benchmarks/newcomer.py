@@ -163,7 +163,7 @@ STEPS = (
     Step("python benchmarks/newcomer.py", skip="it is what runs them"),
     Step(
         "python benchmarks/gpu_acceptance.py",
-        "python benchmarks/gpu_acceptance.py --small --out gpu_acceptance.json",
+        "python benchmarks/gpu_acceptance.py --small --out results_gpu",
     ),
 )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
 import subprocess
@@ -9,6 +10,7 @@ import sys
 from pathlib import Path
 
 import gpu_acceptance
+import gpu_stages
 import learner_growth
 import learner_parts
 import pytest
@@ -26,75 +28,104 @@ def accept(out: Path, *arguments: str) -> tuple[int, dict]:
     """Run the small acceptance: exit code and the stages' rows."""
     command = [sys.executable, str(SCRIPT), "--small", "--out", str(out), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=3000)
-    assert out.exists(), done.stderr
-    results = json.loads(out.read_text())
-    assert results["settings"]["small"]
-    return done.returncode, results["stages"]
+    assert (out / gpu_acceptance.RESULTS).exists(), done.stderr
+    return done.returncode, json.loads((out / gpu_acceptance.RESULTS).read_text())["stages"]
+
+
+def test_the_stages_fit_a_machine_that_is_lent_for_nine_minutes():
+    assert all(hasattr(gpu_stages, name) for name in gpu_acceptance.LIMITS)
+    before_the_curves = [gpu_acceptance.LIMITS[n] for n in gpu_acceptance.DEFAULT_STAGES[:-1]]
+    assert gpu_acceptance.DEFAULT_STAGES[-1] == "curves"
+    assert gpu_acceptance.SECONDS <= 520
+    assert gpu_acceptance.SECONDS - sum(before_the_curves) >= 200
 
 
 def test_stages_without_time_are_failures_and_are_written(tmp_path):
-    code, stages = accept(tmp_path / "cut.json", "--minutes", "0", "--stages", "losses", "run")
+    code, stages = accept(tmp_path, "--seconds", "0", "--stages", "equality", "render")
     assert code == 2
-    assert stages == {name: {"failed": "no time left"} for name in ("losses", "run")}
+    assert stages == {name: {"failed": "no time left"} for name in ("equality", "render")}
 
 
-def test_limits_fit_the_time_of_the_machine_and_name_every_stage():
-    assert set(gpu_acceptance.LIMITS) == set(gpu_acceptance.STAGES)
-    assert sum(gpu_acceptance.LIMITS.values()) <= 60 * gpu_acceptance.MINUTES < 25 * 60
-
-
-@pytest.mark.parametrize(
-    ("body", "failed"),
-    [
-        ("raise SystemExit(3)", "exit code 3"),
-        ("raise ValueError('broken')", "ValueError: broken"),
-    ],
-)
-def test_a_stage_that_breaks_keeps_its_parts(body, failed, monkeypatch, tmp_path):
+def supervised(tmp_path: Path, monkeypatch, bodies: dict[str, str], **limits: float) -> dict:
+    """The results of stages with these bodies, in workers as the command starts them."""
     script = tmp_path / "acceptance.py"
+    stages = "".join(
+        f"def {name}(options):\n    {body}\ngpu_stages.{name} = {name}\n"
+        for name, body in bodies.items()
+    )
     script.write_text(
-        "import sys\n"
+        "import os, sys, time\n"
         f"sys.path.insert(0, {str(SCRIPT.parent)!r})\n"
-        "import gpu_acceptance as acceptance\n"
-        "def stage(options):\n"
-        "    assert options.small and options.r2dreamer is None\n"
-        "    options.keep({'first': 1})\n"
-        f"    {body}\n"
-        "acceptance.STAGES['environment'] = stage\n"
-        "acceptance.main()\n"
+        "import gpu_acceptance, gpu_stages\n"
+        f"gpu_acceptance.LIMITS |= {limits!r}\n"
+        f"{stages}gpu_acceptance.main()\n"
     )
     monkeypatch.setattr(gpu_acceptance, "__file__", str(script))
-    row = gpu_acceptance.run_stage("environment", ["--small"], limit=600)
-    assert row["result"] == {"first": 1}
-    assert failed in row["failed"]
+    monkeypatch.setattr(gpu_acceptance, "LIMITS", gpu_acceptance.LIMITS | limits)
+    monkeypatch.setattr(gpu_acceptance, "PATIENCE", 1)
+    out = tmp_path / "out"
+    out.mkdir()
+    args = argparse.Namespace(small=True, seconds=300.0, out=out, r2dreamer=None)
+    gpu_acceptance.supervise(list(bodies), args)
+    return json.loads((out / gpu_acceptance.RESULTS).read_text())["stages"]
 
 
-def test_a_stage_that_is_cut_keeps_its_parts(monkeypatch):
-    def cut(command, *, timeout, **options):
-        assert command[-3:-1] == ["--one", "losses"]
-        Path(command[-1]).write_text('{"first": 1}')
-        raise subprocess.TimeoutExpired(command, timeout)
+def test_a_stage_that_raises_or_ends_its_process_stops_no_other(tmp_path, monkeypatch):
+    stages = supervised(
+        tmp_path,
+        monkeypatch,
+        {
+            "environment": "options.keep({'first': 1}); raise ValueError('broken')",
+            "smoke": "options.keep({'second': 2}); os._exit(3)",
+            "render": "return {'third': options.small}",
+        },
+    )
+    assert stages["environment"]["failed"] == "ValueError: broken"
+    assert stages["smoke"]["second"] == 2
+    assert stages["smoke"]["failed"] == "its process ended with exit code 3"
+    assert stages["render"]["third"] is True
+    assert gpu_stages.failures(stages) == 2
 
-    monkeypatch.setattr(gpu_acceptance.subprocess, "run", cut)
-    row = gpu_acceptance.run_stage("losses", ["--small"], limit=30)
-    assert row["result"] == {"first": 1}
-    assert row["failed"] == "not done after 30 seconds"
+
+def test_a_stage_that_takes_too_long_is_cut_and_keeps_its_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_acceptance, "GRACE", 1)
+    stages = supervised(
+        tmp_path,
+        monkeypatch,
+        {
+            "equality": "options.keep({'first': 1}); time.sleep(1000)",
+            "render": "return {'second': 2}",
+        },
+        equality=2,
+    )
+    assert stages["equality"]["first"] == 1
+    assert stages["equality"]["failed"].startswith("not done after")
+    assert stages["render"]["second"] == 2
 
 
-def test_what_a_stage_keeps_is_whole(tmp_path, monkeypatch):
-    seen = []
+def test_a_row_that_fails_stops_no_other_row():
+    kept = []
+    options = gpu_stages.Options(Path(), True, None, lambda rows: kept.append(dict(rows)), 0.0)
+    rows = gpu_stages.Rows(options)
+    rows.add("bad", lambda: 1 / 0)
+    rows.add("good", lambda: {"value": 1})
+    assert rows["bad"]["failed"].startswith("ZeroDivisionError")
+    assert "1 / 0" in " ".join(rows["bad"]["trace"])
+    assert rows["good"]["value"] == 1
+    assert [list(row) for row in kept] == [["bad"], ["bad", "good"]]
+    assert gpu_stages.failures(rows) == 1
 
-    def stage(options):
-        options.keep({"first": 1})
-        seen.append(json.loads((tmp_path / "result.json").read_text()))
-        return {"first": 1, "second": 2}
 
-    monkeypatch.setitem(gpu_acceptance.STAGES, "losses", stage)
-    options = gpu_acceptance.Options(True, None, lambda result: None)
-    gpu_acceptance.run_one("losses", tmp_path / "result.json", options)
-    assert seen == [{"first": 1}]
-    assert json.loads((tmp_path / "result.json").read_text()) == {"first": 1, "second": 2}
-    assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
+@pytest.mark.slow
+@pytest.mark.render
+@pytest.mark.timeout(3000)
+def test_the_acceptance_runs_on_a_cpu(tmp_path):
+    code, stages = accept(tmp_path, "--seconds", "2500")
+    assert code == 0, stages
+    assert list(stages) == list(gpu_acceptance.DEFAULT_STAGES)
+    for name in ("world2filter", "dreamer_v3"):
+        assert stages["curves"][name]["updates"] > 0
+        assert (tmp_path / f"{name}.jsonl").exists()
 
 
 def test_a_growth_varies_one_thing_at_a_time():
@@ -144,29 +175,6 @@ def test_each_part_is_timed_eager_and_compiled(monkeypatch):
     assert all(row[mode] > 0 for row in results["parts"].values() for mode in ("eager", "compiled"))
     for table in results["seconds_by_kind"].values():
         assert min(table["products"], table["convolutions"]) > 0
-
-
-@pytest.mark.slow
-@pytest.mark.render
-@pytest.mark.timeout(3000)
-def test_every_stage_of_the_acceptance_runs_on_the_cpu(tmp_path):
-    code, stages = accept(tmp_path / "small.json")
-    assert code == 0, stages
-    names = ["environment", "render", "learner", "losses", "run", "masks", "peers"]
-    assert list(stages) == names
-    result = {name: row["result"] for name, row in stages.items()}
-    for latent in ("whole", "split"):
-        one_by_one = result["losses"][f"{latent}, eager"]["one_by_one"]
-        # One seed.
-        assert one_by_one["world_model"]["largest"] == one_by_one["change"]["largest"] == 0
-    update = result["learner"]["update"]
-    assert update["split"]["operations"] > update["dreamer_v3"]["operations"] > 1000
-    assert 0.5 < update["dreamer_v3"]["gflop"] / update["torchrl_parts"]["gflop"] < 1.2
-    assert set(result["peers"]["update"]) == {"torchrl_parts", "dreamer_v3"}
-    assert result["masks"]["student"] > 0
-    for (run,) in result["run"]["runs"].values():
-        assert run["updates"] > 0
-        assert abs(sum(run["share"].values()) - 1) < 0.01
 
 
 @pytest.mark.render

@@ -563,3 +563,21 @@ def test_a_logger_that_raises_is_given_up_and_the_others_go_on(tmp_path, caplog)
     assert "the server is gone" in caplog.text
     assert (tmp_path / "csv/scalars/wm/kl_loss.csv").read_text() == "1,0.5\n2,0.5\n"
     assert len(read_metrics(tmp_path)) == 2
+
+
+def test_without_pyav_a_run_says_once_that_it_makes_no_videos(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("w2f_torchrl.utils.logging.importlib.util.find_spec", lambda name: None)
+    video = torch.zeros(2, 3, 16, 16, dtype=torch.uint8)
+    with MetricsLogger(tmp_path) as metrics:
+        paths = [metrics.log_video("train/observation_video", video, frames=n) for n in range(2)]
+        metrics.log_image("train/original", video[0], frames=2)
+    assert paths == [None, None]
+    assert not (tmp_path / "videos").exists()
+    assert len(list((tmp_path / "images").iterdir())) == 1
+    assert [r.message for r in caplog.records] == ["this run makes no videos: pip install av"]
+
+
+def test_a_trainer_is_imported_without_pyav():
+    """As on a GPU machine that has no media packages."""
+    script = "import sys; sys.modules['av'] = None; import w2f_torchrl.trainers as t; t.Trainer"
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=300)

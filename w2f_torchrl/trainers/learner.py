@@ -162,6 +162,11 @@ class Learner(nn.Module):
         return UpdateState(changed, self.optimizer, self.parameters_trained[0].device)
 
     @property
+    def mode(self) -> str:
+        """How updates run: :attr:`execution`, and for ``auto`` what was chosen at the first one."""
+        return self._update.mode if isinstance(self._update, AutoUpdate) else self.execution
+
+    @property
     def world_model(self) -> WorldModel:
         """The world model."""
         return self.loss.world_model
