@@ -29,6 +29,7 @@ from w2f_torchrl.trainers.execution import (
 )
 from w2f_torchrl.trainers.finite import FiniteGuard
 from w2f_torchrl.trainers.gradients import ComposedLoss, SharedGradients, share_gradients
+from w2f_torchrl.trainers.older_checkpoints import split_moments
 
 
 class Learner(nn.Module):
@@ -206,6 +207,8 @@ class Learner(nn.Module):
             raise CheckpointError(
                 f"The checkpoint is of another model: {lines[min(1, len(lines) - 1)].strip()}"
             ) from error
-        self.optimizer.load_state_dict(checkpoint["optimizer"])
+        names = [name for name, p in self.loss.named_parameters() if p.requires_grad]
+        moments = split_moments(checkpoint["optimizer"], set(checkpoint["loss"]), names)
+        self.optimizer.load_state_dict(moments)
         if isinstance(self._update, GraphedUpdate):  # it holds the old moments' addresses
             self._update = self._graphed()
