@@ -94,8 +94,9 @@ def test_selective_changes_only_the_colours_where_the_head_is_sure(latent):
         # Sure of foreground everywhere: no background is left to learn.
         assert selective["loss_background"] < 0.05 * plain["loss_background"]
         selective["loss_background"].backward()
-        final = selective_loss.world_model.decoder.foreground.layers[-1]
-        assert final.weight.grad is None or final.weight.grad.eq(0).all()
+        head = selective_loss.world_model.decoder.foreground
+        for final in (head.layers[-1], head.mask_head):
+            assert final.weight.grad is None or final.weight.grad.eq(0).all()
     else:
         assert selective["loss_foreground"] < plain["loss_foreground"]
     assert plain_loss.config.selective is None
