@@ -40,11 +40,13 @@ class ModelConfig:
     cnn_depth: int = 16
     """Base channels of encoder and decoder."""
     units: int = 256
-    """Units of each layer of reward, continuation, actor and critic."""
+    """Units of each layer of reward, continuation, actor and critic; the state's layer in the
+    reference decoder has twice as many."""
     background_belief_size: int = 512
     """Features of the belief of the background RSSM (latent ``split`` only)."""
     background_hidden_size: int = 128
-    """Hidden features of the background RSSM (latent ``split`` only)."""
+    """Hidden features of the background RSSM (latent ``split`` only), and the units of the
+    background's decoder."""
     background_num_classes: int = 16
     """Classes of each categorical of the background state (latent ``split`` only)."""
     background_cnn_depth: int = 8
