@@ -174,8 +174,8 @@ def summarise(errors: list[float], ratio: float) -> dict[str, dict[str, float]]:
     }
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Measure everything that the arguments ask for."""
+def run(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Measure everything that the arguments ask for; what there is after each task."""
     torch.set_num_threads(1)
     keep_freed_memory()
     results: dict[str, Any] = {}
@@ -188,7 +188,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 name: summarise(errors, times[name]["ratio"])
                 for name, errors in curves(args, task, latent).items()
             }
-    return results
+            yield results
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -212,8 +212,8 @@ def main() -> None:
     args = parse()
     logging.getLogger("torchrl").setLevel(logging.WARNING)
     settings = {key: value for key, value in vars(args).items() if key != "out"}
-    results = run(args)
-    print(write_results(args.out, {"settings": settings, **results}))
+    for results in run(args):
+        print(write_results(args.out, {"settings": settings, **results}), flush=True)
 
 
 if __name__ == "__main__":
