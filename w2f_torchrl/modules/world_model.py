@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from tensordict import NestedKey, TensorDictBase
@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torchrl.modules import RSSMPosteriorV3, RSSMPriorV3
 
 from w2f_torchrl.modules.config import LATENTS, PRESETS, ModelConfig
-from w2f_torchrl.modules.convolution import ImageDecoder, ImageEncoder
+from w2f_torchrl.modules.convolution import ImageEncoder
 from w2f_torchrl.modules.dual_decoder import DualImageDecoder
 from w2f_torchrl.modules.layers import MLP
+from w2f_torchrl.modules.reference_decoder import build_image_decoder
 from w2f_torchrl.modules.rssm import RSSMRollout
 from w2f_torchrl.modules.two_hot import TwoHot
 
@@ -183,7 +184,10 @@ def _background(config: ModelConfig) -> ModelConfig:
 
 def _build_encoder(config: ModelConfig) -> ImageEncoder:
     return ImageEncoder(
-        depth=config.cnn_depth, mults=config.cnn_multipliers, kernel_size=config.kernel_size
+        depth=config.cnn_depth,
+        mults=config.cnn_multipliers,
+        kernel_size=config.kernel_size,
+        pooled=config.resample == "reference",
     )
 
 
@@ -238,19 +242,29 @@ def _build_rollout(
 def _build_decoder(
     config: ModelConfig, image_size: int, latent: Latent
 ) -> TensorDictModule | DualImageDecoder:
-    features = config.state_size + config.belief_size
     image_shape = (3, image_size, image_size)
-    kwargs = {"kernel_size": config.kernel_size, "num_blocks": config.num_blocks}
+    features = (config.state_size, config.belief_size)
+    settings: dict[str, Any] = {
+        "decoder": config.decoder,
+        "mults": config.cnn_multipliers,
+        "kernel_size": config.kernel_size,
+        "num_blocks": config.num_blocks,
+        "nearest": config.resample != "stride",
+    }
     if latent == "whole":
-        decoder = ImageDecoder(
-            features, image_shape, config.cnn_depth, config.cnn_multipliers, **kwargs
+        decoder = build_image_decoder(
+            features=features,
+            image_shape=image_shape,
+            depth=config.cnn_depth,
+            units=config.units,
+            **settings,
         )
         keys = [("next", "state"), ("next", "belief")]
         return TensorDictModule(_Float32(decoder), keys, [("next", "reconstructed_pixels")])
     background_keys = ("background_state", "background_belief")
-    background_features: int | None = features
+    background_features: tuple[int, int] | None = features
     if latent == "split":
-        background_features = config.background_state_size + config.background_belief_size
+        background_features = (config.background_state_size, config.background_belief_size)
     elif latent == "shared":
         background_keys = ("state", "belief")
     else:
@@ -260,10 +274,11 @@ def _build_decoder(
         background_features,
         image_shape,
         depth=config.cnn_depth,
+        units=config.units,
         background_depth=config.background_cnn_depth,
-        multipliers=config.cnn_multipliers,
+        background_units=config.background_hidden_size,
         background_keys=background_keys,
-        **kwargs,
+        **settings,
     )
 
 

@@ -30,6 +30,7 @@ from w2f_torchrl.trainers.execution import (
 from w2f_torchrl.trainers.finite import FiniteGuard
 from w2f_torchrl.trainers.gradients import ComposedLoss, SharedGradients, share_gradients
 from w2f_torchrl.trainers.graphed_update import GraphedUpdate, Update, UpdateState
+from w2f_torchrl.trainers.older_checkpoints import split_moments
 from w2f_torchrl.trainers.optimizer import CapturableOptimizer
 
 
@@ -237,7 +238,9 @@ class Learner(nn.Module):
             raise CheckpointError(
                 f"The checkpoint is of another model: {lines[min(1, len(lines) - 1)].strip()}"
             ) from error
-        self.optimizer.load_state_dict(checkpoint["optimizer"])
+        names = [name for name, p in self.loss.named_parameters() if p.requires_grad]
+        moments = split_moments(checkpoint["optimizer"], set(checkpoint["loss"]), names)
+        self.optimizer.load_state_dict(moments)
         # A graph holds the old moments' addresses.
         if isinstance(self._update, GraphedUpdate):
             self._update = self._graphed()
