@@ -89,6 +89,9 @@ def load_snapshot(replay: StreamReplayBuffer, manifest: dict[str, Any], folder: 
     store = replay.latents
     if store is None:
         return
+    if store.folder is not None:
+        for run in _runs(replay.heads.state_dict()):
+            store.allocate(run.slot, run.length)
     saved = manifest.get(FOLDER)
     try:
         if saved is None:
@@ -98,9 +101,8 @@ def load_snapshot(replay: StreamReplayBuffer, manifest: dict[str, Any], folder: 
             return
     except RecordsError as error:
         logger.warning("%s Slices start from zero until they are replayed.", error)
-    for stream, start, count in _present(replay.heads):
-        positions = torch.arange(start, start + count)
-        store.write(replay.heads.slots(torch.tensor(stream), positions), {})
+    for run in _runs(replay.heads.state_dict()):
+        store.write(torch.arange(run.slot, run.slot + run.length), {})
 
 
 def remove_unused(manifests: Iterable[dict[str, Any]], folder: Path) -> None:
@@ -148,13 +150,6 @@ def _place_all(
             rows = files.read(run.slot + skip, run.length - skip)
             positions = torch.arange(run.start + skip, run.start + run.length)
             store.write(heads.slots(torch.tensor(run.stream), positions), rows)
-
-
-def _present(heads: StreamHeads) -> Iterator[tuple[int, int, int]]:
-    """Stream, position of the first record and number of records that can be sampled."""
-    stored = heads.stored.tolist()
-    for stream, (written, count) in enumerate(zip(heads.written.tolist(), stored, strict=True)):
-        yield stream, written - count, count
 
 
 def _runs(heads: dict[str, Any]) -> Iterator[Run]:

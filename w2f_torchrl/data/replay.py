@@ -390,7 +390,7 @@ def make_replay(
         seed: Seed of the samples; None uses torch's global generator.
         device: Where records and samples lie, without a path.
         latents: Entries of the latent that is kept beside each record, from
-            :func:`~w2f_torchrl.data.latents.latent_fields`; None keeps none.
+            :func:`~w2f_torchrl.data.latent_fields`; None keeps none.
 
     Raises:
         ValueError: If a size is not positive, a stream can't hold a slice, or options exclude each
