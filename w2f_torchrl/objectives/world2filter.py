@@ -21,6 +21,7 @@ from w2f_torchrl.modules import (
     imagine,
     imagine_step,
 )
+from w2f_torchrl.modules.packed_latents import LATENTS, initial_keys
 from w2f_torchrl.objectives import reconstruction
 from w2f_torchrl.objectives.config import ForegroundScale, ForegroundTarget, LossConfig
 from w2f_torchrl.objectives.returns import ReturnNorm, lambda_return
@@ -42,10 +43,12 @@ class World2FilterLoss(LossModule):
         config: Scales and constants.
 
     Input, records ``[B, T]``: ``action``, ``is_init``, and under ``next`` ``pixels``, ``reward``,
-    ``terminated``, ``done`` and, unless the latent is ``whole``, ``foreground_mask``.
+    ``terminated``, ``done`` and, unless the latent is ``whole``, ``foreground_mask``. With packed
+    latents under ``initial`` slices start from those; else from zero.
 
     Output: scalars. ``loss_*`` as :meth:`loss_names` lists them, already weighted, and detached
-    metrics under their names in ``metrics.jsonl``.
+    metrics under their names in ``metrics.jsonl``. Where slices start from given latents, also the
+    packed posterior latents ``[B, T]`` under ``latents``.
     """
 
     def __init__(
@@ -106,7 +109,8 @@ class World2FilterLoss(LossModule):
         Returns:
             Scalars: every ``loss_*``, and detached metrics.
         """
-        model_td = self.world_model(sample.select(*self.in_keys))
+        starts = initial_keys(sample)
+        model_td = self.world_model(sample.select(*self.in_keys, *starts))
         losses, metrics = self.world_model_losses(model_td)
         following = model_td.get("next")
         state, belief = following.get("state"), following.get("belief")
@@ -126,7 +130,8 @@ class World2FilterLoss(LossModule):
         losses = {f"loss_{k}": getattr(self.config, _scale(k)) * v for k, v in losses.items()}
         if set(losses) != set(self.out_keys):
             raise RuntimeError(f"losses {sorted(losses)} differ from {sorted(self.out_keys)}.")
-        return TensorDict({**losses, **metrics, **more}, [])
+        out = TensorDict({**losses, **metrics, **more}, [])
+        return out.set(LATENTS, self.world_model.pack_latents(model_td)) if starts else out
 
     # ---------------------------------------------------------------- world model
 

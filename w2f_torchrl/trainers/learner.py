@@ -18,6 +18,7 @@ from w2f_torchrl.modules import (
     build_policy,
     build_world_model,
 )
+from w2f_torchrl.modules.packed_latents import LATENTS
 from w2f_torchrl.objectives import LossConfig, World2FilterLoss
 from w2f_torchrl.trainers.auto_execution import AutoUpdate
 from w2f_torchrl.trainers.checkpointing import CheckpointError
@@ -104,6 +105,9 @@ class Learner(nn.Module):
         self.execution = execution
         self.intact = True
         """False while an update changes the networks: an exception then leaves them half done."""
+        self.latents: TensorDictBase | None = None
+        """Packed posterior latents ``[B, T]`` of the last update, on the device; None where its
+        sample did not say what slices start from."""
         self._gradients: SharedGradients = share_gradients(
             gradients, ComposedLoss(self.loss), self.parameters_trained
         )
@@ -176,20 +180,24 @@ class Learner(nn.Module):
         """Do one update.
 
         Args:
-            sample: Records ``[B, T]`` on the learner's device.
+            sample: Records ``[B, T]`` on the learner's device. With packed latents under
+                ``initial`` slices start from those, and :attr:`latents` holds the new ones.
 
         Returns:
             Detached scalars on the device, nothing read by the host: every ``loss_*`` and the
             metrics, ``wm/grad_norm`` included (before clipping), and ``finite``, whether the update
             was applied.
         """
-        return self._update(sample)
+        metrics = self._update(sample)
+        self.latents = metrics.pop(LATENTS, None)
+        return metrics
 
     def _eager_update(self, sample: TensorDictBase) -> TensorDictBase:
         remembered = self.guard.remember()
         mixed = self.precision == "bfloat16"
         with torch.autocast(self.device_type, torch.bfloat16, enabled=mixed):
             total, metrics = self._gradients.composed(sample)
+        latents = metrics.pop(LATENTS, None)
         self.optimizer.zero_grad()
         # In this thread on CUDA too: what is first compiled in autograd's own threads, or launched
         # from them into a capture, depends on their state.
@@ -203,7 +211,7 @@ class Learner(nn.Module):
         self.intact = False
         self._apply_if(good)
         self.intact = True
-        return metrics
+        return metrics if latents is None else metrics.set(LATENTS, latents)
 
     def _apply_if(self, good: Tensor) -> None:
         if not isinstance(self.optimizer, CapturableOptimizer):
