@@ -234,7 +234,7 @@ class Learner(nn.Module):
         return {"loss": dict(self.loss.state_dict()), "optimizer": self.optimizer.state_dict()}
 
     def restore(self, checkpoint: dict[str, Any]) -> None:
-        """Load what :meth:`checkpoint` gave.
+        """Load what :meth:`checkpoint` gave, or an exported policy's networks alone.
 
         Raises:
             CheckpointError: If the networks have other shapes, naming the first difference.
@@ -246,6 +246,8 @@ class Learner(nn.Module):
             raise CheckpointError(
                 f"The checkpoint is of another model: {lines[min(1, len(lines) - 1)].strip()}"
             ) from error
+        if "optimizer" not in checkpoint:  # an exported policy, which only acts
+            return
         names = [name for name, p in self.loss.named_parameters() if p.requires_grad]
         moments = split_moments(checkpoint["optimizer"], set(checkpoint["loss"]), names)
         self.optimizer.load_state_dict(moments)
