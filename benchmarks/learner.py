@@ -5,7 +5,8 @@
     python benchmarks/learner.py --device cuda --model size12m --batch-size 16 --batch-length 64 \
         --precision bfloat16 --modes compile cuda_graph
 
-Contenders: ours for each latent (``whole`` is DreamerV3) and mode of execution; ``torchrl_parts``,
+Contenders: ours for each latent (``whole`` is DreamerV3) and mode of execution, with TorchRL's
+image encoder and decoder unless ``--decoder`` and ``--resample`` say otherwise; ``torchrl_parts``,
 an eager update of TorchRL's rollout, losses, optimizer and target network; on CUDA
 ``torchrl_stepper``, TorchRL's DreamerV3OptimizationStepper with its defaults (on a CPU it is the
 parts, eager); with ``--r2dreamer CHECKOUT`` that project's update at the same widths. Every round
@@ -22,6 +23,7 @@ import logging
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +35,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 from torchrl.objectives.utils import SoftUpdate
 from torchrl.trainers.algorithms import DreamerV3OptimizationStepper, DreamerV3Optimizer
-from torchrl_reference import torchrl_loss
+from torchrl_reference import torchrl_loss, with_torchrls_pictures
 
 from w2f_torchrl.modules import PRESETS, build_actor
+from w2f_torchrl.modules.config import DECODERS, RESAMPLINGS
 from w2f_torchrl.trainers import Learner
 from w2f_torchrl.trainers.config import EXECUTIONS, PRECISIONS, OptimizerConfig
 from w2f_torchrl.utils.memory import keep_freed_memory
@@ -92,8 +95,9 @@ def stepper_update(model: str, device: str, mixed: bool, sample: TensorDictBase)
 
 
 def _torchrl_parts(model: str, device: str) -> tuple[Any, DreamerV3Optimizer, SoftUpdate]:
-    learner = Learner(PRESETS[model], action_size=ACTION_SIZE, latent="whole", device=device)
-    loss = torchrl_loss(learner.loss, build_actor(PRESETS[model], ACTION_SIZE)).to(device)
+    sizes = with_torchrls_pictures(PRESETS[model])
+    learner = Learner(sizes, action_size=ACTION_SIZE, latent="whole", device=device)
+    loss = torchrl_loss(learner.loss, build_actor(sizes, ACTION_SIZE)).to(device)
     optimizer = DreamerV3Optimizer([p for p in loss.parameters() if p.requires_grad])
     return loss, optimizer, SoftUpdate(loss.value_loss, tau=0.02)
 
@@ -203,12 +207,13 @@ def make_contenders(args: argparse.Namespace) -> dict[str, tuple[Update, TensorD
     if args.r2dreamer:
         peer = r2dreamer_update(args.r2dreamer, args.model, device=args.device, mixed=mixed)
         contenders["r2dreamer"] = (peer, sample)
+    sizes = replace(PRESETS[args.model], decoder=args.decoder, resample=args.resample)
     for latent in args.latents:
         for execution in ("eager", *args.modes):
             if execution == "cuda_graph_parallel" and latent != "split":
                 continue  # there is nothing beside
             learner = Learner(
-                PRESETS[args.model],
+                sizes,
                 action_size=ACTION_SIZE,
                 latent=latent,
                 execution=execution,
@@ -259,6 +264,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--precision", default="float32", choices=PRECISIONS)
     latents = ["whole", "shared", "split", "foreground"]
     parser.add_argument("--latents", nargs="+", default=latents, choices=latents)
+    parser.add_argument("--decoder", default="torchrl", choices=DECODERS, help="of ours")
+    parser.add_argument("--resample", default="stride", choices=RESAMPLINGS, help="of ours")
     parser.add_argument(
         "--modes", nargs="*", default=["compile"], choices=EXECUTIONS[1:], help="beside eager"
     )

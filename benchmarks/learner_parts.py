@@ -6,8 +6,8 @@
 The parts are the pieces that ``training.execution=compile`` compiles: encoder, decoder and
 recurrence forward and back, imagination forward only; eager and compiled take turns. Kept are
 medians of CPU time. ``seconds_by_kind`` sorts what torch's profiler notes in an eager update, ours
-and one of TorchRL's parts: matrix products, convolutions, and the rest of the update's median:
-everything else and Python.
+(with TorchRL's encoder and decoder) and one of TorchRL's parts: matrix products, convolutions, and
+the rest of the update's median: everything else and Python.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from learner import ACTION_SIZE, Update, make_sample, measure, torchrl_update
 from results_file import write_results
 from tensordict import TensorDictBase
 from torch.profiler import ProfilerActivity, profile
+from torchrl_reference import with_torchrls_pictures
 
 from w2f_torchrl.modules import PRESETS, imagine
 from w2f_torchrl.modules.convolution import ImageDecoder
@@ -48,7 +49,7 @@ def parts(learner: Learner, sample: TensorDictBase) -> dict[str, Callable[[], ob
         latent = model.infer(sample.select(*loss.in_keys)).get("next")
     state, belief = latent["state"], latent["belief"]
     starts = state.flatten(0, 1), belief.flatten(0, 1)
-    inputs = [x.clone().requires_grad_() for x in (belief, state, latent["encoded_latents"])]
+    inputs = [x.clone().requires_grad_() for x in (state, belief, latent["encoded_latents"])]
     (decoder,) = (m for m in model.decoder.modules() if isinstance(m, ImageDecoder))
     encode = model.compiled.get("encoder", model.encoder)
 
@@ -104,10 +105,12 @@ def run(model: str, batch: tuple[int, int], rounds: int, threads: int) -> dict[s
     torch.ones(HEAP)
     sample = make_sample(*batch)
     bare = sample.exclude(("next", "foreground_mask"))
+    torchrls = with_torchrls_pictures(PRESETS[model])
+    comparable = Learner(torchrls, action_size=ACTION_SIZE, latent="whole")
     learners = [Learner(PRESETS[model], action_size=ACTION_SIZE, latent="whole") for _ in range(2)]
     kinds = {
         "torchrl_parts": by_kind(torchrl_update(model), bare, rounds),
-        "dreamer_v3": by_kind(learners[0].update, sample, rounds),
+        "dreamer_v3": by_kind(comparable.update, sample, rounds),
     }
     compile_core(learners[1].loss, PIECES)
     eager, compiled = (parts(learner, sample) for learner in learners)

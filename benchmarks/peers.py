@@ -22,7 +22,12 @@ ACTION_SIZE = 6
 
 
 def r2dreamer_update(
-    checkout: Path, preset: str, *, device: str = "cpu", mixed: bool = False
+    checkout: Path,
+    preset: str,
+    *,
+    device: str = "cpu",
+    mixed: bool = False,
+    compiled: bool = True,
 ) -> Callable[[TensorDictBase], Any]:
     """An update of r2dreamer with ``rep_loss=dreamer``: DreamerV3 with a reconstruction.
 
@@ -34,6 +39,7 @@ def r2dreamer_update(
         preset: A name of :data:`~w2f_torchrl.modules.PRESETS`.
         device: ``"cpu"`` or ``"cuda"``.
         mixed: On a CPU: autocast to bfloat16.
+        compiled: On CUDA: as it is published, or eager.
 
     Returns:
         An update of samples as ``learner.make_sample`` makes them.
@@ -45,6 +51,7 @@ def r2dreamer_update(
     if not base.exists():
         raise FileNotFoundError(f"--r2dreamer={checkout} is no checkout of r2dreamer: no {base}.")
     config = _configuration(base, preset, device)
+    config.model.compile = compiled and device != "cpu"
     sys.path.insert(0, str(checkout))
     try:
         dreamer = importlib.import_module("dreamer")
@@ -71,7 +78,6 @@ def _configuration(base: Path, preset: str, device: str) -> Any:
         "act": "SiLU",
         "norm": True,
         "rep_loss": "dreamer",
-        "compile": device != "cpu",
     }
     keys = {"mlp_keys": "$^", "cnn_keys": "image"}
     root = {"device": device, "env": {"encoder": keys, "decoder": keys}}

@@ -8,6 +8,7 @@ same tiny runs in a process of its own, on the CPU with one thread: short distra
 evaluations, checkpoints, a row of metrics after every update. A third run of each algorithm begins
 with the first version, gets SIGTERM after 20 updates, and goes on with the second, so the form of
 the checkpoints is compared too. All numbers must be equal bit for bit, but for what a clock says.
+With ``--from-zero`` versions that can keep latents in the replay do not (``replay.latents=false``).
 The exit code is 1 if one isn't, and the first difference is printed.
 """
 
@@ -44,13 +45,21 @@ STOP_AT = 20
 """Updates after which the run that changes versions is interrupted."""
 
 
-def train(run_dir: Path, algorithm: str, *, workers: int, stop_at: int | None = None) -> int:
+def train(
+    run_dir: Path,
+    algorithm: str,
+    *,
+    workers: int,
+    from_zero: bool = False,
+    stop_at: int | None = None,
+) -> int:
     """Train, or go on, with the package that this process imports.
 
     Args:
         run_dir: The run's directory.
         algorithm: One of ``ALGORITHMS``.
         workers: Worker processes.
+        from_zero: Whether slices start from zero where the version can do otherwise.
         stop_at: Updates after which the process gets SIGTERM.
 
     Returns:
@@ -64,6 +73,8 @@ def train(run_dir: Path, algorithm: str, *, workers: int, stop_at: int | None = 
         collection={"num_workers": workers},
         logging={"every_updates": 1},
     )
+    if from_zero and hasattr(config.replay, "latents"):
+        config.replay.latents = False
     trainer = Trainer(config)
     update = trainer.learner.update
 
@@ -77,7 +88,9 @@ def train(run_dir: Path, algorithm: str, *, workers: int, stop_at: int | None = 
     return trainer.updates
 
 
-def train_all(root: Path, algorithms: Sequence[str], workers: int) -> None:
+def train_all(
+    root: Path, algorithms: Sequence[str], workers: int, *, from_zero: bool = False
+) -> None:
     """One version's part: its own runs, and its half of those that change versions.
 
     Raises:
@@ -90,14 +103,22 @@ def train_all(root: Path, algorithms: Sequence[str], workers: int) -> None:
     leave_curves_out()
     second = (root / "before").exists()
     for algorithm in algorithms:
-        train(root / ("after" if second else "before") / algorithm, algorithm, workers=workers)
+        settings: dict[str, Any] = {"workers": workers, "from_zero": from_zero}
+        train(root / ("after" if second else "before") / algorithm, algorithm, **settings)
         stop_at, shared = None if second else STOP_AT, root / "handed_over" / algorithm
-        updates = train(shared, algorithm, workers=workers, stop_at=stop_at)
+        updates = train(shared, algorithm, stop_at=stop_at, **settings)
         if stop_at is not None and updates != stop_at:
             raise RuntimeError(f"{algorithm} ended after {updates} updates, not after {stop_at}.")
 
 
-def train_with(checkout: Path, root: Path, algorithms: Sequence[str], workers: int) -> None:
+def train_with(
+    checkout: Path,
+    root: Path,
+    algorithms: Sequence[str],
+    workers: int,
+    *,
+    from_zero: bool = False,
+) -> None:
     """Call :func:`train_all` in a process that imports the package of a checkout.
 
     Raises:
@@ -105,6 +126,7 @@ def train_with(checkout: Path, root: Path, algorithms: Sequence[str], workers: i
     """
     script = str(Path(__file__).resolve())
     command = [sys.executable, script, "--train", str(root), "--workers", str(workers)]
+    command += ["--from-zero"] if from_zero else []
     done = subprocess.run(
         [*command, "--algorithms", *algorithms],
         cwd=checkout,
@@ -189,7 +211,11 @@ def unpack(version: str, folder: Path) -> tuple[Path, dict[str, Any]]:
 
 
 def compare_versions(
-    versions: Sequence[str], algorithms: Sequence[str], workers: int
+    versions: Sequence[str],
+    algorithms: Sequence[str],
+    workers: int,
+    *,
+    from_zero: bool = False,
 ) -> dict[str, Any]:
     """Train with two versions, and compare.
 
@@ -201,11 +227,12 @@ def compare_versions(
         for name, version in zip(("first", "second"), versions, strict=True):
             checkout, what = unpack(version, Path(folder) / name)
             said.append(what)
-            train_with(checkout, root, algorithms, workers)
+            train_with(checkout, root, algorithms, workers, from_zero=from_zero)
         runs = {algorithm: compare(root, algorithm) for algorithm in algorithms}
     equal = not any(v for row in runs.values() for k, v in row.items() if k.startswith("first"))
     shown = [what["version"] for what in said]
     options = [f"--workers {workers}"] if workers else []
+    options += ["--from-zero"] if from_zero else []
     return {
         # Not as typed: a checkout's path is nobody's business.
         "command": " ".join(["python benchmarks/same_losses.py", *shown, *options]),
@@ -225,15 +252,18 @@ def main() -> None:
         "--algorithms", nargs="+", choices=list(ALGORITHMS), default=list(ALGORITHMS)
     )
     parser.add_argument("--workers", type=int, default=0, help="processes that step the envs")
+    parser.add_argument("--from-zero", action="store_true", help="no latents in the replay")
     parser.add_argument("--out", type=Path, help="a results file; none by default")
     parser.add_argument("--train", type=Path, help=argparse.SUPPRESS)  # in a version's process
     args = parser.parse_args()
     if args.train is not None:
-        train_all(args.train, args.algorithms, args.workers)
+        train_all(args.train, args.algorithms, args.workers, from_zero=args.from_zero)
         return
     if len(args.versions) != 2:
         parser.error("two versions are compared: BEFORE AFTER")
-    results = compare_versions(args.versions, args.algorithms, args.workers)
+    results = compare_versions(
+        args.versions, args.algorithms, args.workers, from_zero=args.from_zero
+    )
     for name, row in results["runs"].items():
         print(name, row)
     if args.out is not None:

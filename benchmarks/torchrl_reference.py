@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import (
@@ -29,7 +31,7 @@ from torchrl.objectives import (
 )
 from torchrl.objectives.utils import ValueEstimators
 
-from w2f_torchrl.modules import GaussianActor, WorldModel
+from w2f_torchrl.modules import GaussianActor, ModelConfig, WorldModel
 from w2f_torchrl.objectives import World2FilterLoss
 
 
@@ -107,11 +109,17 @@ class _TorchRLWorldModel(torch.nn.Module):
         return td
 
 
+def with_torchrls_pictures(config: ModelConfig) -> ModelConfig:
+    """The same sizes with TorchRL's encoder and decoder, the only ones its forward passes fit."""
+    return replace(config, decoder="torchrl", resample="stride")
+
+
 def torchrl_loss(loss: World2FilterLoss, actor: ProbabilisticTensorDictSequential) -> DreamerV3Loss:
     """Build TorchRL's loss on the modules of ours, with the paper's values.
 
     Args:
-        loss: Ours, with a ``whole`` latent.
+        loss: Ours, with a ``whole`` latent and TorchRL's encoder and decoder
+            (:func:`with_torchrls_pictures`).
         actor: An actor, whose network is replaced with the one that ``loss`` holds.
     """
     actor[0].module = _TorchRLActor(loss.actor)

@@ -60,6 +60,7 @@ def differences(first: Path, second: Path) -> list[str]:
     for name in ("sampling", "random", "sums", "evaluated", "best"):
         found += [f"{name}{where}" for where in _unequal(*(s["resume"][name] for s in states))]
     found += _unequal(*(s["replay"]["digests"] for s in states))
+    found += _unequal(*(s["replay"].get("latents", {}).get("digests") for s in states), "latents")
     return found
 
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import decoders
 import gpu_acceptance
 import gpu_stages
 import learner_growth
@@ -126,6 +127,32 @@ def test_the_acceptance_runs_on_a_cpu(tmp_path):
     for name in ("world2filter", "dreamer_v3"):
         assert stages["curves"][name]["updates"] > 0
         assert (tmp_path / f"{name}.jsonl").exists()
+
+
+def test_decoders_are_compared_at_equal_updates_and_at_equal_time():
+    errors = [400.0, 200.0, 100.0]  # after 0, 25 and 50 updates
+    same = decoders.summarise(errors, ratio=1.0)
+    assert same == {"at_updates": {"50": 100.0}, "at_equal_time": {"50": 100.0}}
+    assert decoders.summarise(errors, ratio=2.0)["at_equal_time"] == {"50": 200.0}
+    between = decoders.summarise(errors, ratio=4 / 3)["at_equal_time"]["50"]  # 37.5 updates
+    assert between == pytest.approx((100 * 200) ** 0.5, abs=0.1)
+    assert decoders.summarise(errors, ratio=0.5)["at_equal_time"] == {}  # no look so late
+    assert decoders.BASELINE in decoders.combinations()
+
+
+def test_slices_of_the_decoders_benchmark_stay_in_an_episode_and_repeat():
+    step = torch.arange(2 * 40).view(2, 40)  # two episodes
+    records = TensorDict({"step": step}, [2, 40])
+    batches, again = (decoders.slices(records, seed=3) for _ in range(2))
+    starts = set()
+    for _ in range(20):
+        batch = next(batches)["step"]
+        assert batch.shape == (decoders.BATCH, decoders.LENGTH)
+        assert torch.equal(batch, next(again)["step"])
+        assert (batch.diff(dim=1) == 1).all()
+        assert torch.equal(batch[:, 0] // 40, batch[:, -1] // 40)
+        starts |= set(batch[:, 0].tolist())
+    assert {0, 40 - decoders.LENGTH, 40, 80 - decoders.LENGTH} <= starts  # the ends too
 
 
 def test_a_growth_varies_one_thing_at_a_time():

@@ -206,6 +206,8 @@ def test_psnr_is_its_definition(episodes):
     for head in (model.decoder.foreground, model.decoder.background):
         torch.nn.init.zeros_(head.layers[-1].weight)
         torch.nn.init.zeros_(head.layers[-1].bias)
+    torch.nn.init.zeros_(model.decoder.foreground.mask_head.weight)
+    torch.nn.init.constant_(model.decoder.foreground.mask_head.bias, 0.5)
     _, found = _encode_all(model, episodes)
     pixels = torch.cat([e.pixels for e in episodes]) / 255
     masks = torch.cat([e.masks for e in episodes]).expand_as(pixels)

@@ -141,3 +141,20 @@ def test_a_run_skips_bad_updates_unless_all_are(tmp_path):
     with pytest.raises(FloatingPointError, match=r"training\.on_nan=skip"):
         trainer.train()
     assert trainer.updates == 20
+
+
+def test_the_slow_critic_follows_on_the_device_as_on_the_host():
+    on_host, on_device, held = (make_learner("skip").loss for _ in range(3))
+    for loss in (on_host, on_device, held):
+        torch.manual_seed(1)
+        for parameter in loss.critic.parameters():
+            nn.init.normal_(parameter)
+    start = copy.deepcopy(list(held.slow_critic.parameters()))
+    on_host.update_slow_critic()
+    on_device.update_slow_critic(torch.tensor(True))
+    held.update_slow_critic(torch.tensor(False))
+    parameters = (x.slow_critic.parameters() for x in (on_host, on_device, held))
+    for host, device, still, old in zip(*parameters, start, strict=True):
+        torch.testing.assert_close(device, host)
+        assert not torch.equal(device, old)
+        assert torch.equal(still, old)

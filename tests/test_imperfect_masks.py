@@ -85,7 +85,7 @@ def test_selective_changes_only_the_colours_where_the_head_is_sure(latent):
     for selective in (None, THRESHOLD):
         loss = make_loss(latent, selective=selective, foreground_target="zero_outside")
         # The head is sure of foreground everywhere.
-        nn.init.constant_(loss.world_model.decoder.foreground.layers[-1].bias[-1:], 8.0)
+        nn.init.constant_(loss.world_model.decoder.foreground.mask_head.bias, 8.0)
         losses[selective] = loss, loss(sample.clone())
     (plain_loss, plain), (selective_loss, selective) = losses.values()
     assert selective["wm/doubted_share"] > 0.5
@@ -94,8 +94,9 @@ def test_selective_changes_only_the_colours_where_the_head_is_sure(latent):
         # Sure of foreground everywhere: no background is left to learn.
         assert selective["loss_background"] < 0.05 * plain["loss_background"]
         selective["loss_background"].backward()
-        final = selective_loss.world_model.decoder.foreground.layers[-1]
-        assert final.weight.grad is None or final.weight.grad.eq(0).all()
+        head = selective_loss.world_model.decoder.foreground
+        for final in (head.layers[-1], head.mask_head):
+            assert final.weight.grad is None or final.weight.grad.eq(0).all()
     else:
         assert selective["loss_foreground"] < plain["loss_foreground"]
     assert plain_loss.config.selective is None
@@ -108,7 +109,7 @@ def test_selective_reaches_the_agents_latent_with_zero_outside_only(target):
     for selective in (None, THRESHOLD):
         loss = make_loss("split", selective=selective, foreground_target=target)
         model = loss.world_model
-        nn.init.constant_(model.decoder.foreground.layers[-1].bias[-1:], 8.0)
+        nn.init.constant_(model.decoder.foreground.mask_head.bias, 8.0)
         torch.manual_seed(0)
         losses = loss(sample.clone())
         (losses["loss_foreground"] + losses["loss_background"]).backward()

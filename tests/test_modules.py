@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.modules import RSSMRolloutV3
 from torchrl.modules.models import model_based
-from torchrl_reference import torchrl_loss
+from torchrl_reference import torchrl_loss, with_torchrls_pictures
 
 from w2f_torchrl.modules import (
     LATENTS,
@@ -45,9 +45,9 @@ def _full(value, shape, kwargs):
     return torch.full(tuple(shape), value, **{k: v for k, v in kwargs.items() if k != "generator"})
 
 
-def make_world_model(latent: str = "whole", seed: int = 0):
+def make_world_model(latent: str = "whole", seed: int = 0, config=TINY):
     torch.manual_seed(seed)
-    return build_world_model(TINY, action_size=2, image_size=SIZE, latent=latent)
+    return build_world_model(config, action_size=2, image_size=SIZE, latent=latent)
 
 
 # ------------------------------------------------------------------ RSSM
@@ -204,7 +204,7 @@ def test_acting_computes_neither_mask_nor_background():
 
 def test_all_losses_and_gradients_equal_torchrls(no_noise):
     """An independent implementation of the whole objective, on the same modules and data."""
-    world_model = make_world_model()
+    world_model = make_world_model(config=with_torchrls_pictures(TINY))
     actor, critic = build_actor(TINY, 2), build_critic(TINY)
     for head in (world_model.reward, critic):
         torch.nn.init.normal_(head.model[-1].weight, std=0.05)
@@ -257,7 +257,7 @@ def test_the_world_model_writes_what_it_says(latent):
 
 
 def test_dual_decoder_composes_by_the_mask():
-    decoder = DualImageDecoder(6, 4, (3, 16, 16), depth=4, multipliers=(1, 2), num_blocks=2)
+    decoder = DualImageDecoder((2, 4), (2, 2), (3, 16, 16), depth=4, mults=(1, 2), num_blocks=2)
     latent = {"state": torch.randn(2, 2), "belief": torch.randn(2, 4)}
     latent |= {"background_state": torch.randn(2, 2), "background_belief": torch.randn(2, 2)}
     td = decoder(TensorDict({"next": TensorDict(latent, [2])}, [2]))["next"]
@@ -286,6 +286,14 @@ def test_presets_are_the_papers():
         ({"config": "size2m"}, "model='size2m' is unknown; presets: size1m"),
         ({"latent": "both"}, "latent='both' is unknown; allowed: whole, split"),
         ({"image_size": 50}, "environment.image_size=50 must be a multiple of 16"),
+        (
+            {"config": replace(PRESETS["size1m"], decoder="linear")},
+            "model.decoder='linear' is unknown; allowed: reference, torchrl",
+        ),
+        (
+            {"config": replace(PRESETS["size1m"], resample="pool")},
+            "model.resample='pool' is unknown; allowed: stride, nearest, reference",
+        ),
         ({"config": replace(PRESETS["size1m"], kernel_size=1)}, "model.kernel_size=1 must be odd"),
         ({"config": replace(PRESETS["size1m"], kernel_size=4)}, "model.kernel_size=4 must be odd"),
     ],

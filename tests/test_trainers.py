@@ -237,15 +237,23 @@ def test_a_loaded_policy_plays_in_three_lines(tmp_path):
 
 
 @pytest.mark.render
-def test_a_checkpoint_from_before_the_backgrounds_own_encoder_loads(tmp_path):
+def test_a_checkpoint_from_before_the_models_newer_settings_loads(tmp_path):
+    before = {"background_encoder": "shared", "decoder": "torchrl", "resample": "stride"}
     config = tiny_run(tmp_path / "run", evaluation={"every_frames": 0})
-    config.model.background_encoder = "shared"
+    for name, value in before.items():
+        setattr(config.model, name, value)
     Trainer(config).train()
     saved = load_checkpoint(list_checkpoints(tmp_path / "run" / "checkpoints")[-1])
-    del saved.payload["config"]["model"]["background_encoder"]
+    for name in before:
+        del saved.payload["config"]["model"][name]
     old = save_checkpoint(tmp_path / "old", saved.payload, updates=1, frames=1)
-    assert load_policy(old).world_model.background_encoder is None
+    model = load_policy(old).world_model
+    assert model.background_encoder is None
+    assert (model.config.decoder, model.config.resample) == ("torchrl", "stride")
     other = tiny_run(tmp_path / "run", resume="auto", evaluation={"every_frames": 0})
+    with pytest.raises(CheckpointError, match=r"Pass model.decoder=torchrl model.resample=stride"):
+        Trainer(other)
+    other.model.decoder, other.model.resample = "torchrl", "stride"
     with pytest.raises(CheckpointError, match=r"another model: .*background_encoder"):
         Trainer(other)
 

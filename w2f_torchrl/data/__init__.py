@@ -8,6 +8,7 @@ from w2f_torchrl._lazy import lazy_exports
 
 if TYPE_CHECKING:
     from w2f_torchrl.data.collection import make_collector, sync_policy_weights
+    from w2f_torchrl.data.latents import latent_fields
     from w2f_torchrl.data.mask_store import MaskStore, load_masks
     from w2f_torchrl.data.masks import pack_mask, unpack_mask
     from w2f_torchrl.data.overlap import OverlappedCollector
@@ -22,6 +23,7 @@ else:
         {
             "collection": ("make_collector", "sync_policy_weights"),
             "resumable": ("collector_state", "load_collector_state"),
+            "latents": ("latent_fields",),
             "mask_store": ("MaskStore", "load_masks"),
             "masks": ("pack_mask", "unpack_mask"),
             "overlap": ("OverlappedCollector",),
@@ -39,6 +41,7 @@ __all__ = [
     "UpdateSchedule",
     "WorkerError",
     "collector_state",
+    "latent_fields",
     "load_collector_state",
     "load_masks",
     "make_collector",

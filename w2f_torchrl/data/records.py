@@ -8,13 +8,17 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
+from w2f_torchrl.data.latents import PREVIOUS
+from w2f_torchrl.modules.packed_latents import pack_belief, pack_state
 from w2f_torchrl.utils.tensors import check_tensor
 
 OBSERVATION_KEYS = ("pixels", "foreground_mask")
 
 
 def records_from_rollout(
-    batch: TensorDictBase, observation_keys: Sequence[str] | None = None
+    batch: TensorDictBase,
+    observation_keys: Sequence[str] | None = None,
+    latent_classes: int | None = None,
 ) -> TensorDict:
     """Turn transitions into records: an observation and what led to it.
 
@@ -31,11 +35,16 @@ def records_from_rollout(
             ``done`` bool ``[N, T, 1]``. Row n of the next batch continues row n of this one.
         observation_keys: What an observation consists of. By default ``pixels``, and
             ``foreground_mask`` where the batch has it.
+        latent_classes: Classes of each categorical of the state. Records then keep the acting
+            policy's latent of the observation before theirs, which the batch has under ``next`` of
+            the transition between the two: ``state`` ``[N, T, S]`` and ``belief`` ``[N, T, D]``.
 
     Returns:
         Records ``[M]``, env after env and in the order of time, M = N x T + number of ``is_init``:
         ``stream`` int64 ``[M]`` (the row n), ``action`` ``[M, A]``, ``is_init`` bool ``[M, 1]`` and
-        under ``next`` the observation keys, ``reward``, ``terminated`` and ``done``.
+        under ``next`` the observation keys, ``reward``, ``terminated`` and ``done``. With
+        ``latent_classes``, under ``previous``, packed ``state`` ``[M, K]`` and ``belief``
+        ``[M, D]``, zero where an episode begins.
 
     Raises:
         TypeError: If a flag is not bool.
@@ -71,7 +80,7 @@ def records_from_rollout(
     starts = torch.zeros_like(batch["is_init"])
     result = {key: interleave(batch["next", key], batch[key]) for key in observation_keys}
     result |= {key: interleave(batch["next", key]) for key in ("reward", "terminated", "done")}
-    return TensorDict(
+    records = TensorDict(
         {
             "stream": interleave(stream, stream),
             "action": interleave(batch["action"]),
@@ -81,3 +90,9 @@ def records_from_rollout(
         [num_records],
         device=batch.device,
     )
+    if latent_classes is not None:
+        # The policy wrote the latent of the root observation under the `next` that it led to.
+        state = interleave(pack_state(batch["next", "state"], latent_classes))
+        belief = interleave(pack_belief(batch["next", "belief"]))
+        records[PREVIOUS] = TensorDict({"state": state, "belief": belief}, [num_records])
+    return records

@@ -12,13 +12,17 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 from torchrl.data import LazyMemmapStorage, LazyTensorStorage, TensorDictReplayBuffer
 
+from w2f_torchrl.data.latents import PREVIOUS, LatentStore
 from w2f_torchrl.data.masks import pack_mask, unpack_mask
-from w2f_torchrl.data.record_files import RecordFiles, fields_of
+from w2f_torchrl.data.record_files import Fields, RecordFiles, fields_of
 from w2f_torchrl.data.sampler import StreamSampler
 from w2f_torchrl.data.streams import StreamCheckpointer, StreamHeads, StreamWriter
+from w2f_torchrl.data.write_back import LatentWriteBack
+from w2f_torchrl.modules.packed_latents import INITIAL
 from w2f_torchrl.utils.checks import check_number
 
 MASK_KEY = ("next", "foreground_mask")
+LATENTS_FILE = "latents.pt"
 ALLOCATED_ROWS = 1024
 """Rows that disk space is set aside for at a time."""
 
@@ -34,6 +38,11 @@ class StreamReplayBuffer(TensorDictReplayBuffer):
     drawn ahead by one background thread, in a fixed order and never across a write, so that a seed
     gives the same batches at any speed.
 
+    With ``latents`` each record has a latent beside it, packed: that of the observation before,
+    as the acting policy computed it or, once replayed, the last update. Samples then carry, under
+    ``initial``, the latent before each slice's first record, and :meth:`write_back` takes what an
+    update has computed instead.
+
     Args:
         storage: Storage of ``num_streams * capacity`` records.
         heads: The streams' write heads.
@@ -44,6 +53,7 @@ class StreamReplayBuffer(TensorDictReplayBuffer):
         pin_memory: Whether samples lie in page-locked memory.
         generator: Random generator of the samples; by default torch's own.
         folder: Where the storage's memory-mapped files are; None in memory.
+        latents: Storage of the records' preceding latents, one row a slot.
     """
 
     def __init__(
@@ -58,11 +68,12 @@ class StreamReplayBuffer(TensorDictReplayBuffer):
         pin_memory: bool = False,
         generator: torch.Generator | None = None,
         folder: Path | None = None,
+        latents: LatentStore | None = None,
     ) -> None:
         super().__init__(
             storage=storage,
             sampler=StreamSampler(heads, batch_length, newest_first),
-            writer=StreamWriter(heads),
+            writer=StreamWriter(heads, latents),
             checkpointer=StreamCheckpointer(heads),
             batch_size=batch_size,
             prefetch=prefetch,
@@ -71,6 +82,10 @@ class StreamReplayBuffer(TensorDictReplayBuffer):
         )
         self.heads = heads
         self.folder = folder
+        self.latents = latents
+        self._write_back: LatentWriteBack | None = None
+        if latents is not None:
+            self._write_back = LatentWriteBack(latents, heads, self._is_init)
         self._allocated: set[int] = set()
         self._cuts: list[tuple[int, int]] = []
         if prefetch:
@@ -103,6 +118,8 @@ class StreamReplayBuffer(TensorDictReplayBuffer):
         if MASK_KEY in records.keys(include_nested=True):
             records = records.copy().set(MASK_KEY, pack_mask(records[MASK_KEY]))
         self._check_records(records)
+        if self.latents is not None and PREVIOUS in records.keys():
+            self.latents.check(dict(records[PREVIOUS].items()), len(records))
         if self.folder is not None:
             self._allocate(records)
         slots: Tensor = self._extend(records)
@@ -111,6 +128,66 @@ class StreamReplayBuffer(TensorDictReplayBuffer):
     def add(self, data: TensorDictBase) -> int:
         """Append one record, without batch size: ``pixels`` ``[3, H, W]`` and so on."""
         return int(self.extend(data.unsqueeze(0)))
+
+    def write_back(self, index: Tensor, latents: TensorDictBase, applied: Tensor) -> None:
+        """Keep an update's latents for the slices that will start where it has been.
+
+        They are written at the next call, those of the last call now: see
+        :class:`~w2f_torchrl.data.write_back.LatentWriteBack`.
+
+        Args:
+            index: The sample's, int64 ``[B, T]``; nothing was written since it was drawn.
+            latents: The update's packed posterior latents ``[B, T]``.
+            applied: Whether the update was applied: a scalar, 0 or 1, on the latents' device.
+
+        Raises:
+            RuntimeError: If the replay was made without latents.
+        """
+        if self._write_back is None:
+            raise RuntimeError("This replay keeps no latents: pass latents= to make_replay.")
+        with self._replay_lock, self._write_lock:
+            self._write_back.add(index, dict(latents.items()), applied)
+
+    def dumps(self, path: str | Path) -> None:
+        """Save everything in a folder."""
+        super().dumps(path)
+        if self.latents is not None:
+            torch.save(self._all_latents(), Path(path) / LATENTS_FILE)
+
+    def loads(self, path: str | Path) -> None:
+        """Load what :meth:`dumps` saved; without saved latents they become zero."""
+        super().loads(path)
+        file = Path(path) / LATENTS_FILE
+        self._load_latents(torch.load(file, weights_only=True) if file.exists() else None)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything."""
+        return {**super().state_dict(), "latents": self._all_latents()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over what :meth:`state_dict` returned; without saved latents they become zero."""
+        state = dict(state_dict)
+        latents = state.pop("latents", None)
+        super().load_state_dict(state)
+        self._load_latents(latents)
+
+    def _all_latents(self) -> dict[str, Any] | None:
+        if self.latents is None or self._write_back is None:
+            return None
+        return {"rows": self.latents.state_dict(), "pending": self._write_back.state_dict()}
+
+    def _load_latents(self, state: dict[str, Any] | None) -> None:
+        if self.latents is None or self._write_back is None:
+            return
+        state = state or {"rows": {}, "pending": None}
+        self.latents.load_state_dict(state["rows"])
+        self._write_back.load_state_dict(state["pending"])
+
+    def empty(self, empty_write_count: bool = True) -> None:
+        """Forget all records."""
+        if self._write_back is not None:
+            self._write_back.clear()
+        super().empty(empty_write_count)
 
     # ---------------------------------------------------------------- for checkpoints
 
@@ -172,6 +249,8 @@ class StreamReplayBuffer(TensorDictReplayBuffer):
             self._mark_cuts(data, slots.cpu())
         if MASK_KEY in data.keys(include_nested=True):
             data.set(MASK_KEY, unpack_mask(data[MASK_KEY]))
+        if self.latents is not None:
+            data.set(INITIAL, self.latents.before(slots.cpu()))
         return data
 
     def sampling_state(self) -> dict[str, Any]:
@@ -180,6 +259,7 @@ class StreamReplayBuffer(TensorDictReplayBuffer):
             "sampler": self._sampler.state_dict(),
             "generator": self._rng.get_state(),
             "cuts": [list(cut) for cut in self._cuts],
+            "latents": None if self._write_back is None else self._write_back.state_dict(),
         }
 
     def load_sampling_state(self, state: dict[str, Any]) -> None:
@@ -191,11 +271,13 @@ class StreamReplayBuffer(TensorDictReplayBuffer):
         self._sampler.load_state_dict(state["sampler"])
         self._rng.set_state(state["generator"].cpu())
         self._cuts = [(stream, place) for stream, place in state["cuts"]]
+        if self._write_back is not None:
+            self._write_back.load_state_dict(state.get("latents"))
 
     def _allocate(self, records: TensorDictBase) -> None:
         """Have disk space set aside for what is about to be written."""
         if not self.initialized:
-            self.initialize(records.exclude("stream")[0])
+            self.initialize(records.exclude("stream", PREVIOUS)[0])
         new = torch.bincount(records["stream"].cpu(), minlength=self.heads.num_streams)
         for stream, count in enumerate(new.tolist()):
             position = int(self.heads.written[stream]) + torch.arange(count)
@@ -209,6 +291,8 @@ class StreamReplayBuffer(TensorDictReplayBuffer):
                 for block in new:
                     rows = min(ALLOCATED_ROWS, len(self.rows) - block * ALLOCATED_ROWS)
                     files.allocate(block * ALLOCATED_ROWS, rows)
+                    if self.latents is not None:
+                        self.latents.allocate(block * ALLOCATED_ROWS, rows)
             self._allocated |= new
 
     # ---------------------------------------------------------------- sampling
@@ -218,9 +302,10 @@ class StreamReplayBuffer(TensorDictReplayBuffer):
             raise ValueError(f"Records have batch size [M], got {tuple(records.batch_size)}.")
         if not self._storage.initialized:
             return
+        kept_apart = () if self.latents is None else (PREVIOUS,)
         new, stored = (
             {key: (tuple(leaf.shape[1:]), leaf.dtype) for key, leaf in td.items(True, True)}
-            for td in (records.exclude("stream"), self._storage._storage)
+            for td in (records.exclude("stream", *kept_apart), self._storage._storage)
         )
         for key in sorted(new.keys() | stored.keys(), key=str):
             if new.get(key) != stored.get(key):
@@ -235,11 +320,17 @@ class StreamReplayBuffer(TensorDictReplayBuffer):
             data = self._gather(index)
             if self._cuts:
                 self._mark_cuts(data, index)
+            if self.latents is not None:
+                data.set(INITIAL, self.latents.before(index, pin_memory=self._pin_memory))
         if MASK_KEY in data.keys(include_nested=True):
             data.set(MASK_KEY, unpack_mask(data[MASK_KEY], pin_memory=self._pin_memory))
         data = self._transform(data)
         info["index"] = index.to(data.device)
         return data, info
+
+    def _is_init(self, slots: Tensor) -> Tensor:
+        flags: Tensor = self.rows["is_init"][slots.to(self._storage.device)]
+        return flags.as_subclass(torch.Tensor).flatten().cpu()
 
     def _gather(self, index: Tensor) -> TensorDict:
         """Read slots ``[B, T]``.
@@ -278,10 +369,11 @@ def make_replay(
     pin_memory: bool = False,
     seed: int | None = None,
     device: torch.device | str = "cpu",
+    latents: Fields | None = None,
 ) -> StreamReplayBuffer:
     """Make a replay in memory or on disk.
 
-    Memory is taken as it fills: 13 kB a record at 64 x 64 with masks.
+    Memory is taken as it fills: 13 kB a record at 64 x 64 with masks, and its latent.
 
     Args:
         capacity: Records in all; each of the streams keeps ``capacity // num_streams``.
@@ -298,6 +390,8 @@ def make_replay(
         pin_memory: Whether samples lie in page-locked memory, for asynchronous copies to CUDA.
         seed: Seed of the samples; None uses torch's global generator.
         device: Where records and samples lie, without a path.
+        latents: Entries of the latent that is kept beside each record, from
+            :func:`~w2f_torchrl.data.latent_fields`; None keeps none.
 
     Raises:
         ValueError: If a size is not positive, a stream can't hold a slice, or options exclude each
@@ -326,8 +420,19 @@ def make_replay(
             f"pin_memory=True needs a replay on CPU and a CUDA device to copy to: device={device}, "
             f"CUDA is {'' if torch.cuda.is_available() else 'not '}available."
         )
+    if prefetch and latents is not None:
+        raise ValueError(
+            f"prefetch={prefetch} must be 0 with latents: batches that are drawn ahead would hold "
+            "latents from before the updates that precede them."
+        )
+    rows = num_streams * heads.ring
+    storage = _make_storage(rows, path, exist_ok, torch.device(device))
+    store = None
+    if latents is not None:
+        folder = None if path is None else Path(path) / "latents"
+        store = LatentStore(latents, rows, device=device, folder=folder)
     return StreamReplayBuffer(
-        _make_storage(num_streams * heads.ring, path, exist_ok, torch.device(device)),
+        storage,
         heads,
         batch_size=batch_size,
         batch_length=batch_length,
@@ -336,6 +441,7 @@ def make_replay(
         pin_memory=pin_memory,
         generator=None if seed is None else torch.Generator().manual_seed(seed),
         folder=None if path is None else Path(path),
+        latents=store,
     )
 
 

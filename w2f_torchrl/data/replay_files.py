@@ -2,7 +2,8 @@
 
 Every stream owns a ring of rows. The ring has more rows than the replay's capacity, so that what an
 older checkpoint needs is still there when newer records have come. A checkpoint holds the streams'
-heads and a SHA-256 digest of each block of rows, but no records.
+heads and a SHA-256 digest of each block of rows, but no records. Latents, which updates change, are
+in files that belong to one checkpoint each (``latent_files``).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from w2f_torchrl.data import latent_files
 from w2f_torchrl.data.record_files import (
     Field,
     Fields,
@@ -95,6 +97,8 @@ class ReplayFiles:
                 written anew to other files.
         """
         heads = self.replay.heads
+        if self.replay.latents is not None:
+            self.replay.latents.begin_snapshot()
         written, first = heads.written.tolist(), heads.first.tolist()
         pending = Pending(written, first, [])
         if self.mapped or not self.replay.initialized:
@@ -133,7 +137,7 @@ class ReplayFiles:
                 self._digest(files, stream, end, begin)
         self._saved = list(pending.written)
         heads = self.replay.heads
-        return {
+        manifest: Manifest = {
             "generation": self.generation,
             "capacity": heads.capacity,
             "ring": self.ring,
@@ -142,6 +146,12 @@ class ReplayFiles:
             "fields": {name: list(field) for name, field in self._fields().items()},
             "digests": [b"".join(d[b][1] for b in sorted(d)) for d in self._digests],
         }
+        if self.replay.latents is not None:
+            snapshot = {**manifest, "ring": heads.ring}
+            manifest[latent_files.FOLDER] = latent_files.write_snapshot(
+                self.replay.latents, snapshot, self.folder
+            )
+        return manifest
 
     def overwrites(self, written: list[int], manifest: Manifest | None) -> bool:
         """Whether records up to ``written`` take the place of some that a checkpoint needs."""
@@ -179,10 +189,13 @@ class ReplayFiles:
         written, first = torch.tensor(manifest["written"]), torch.tensor(manifest["first"])
         heads.written.copy_(written)
         heads.first.copy_(first.maximum(written - min(manifest["capacity"], heads.capacity)))
+        latent_files.load_snapshot(self.replay, manifest, folder)
 
     def remove_unused(self, manifests: Iterable[Manifest | None]) -> None:
         """Delete the files that none of these checkpoints needs."""
-        used = {manifest["generation"] for manifest in manifests if manifest} | {self.generation}
+        needed = [manifest for manifest in manifests if manifest]
+        latent_files.remove_unused(needed, self.folder)
+        used = {manifest["generation"] for manifest in needed} | {self.generation}
         for path in self.folder.glob("[0-9]*"):
             if path.name not in used and path.is_dir():
                 shutil.rmtree(path)

@@ -18,6 +18,8 @@ from torchrl.data.replay_buffers.checkpointers import StorageCheckpointerBase
 from torchrl.data.replay_buffers.storages import TensorStorage
 from torchrl.data.replay_buffers.writers import Writer
 
+from w2f_torchrl.data.latents import PREVIOUS, LatentStore
+
 STATE_FILE = "state.json"
 
 
@@ -54,6 +56,12 @@ class StreamHeads:
     def slots(self, stream: Tensor, position: Tensor) -> Tensor:
         """Storage slots of the records at ``position`` of ``stream`` (broadcast)."""
         return stream * self.ring + position % self.ring
+
+    def places(self, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """Streams and positions of the records that storage slots hold now: the newest there."""
+        stream = slots // self.ring
+        newest = self.written[stream] - 1
+        return stream, newest - (newest - slots) % self.ring
 
     def slot(self, stream: int, position: int) -> int:
         """The storage slot of one record."""
@@ -95,11 +103,13 @@ class StreamWriter(Writer):
 
     Args:
         heads: The write heads, advanced by each write.
+        latents: The storage of the records' preceding latents, if they are kept.
     """
 
-    def __init__(self, heads: StreamHeads) -> None:
+    def __init__(self, heads: StreamHeads, latents: LatentStore | None = None) -> None:
         super().__init__()
         self.heads = heads
+        self.latents = latents
 
     def extend(self, data: TensorDictBase) -> Tensor:
         """Write records ``[M]`` in their order; ``stream`` int64 ``[M]`` says where each belongs.
@@ -127,6 +137,10 @@ class StreamWriter(Writer):
         slots = heads.slots(stream, heads.written[stream] + rank)[kept]
         if slots.numel():
             rows = data.exclude("stream")[order[kept].to(data.device or "cpu")]
+            if self.latents is not None:
+                previous = rows.get(PREVIOUS, None)
+                self.latents.write(slots, {} if previous is None else dict(previous.items()))
+                rows = rows.exclude(PREVIOUS)
             self._storage.set(slots, rows, set_cursor=False)
             # TorchRL refuses to read at and above the storage's length. Segments fill up side by
             # side, so this is the highest slot in use, not the number of records.

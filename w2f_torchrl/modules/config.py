@@ -12,6 +12,12 @@ LATENTS = ("split", "shared", "foreground")
 #: Whether the background of latent ``split`` has an encoder of its own.
 BACKGROUND_ENCODERS = ("own", "shared")
 
+#: Forms of the image decoder.
+DECODERS = ("reference", "torchrl")
+
+#: How encoders halve pictures and decoders double them.
+RESAMPLINGS = ("stride", "nearest", "reference")
+
 
 @dataclass
 class ModelConfig:
@@ -36,15 +42,26 @@ class ModelConfig:
     cnn_depth: int = 16
     """Base channels of encoder and decoder."""
     units: int = 256
-    """Units of each layer of reward, continuation, actor and critic."""
+    """Units of each layer of reward, continuation, actor and critic; the state's layer in the
+    reference decoder has twice as many."""
     background_belief_size: int = 512
     """Features of the belief of the background RSSM (latent ``split`` only)."""
     background_hidden_size: int = 128
-    """Hidden features of the background RSSM (latent ``split`` only)."""
+    """Hidden features of the background RSSM (latent ``split`` only), and the units of the
+    background's decoder."""
     background_num_classes: int = 16
     """Classes of each categorical of the background state (latent ``split`` only)."""
     background_cnn_depth: int = 8
     """Base channels of the background's decoder, and of its encoder if it has one."""
+    decoder: str = "reference"
+    """reference: belief and state enter the decoder by layers of their own, and colours end in a
+    sigmoid, as in the paper's code; torchrl: TorchRL's decoder, one layer for both and unbounded
+    colours."""
+    resample: str = "nearest"
+    """How pictures are halved and doubled. stride: by convolutions of stride 2 and transposed ones;
+    nearest: by convolutions of stride 2, and by nearest neighbours with convolutions of stride 1;
+    reference: as the paper's code does, by convolutions of stride 1 with max-pooling, and by
+    nearest neighbours."""
     background_encoder: str = "own"
     """own: the background has an encoder of its own (latent ``split`` only), so that the scenery
     neither fills the foreground's encoder nor has a say in what it learns; shared: both latents
@@ -111,11 +128,16 @@ class ModelConfig:
                 f"model.kernel_size={self.kernel_size} must be odd and at least 3: at a stride of "
                 "2, a kernel of 1 would never see three of four pixels."
             )
-        if self.background_encoder not in BACKGROUND_ENCODERS:
-            raise ValueError(
-                f"model.background_encoder={self.background_encoder!r} is unknown; allowed: "
-                f"{', '.join(BACKGROUND_ENCODERS)}."
-            )
+        for name, allowed in (
+            ("background_encoder", BACKGROUND_ENCODERS),
+            ("decoder", DECODERS),
+            ("resample", RESAMPLINGS),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"model.{name}={getattr(self, name)!r} is unknown; allowed: "
+                    f"{', '.join(allowed)}."
+                )
         if self.num_bins < 3 or self.num_bins % 2 == 0:
             raise ValueError(
                 f"model.num_bins={self.num_bins} must be odd and at least 3: bins below, at and "

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from tensordict.utils import NestedKey
-from torch import Tensor
+from torch import Tensor, nn
 
-from w2f_torchrl.modules.convolution import ImageDecoder
+from w2f_torchrl.modules.reference_decoder import build_image_decoder
 from w2f_torchrl.utils.tensors import FLOATING, check_tensor
 
 #: Share of a picture that the agent typically covers (1 to 10 % over the Control Suite). The mask
@@ -19,67 +21,75 @@ FOREGROUND_SHARE = 0.03
 class DualImageDecoder(TensorDictModuleBase):
     """Reconstruct the foreground (colours and mask) and the background (colours) separately.
 
-    Two of TorchRL's image decoders. The foreground's makes four channels: colours, as TorchRL's
-    about 0.5 at the start, and the logit of the mask, which starts at the share that an agent
-    typically covers. With ``background_features=None`` only the foreground is made.
+    Two image decoders. The foreground's makes colours, which are about 0.5 at the start, and the
+    logit of the mask, which starts at the share that an agent typically covers. With
+    ``background_features=None`` only the foreground is made.
 
     Args:
-        foreground_features: Features of the foreground latent, S + D.
-        background_features: Features of the latent that the background head reads, or ``None``.
+        foreground_features: S and D, the features of the foreground's state and belief.
+        background_features: Those of the latent that the background head reads, or ``None``.
         image_shape: ``(3, H, W)``.
+        decoder: ``reference`` or ``torchrl``.
         depth: Base channels of the foreground decoder.
+        units: Of the foreground state's path (``reference`` only).
         background_depth: Base channels of the background decoder; ``depth`` if ``None``.
-        multipliers: Channel multipliers of the stages.
-        kernel_size: Odd kernel size.
-        num_blocks: Blocks of the decoders' first layer.
+        background_units: Of the background state's path; ``units`` if ``None``.
         background_keys: Where the background's state and belief are read.
+        **settings: Of both image decoders:
+            :class:`~w2f_torchrl.modules.convolution.ImageDecoder`.
 
     Writes ``("next", "foreground_pixels")`` ``[..., 3, H, W]``, ``("next", "mask_logits")``
-    ``[..., 1, H, W]`` and ``("next", "background_pixels")`` ``[..., 3, H, W]``. Colours are
-    unbounded and aim at pixels / 255.
+    ``[..., 1, H, W]`` and ``("next", "background_pixels")`` ``[..., 3, H, W]``. Colours aim at
+    pixels / 255; those of decoder ``torchrl`` are unbounded.
     """
 
     def __init__(
         self,
-        foreground_features: int,
-        background_features: int | None,
+        foreground_features: tuple[int, int],
+        background_features: tuple[int, int] | None,
         image_shape: tuple[int, int, int] = (3, 64, 64),
         *,
+        decoder: str = "reference",
         depth: int = 64,
+        units: int = 1024,
         background_depth: int | None = None,
-        multipliers: tuple[int, ...] = (2, 3, 4, 4),
-        kernel_size: int = 5,
-        num_blocks: int = 8,
+        background_units: int | None = None,
         background_keys: tuple[str, str] = ("background_state", "background_belief"),
+        **settings: Any,
     ):
         super().__init__()
-        colours, height, width = image_shape
-        kwargs = {"mults": multipliers, "kernel_size": kernel_size, "num_blocks": num_blocks}
-        self.foreground = ImageDecoder(
-            foreground_features, (colours + 1, height, width), depth=depth, **kwargs
+        self.foreground = build_image_decoder(
+            decoder,
+            foreground_features,
+            image_shape,
+            depth=depth,
+            units=units,
+            mask=True,
+            **settings,
         )
         self.background = None
         self.in_keys: list[NestedKey] = [("next", "state"), ("next", "belief")]
         self.out_keys: list[NestedKey] = [("next", "foreground_pixels"), ("next", "mask_logits")]
         if background_features is not None:
-            self.background = ImageDecoder(
+            self.background = build_image_decoder(
+                decoder,
                 background_features,
-                (colours, height, width),
+                image_shape,
                 depth=background_depth or depth,
-                **kwargs,
+                units=background_units or units,
+                **settings,
             )
             self.background_keys = [("next", key) for key in background_keys]
             self.in_keys += [key for key in self.background_keys if key not in self.in_keys]
             self.out_keys.append(("next", "background_pixels"))
-        with torch.no_grad():
-            share = torch.tensor(FOREGROUND_SHARE)
-            # TorchRL's decoder adds 0.5 to every channel.
-            self.foreground.layers[-1].bias[-1] = torch.logit(share) - 0.5
+        start = float(torch.logit(torch.tensor(FOREGROUND_SHARE)))
+        head = cast(nn.ConvTranspose2d, self.foreground.mask_head)
+        nn.init.constant_(cast(Tensor, head.bias), start - self.foreground.shift)
 
     def decode_foreground(self, state: Tensor, belief: Tensor) -> tuple[Tensor, Tensor]:
         """Decode colours ``[..., 3, H, W]`` and mask logits ``[..., 1, H, W]`` in float32."""
-        decoded = self.foreground(state, belief).float()
-        return decoded[..., :-1, :, :], decoded[..., -1:, :, :]
+        colours, logits = self.foreground(state, belief)
+        return colours.float(), logits.float()
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Write the reconstructions into ``tensordict``."""

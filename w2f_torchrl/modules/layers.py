@@ -232,6 +232,27 @@ def run_layers(layers: Iterable[nn.Module], x: Tensor) -> Tensor:
     return value.view(*x.shape[:-1], value.shape[-1])
 
 
+class Affine(NamedTuple):
+    """A linear map in the place of its layer, which stays as it is."""
+
+    weight: Tensor
+    bias: Tensor
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Map ``[..., I]`` to ``[..., O]``."""
+        return F.linear(x, self.weight, self.bias)
+
+
+def maps_in(dtype: torch.dtype, layers: Iterable[Any]) -> list[Any]:
+    """Layers for :func:`run_layers` whose linear maps are cast, and nothing else."""
+    return [
+        Affine(layer.weight.to(dtype), layer.bias.to(dtype))
+        if isinstance(layer, nn.Linear)
+        else layer
+        for layer in layers
+    ]
+
+
 class MLP(DreamerV3MLP):
     """:class:`~torchrl.modules.DreamerV3MLP`, faster: same parameters and results."""
 

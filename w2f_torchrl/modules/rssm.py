@@ -6,7 +6,7 @@ Shape letters: B batch, T time, D belief, S = K x classes state, G blocks of the
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from tensordict import TensorDictBase
@@ -19,6 +19,7 @@ from w2f_torchrl.modules.layers import (
     block_product,
     by_hand,
     linear,
+    maps_in,
     on_cpu,
     product,
     run_layers,
@@ -112,6 +113,10 @@ class BlockGRUStep:
     def __init__(self, prior: RSSMPriorV3):
         core = prior.rnn
         self.core = core
+        # What imagination runs.
+        self.belief_layers: list[Any] = list(core.belief_projection)
+        self.state_layers: list[Any] = list(core.state_projection)
+        self.action_layers: list[Any] = list(core.action_projection)
         self.blocks = core.num_blocks
         first = core.hidden_layers[0]
         self.rest = list(core.hidden_layers[1:])
@@ -131,9 +136,18 @@ class BlockGRUStep:
         # The update gate starts at sigmoid(-1): the cell's constant goes into the bias.
         self.gate_bias = torch.cat((biases[0], biases[2] - 1, biases[1]), -1)
 
+    def multiply_in(self, dtype: torch.dtype) -> None:
+        """Cast what :meth:`imagine` multiplies by; the gates' bias is added in float32."""
+        self.belief_layers = maps_in(dtype, self.belief_layers)
+        self.state_layers = maps_in(dtype, self.state_layers)
+        self.action_layers = maps_in(dtype, self.action_layers)
+        self.features, self.bias = self.features.to(dtype), self.bias.to(dtype)
+        self.belief_weight = self.belief_weight.to(dtype)
+        self.gate_weight = self.gate_weight.to(dtype)
+
     def _project_action(self, action: Tensor) -> Tensor:
         action = action / action.detach().abs().clamp_min(1)
-        return run_layers(self.core.action_projection, action)
+        return run_layers(self.action_layers, action)
 
     def action_input(self, action: Tensor) -> Tensor:
         """The action's share of the first layer: ``[..., A]`` to ``[..., D]``."""
@@ -157,10 +171,9 @@ class BlockGRUStep:
 
     def imagine(self, state: Tensor, belief: Tensor, action: Tensor) -> Tensor:
         """:meth:`__call__` without a gradient, for many rows: ``[N, D]``."""
-        core = self.core
         projected = (
-            run_layers(core.belief_projection, belief),
-            run_layers(core.state_projection, state),
+            run_layers(self.belief_layers, belief),
+            run_layers(self.state_layers, state),
             self._project_action(action),
         )
         hidden = product(torch.cat(projected, -1), self.features.t(), self.bias)
@@ -399,11 +412,16 @@ class PriorHead:
 
     def __init__(self, prior: RSSMPriorV3):
         *hidden, last = prior.rnn_to_prior_projector
-        self.hidden = hidden
+        self.hidden: list[Any] = hidden
         self.sizes = (prior.num_classes, prior.num_categoricals)
         self.unimix = prior.unimix
         self.weight = last.weight.unflatten(0, self.sizes[::-1]).transpose(0, 1).flatten(0, 1)
         self.bias = last.bias.view(self.sizes[::-1]).t().flatten()
+
+    def multiply_in(self, dtype: torch.dtype) -> None:
+        """Cast what it multiplies by."""
+        self.hidden = maps_in(dtype, self.hidden)
+        self.weight, self.bias = self.weight.to(dtype), self.bias.to(dtype)
 
     def draw(self, belief: Tensor, uniform: Tensor) -> Tensor:
         """Draw states without a gradient: ``[N, D], [N, K]`` to ``[N, S]``."""
@@ -412,10 +430,29 @@ class PriorHead:
         return _draw_one_hot(logits, self.unimix, uniform).flatten(-2)
 
 
+class ActorInPrecision:
+    """The actor's network with its linear maps cast: a plain object, for one forward pass.
+
+    Args:
+        actor: The network.
+        dtype: Of the products.
+    """
+
+    def __init__(self, actor: GaussianActor, dtype: torch.dtype):
+        self.hidden = maps_in(dtype, actor.backbone.model)
+        self.mean, self.std = (maps_in(dtype, head.model) for head in (actor.mean, actor.std))
+        self.squash = actor.squash
+
+    def from_features(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """As the actor's."""
+        hidden = run_layers(self.hidden, features)
+        return self.squash(run_layers(self.mean, hidden), run_layers(self.std, hidden))
+
+
 def imagine_step(
     step: BlockGRUStep,
     prior: PriorHead,
-    actor: GaussianActor,
+    actor: GaussianActor | ActorInPrecision,
     features: Tensor,
     state: Tensor,
     belief: Tensor,
@@ -472,6 +509,15 @@ def imagine(
     check_number("horizon", horizon, integer=True, minimum=1)
     with torch.no_grad():
         step, head = BlockGRUStep(prior), PriorHead(prior)
+        acting: GaussianActor | ActorInPrecision = actor
+        device = belief.device.type
+        if torch.is_autocast_enabled(device):
+            # Once, and not at every step: autocast remembers parameters, not views of them, and
+            # in a compiled step nothing.
+            dtype = torch.get_autocast_dtype(device)
+            step.multiply_in(dtype)
+            head.multiply_in(dtype)
+            acting = ActorInPrecision(actor, dtype)
         uniforms = torch.rand(horizon, len(state), prior.num_categoricals, device=state.device)
         actions_shape = (horizon, len(state), *prior.action_shape)
         noise = torch.randn_like(belief.new_empty(actions_shape))
@@ -481,7 +527,7 @@ def imagine(
         actions = []
         for t in range(horizon):
             state, belief, action = one_step(
-                step, head, actor, features[t], state, belief, noise[t], uniforms[t]
+                step, head, acting, features[t], state, belief, noise[t], uniforms[t]
             )
             torch.cat((belief, state), -1, out=features[t + 1])
             actions.append(action)

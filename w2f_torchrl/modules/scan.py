@@ -59,6 +59,22 @@ class ScanWeights(NamedTuple):
     logits_bias: Tensor
 
 
+#: What is multiplied by, or added to a product: under autocast all the same, in its precision.
+MULTIPLIED = (
+    "belief",
+    "belief_bias",
+    "state",
+    "state_bias",
+    "features",
+    "blocks",
+    "gates",
+    "gates_bias",
+    "posterior",
+    "logits",
+    "logits_bias",
+)
+
+
 class _Saved(NamedTuple):
     """What one step keeps for the backward pass."""
 
@@ -152,11 +168,22 @@ class _Scan(torch.autograd.Function):
         step_functions: tuple[Callable[..., Any], Callable[..., Any]],
         *tensors: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        weights = ScanWeights(*tensors)
         forward_one, ctx.backward_one = step_functions
+        device = belief.device.type
+        ctx.autocast = (
+            device,
+            torch.get_autocast_dtype(device),
+            torch.is_autocast_enabled(device),
+        )
+        # Once, and not at every step: autocast remembers parameters, not views of them.
+        dtype = ctx.autocast[1] if ctx.autocast[2] else belief.dtype
+        weights = _multiplied_in(dtype, ScanWeights(*tensors))
+        # Draws and resets are zeros and ones, exact in any precision.
+        state, classes = state.to(dtype), threshold.shape[-1] + 1
+        one_hots = torch.eye(classes, dtype=dtype, device=belief.device)
         steps, states, logits = [], [], []
-        one_hots = torch.eye(threshold.shape[-1] + 1, dtype=belief.dtype, device=belief.device)
-        rows = zip(*(x.unbind(1) for x in (keep, action_input, embedded)), threshold, strict=True)
+        inputs = (x.to(dtype).unbind(1) for x in (keep, action_input, embedded))
+        rows = zip(*inputs, threshold, strict=True)
         for kept, action_t, embedded_t, threshold_t in rows:
             state, belief, logit, saved = forward_one(
                 weights, state, belief, kept, action_t, embedded_t, threshold_t, one_hots, eps
@@ -166,14 +193,9 @@ class _Scan(torch.autograd.Function):
             logits.append(logit)
         ctx.save_for_backward(keep, *weights)
         ctx.steps, ctx.unimix = steps, unimix
-        device = belief.device.type
-        ctx.autocast = (
-            device,
-            torch.get_autocast_dtype(device),
-            torch.is_autocast_enabled(device),
-        )
         beliefs = torch.stack([saved.belief for saved in steps], 1)
-        return torch.stack(states, 1), beliefs, torch.stack(logits, 1)
+        state, logit = (torch.stack(x, 1).to(belief.dtype) for x in (states, logits))
+        return state, beliefs, logit
 
     @staticmethod
     @once_differentiable
@@ -200,6 +222,11 @@ class _Scan(torch.autograd.Function):
         return (state, belief, None, action_input, embedded, None, None, None, None, *of_weights)
 
 
+def _multiplied_in(dtype: torch.dtype, weights: ScanWeights) -> ScanWeights:
+    cast = {name: getattr(weights, name).to(dtype) for name in MULTIPLIED}
+    return weights._replace(**cast)
+
+
 def step_forward(
     weights: ScanWeights,
     state: Tensor,
@@ -211,9 +238,14 @@ def step_forward(
     one_hots: Tensor,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, _Saved]:
-    """One step: state ``[B, S]``, belief ``[B, D]``, logits ``[B, S]``, what backward needs."""
+    """One step: state ``[B, S]``, belief ``[B, D]``, logits ``[B, S]``, what backward needs.
+
+    State, logits, ``keep``, inputs and the weights of products have the products' precision, which
+    is lower under autocast; belief, norms, gates and probabilities have their own.
+    """
     state_in, belief_in = state * keep, belief * keep
-    first = torch.addmm(weights.belief_bias, belief_in, weights.belief.t())
+    multiplied = belief_in.to(weights.belief.dtype)
+    first = torch.addmm(weights.belief_bias, multiplied, weights.belief.t())
     second = torch.addmm(weights.state_bias, state_in, weights.state.t())
     projected = torch.cat((first, second), -1).unflatten(-1, (2, -1))  # [B, 2, H]
     by_input, features = norm(projected, weights.input_norm, eps)
@@ -221,7 +253,7 @@ def step_forward(
 
     grouped = _blocks(belief_in, weights)  # [G, B, w]
     shared = torch.addmm(action_input, features, weights.features)
-    hidden = torch.baddbmm(_blocks(shared, weights), grouped, weights.blocks)
+    hidden = torch.baddbmm(_blocks(shared, weights), _blocks(multiplied, weights), weights.blocks)
     by_hidden, hidden = norm(_flat(hidden), weights.hidden_norm, eps)
     gates = torch.baddbmm(weights.gates_bias, _blocks(hidden, weights), weights.gates)
     if gates.dtype is not belief.dtype:
@@ -235,9 +267,7 @@ def step_forward(
     projected = torch.addmm(embedded, belief, weights.posterior.t())
     by_posterior, posterior = norm(projected, weights.posterior_norm, eps)
     logits = torch.addmm(weights.logits_bias, posterior, weights.logits.t())
-    if logits.dtype is not belief.dtype:
-        logits = logits.to(belief.dtype)
-    probs = softmax_classes(logits, len(one_hots))
+    probs = softmax_classes(logits, len(one_hots), belief.dtype)
     state = draw(probs, threshold, one_hots).view_as(logits)
     saved = _Saved(
         belief_in,
@@ -257,10 +287,12 @@ def step_forward(
     return state, belief, logits, saved
 
 
-def softmax_classes(logits: Tensor, classes: int) -> Tensor:
-    """Probabilities ``[N, K, classes]`` of logits ``[N, K classes]``."""
+def softmax_classes(logits: Tensor, classes: int, dtype: torch.dtype) -> Tensor:
+    """Probabilities ``[N, K, classes]`` of a dtype, of logits ``[N, K classes]``."""
     if not by_hand(logits) or classes >= VECTOR:
-        return torch.softmax(logits.unflatten(-1, (-1, classes)), -1)
+        # The kernel casts what it reads.
+        other = None if logits.dtype is dtype else dtype
+        return torch.softmax(logits.unflatten(-1, (-1, classes)), -1, other)
     # A CPU's kernel over few values in a row is slow, one over all rows at once is not.
     outermost = logits.reshape(-1, classes).t().contiguous()
     return torch.softmax(outermost, 0).t().view(len(logits), -1, classes)
@@ -335,12 +367,14 @@ def step_backward(
     gates = torch.cat((opening, candidate * reset), -1)  # [G, B, 3 w]
     grad = _flat(torch.bmm(gates, weights.gates.transpose(1, 2)))
     hidden_input, hidden_scaled = norm_backward(grad, saved.by_hidden, weights.hidden_norm)
-    direct = torch.bmm(_blocks(hidden_input, weights), weights.blocks.transpose(1, 2))
+    multiplied = hidden_input.to(weights.blocks.dtype)
+    direct = torch.bmm(_blocks(multiplied, weights), weights.blocks.transpose(1, 2))
     direct = grouped - through + direct
-    features = (hidden_input @ weights.features.t()).unflatten(-1, (2, -1))
+    features = (multiplied @ weights.features.t()).unflatten(-1, (2, -1))
     inputs, inputs_scaled = norm_backward(features, saved.by_input, weights.input_norm)
-    belief = (_flat(direct) + inputs[:, 0] @ weights.belief) * keep
-    state = (inputs[:, 1] @ weights.state).to(belief.dtype) * keep
+    by_belief, by_state = inputs.to(weights.belief.dtype).unbind(1)
+    belief = (_flat(direct) + by_belief @ weights.belief) * keep
+    state = (by_state @ weights.state) * keep
     return _Gradients(
         state,
         belief,

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from tensordict import NestedKey, TensorDictBase
+from tensordict import NestedKey, TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModule, TensorDictModuleBase
 from torch import Tensor, nn
 from torchrl.modules import RSSMPosteriorV3, RSSMPriorV3
 
 from w2f_torchrl.modules.config import LATENTS, PRESETS, ModelConfig
-from w2f_torchrl.modules.convolution import ImageDecoder, ImageEncoder
+from w2f_torchrl.modules.convolution import ImageEncoder
 from w2f_torchrl.modules.dual_decoder import DualImageDecoder
 from w2f_torchrl.modules.layers import MLP
+from w2f_torchrl.modules.packed_latents import (
+    INITIAL,
+    pack_belief,
+    pack_state,
+    unpack_belief,
+    unpack_state,
+)
+from w2f_torchrl.modules.reference_decoder import build_image_decoder
 from w2f_torchrl.modules.rssm import RSSMRollout
 from w2f_torchrl.modules.two_hot import TwoHot
 from w2f_torchrl.utils.checks import check_number
@@ -31,6 +39,9 @@ class WorldModel(TensorDictModuleBase):
     ``posterior_logits``, the reconstructions, ``reward_logits`` and ``continue_logits``; latent
     ``split`` also ``background_state``, ``background_belief``, ``background_prior_logits`` and
     ``background_posterior_logits``.
+
+    Slices start from the packed latents under ``initial`` (their first row is read) unless
+    ``is_init`` resets them; without that entry from zero.
 
     Args:
         config: Sizes.
@@ -113,6 +124,7 @@ class WorldModel(TensorDictModuleBase):
     def infer(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Write the posterior latents ``[B, T, ...]`` only."""
         self.check_records(tensordict)
+        self._unpack_initial(tensordict)
         side, start = self.side_stream, None
         if side is not None and self.background_encoder is not None:
             start = torch.cuda.current_stream(side.device).record_event()
@@ -134,6 +146,34 @@ class WorldModel(TensorDictModuleBase):
         for key in written:
             tensordict.get(key).record_stream(main)  # its memory is the other stream's
         return tensordict
+
+    def _num_classes(self) -> dict[str, int]:
+        """Classes of each latent's categoricals, by the prefix of its keys."""
+        classes = {"": self.config.num_classes}
+        if self.background_rollout is not None:
+            classes["background_"] = self.config.background_num_classes
+        return classes
+
+    def _unpack_initial(self, tensordict: TensorDictBase) -> None:
+        """Write the latents before the first step where the recurrences read them."""
+        initial = tensordict.get(INITIAL, None)
+        if initial is None:
+            return
+        shape = tensordict.batch_size
+        for prefix, classes in self._num_classes().items():
+            state = unpack_state(initial.get(f"{prefix}state")[:, :1], classes)
+            belief = unpack_belief(initial.get(f"{prefix}belief")[:, :1])
+            tensordict.set(f"{prefix}state", state.expand(*shape, -1))
+            tensordict.set(f"{prefix}belief", belief.expand(*shape, -1))
+
+    def pack_latents(self, tensordict: TensorDictBase) -> TensorDict:
+        """Pack the posterior latents ``[B, T]`` that the world model wrote, without gradients."""
+        packed = {}
+        for prefix, classes in self._num_classes().items():
+            state = tensordict.get(("next", f"{prefix}state"))
+            packed[f"{prefix}state"] = pack_state(state, classes)
+            packed[f"{prefix}belief"] = pack_belief(tensordict.get(("next", f"{prefix}belief")))
+        return TensorDict(packed, tensordict.batch_size)
 
     def _infer_background(self, tensordict: TensorDictBase) -> list[NestedKey]:
         """Write the background's latent, if there is one; the keys that were written."""
@@ -206,7 +246,10 @@ def _background(config: ModelConfig) -> ModelConfig:
 
 def _build_encoder(config: ModelConfig) -> ImageEncoder:
     return ImageEncoder(
-        depth=config.cnn_depth, mults=config.cnn_multipliers, kernel_size=config.kernel_size
+        depth=config.cnn_depth,
+        mults=config.cnn_multipliers,
+        kernel_size=config.kernel_size,
+        pooled=config.resample == "reference",
     )
 
 
@@ -261,19 +304,29 @@ def _build_rollout(
 def _build_decoder(
     config: ModelConfig, image_size: int, latent: Latent
 ) -> TensorDictModule | DualImageDecoder:
-    features = config.state_size + config.belief_size
     image_shape = (3, image_size, image_size)
-    kwargs = {"kernel_size": config.kernel_size, "num_blocks": config.num_blocks}
+    features = (config.state_size, config.belief_size)
+    settings: dict[str, Any] = {
+        "decoder": config.decoder,
+        "mults": config.cnn_multipliers,
+        "kernel_size": config.kernel_size,
+        "num_blocks": config.num_blocks,
+        "nearest": config.resample != "stride",
+    }
     if latent == "whole":
-        decoder = ImageDecoder(
-            features, image_shape, config.cnn_depth, config.cnn_multipliers, **kwargs
+        decoder = build_image_decoder(
+            features=features,
+            image_shape=image_shape,
+            depth=config.cnn_depth,
+            units=config.units,
+            **settings,
         )
         keys = [("next", "state"), ("next", "belief")]
         return TensorDictModule(_Float32(decoder), keys, [("next", "reconstructed_pixels")])
     background_keys = ("background_state", "background_belief")
-    background_features: int | None = features
+    background_features: tuple[int, int] | None = features
     if latent == "split":
-        background_features = config.background_state_size + config.background_belief_size
+        background_features = (config.background_state_size, config.background_belief_size)
     elif latent == "shared":
         background_keys = ("state", "belief")
     else:
@@ -283,10 +336,11 @@ def _build_decoder(
         background_features,
         image_shape,
         depth=config.cnn_depth,
+        units=config.units,
         background_depth=config.background_cnn_depth,
-        multipliers=config.cnn_multipliers,
+        background_units=config.background_hidden_size,
         background_keys=background_keys,
-        **kwargs,
+        **settings,
     )
 
 

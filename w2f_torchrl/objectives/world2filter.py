@@ -22,6 +22,7 @@ from w2f_torchrl.modules import (
     imagine,
     imagine_step,
 )
+from w2f_torchrl.modules.packed_latents import LATENTS, initial_keys
 from w2f_torchrl.objectives import reconstruction
 from w2f_torchrl.objectives.config import ForegroundScale, ForegroundTarget, LossConfig
 from w2f_torchrl.objectives.returns import ReturnNorm, lambda_return
@@ -80,10 +81,13 @@ class World2FilterLoss(LossModule):
         config: Scales and constants.
 
     Input, records ``[B, T]``: ``action``, ``is_init``, and under ``next`` ``pixels``, ``reward``,
-    ``terminated``, ``done`` and, unless the latent is ``whole``, ``foreground_mask``.
+    ``terminated``, ``done`` and, unless the latent is ``whole``, ``foreground_mask``. With packed
+    latents under ``initial`` slices start from those; else from zero.
 
     Output: scalars. ``loss_*`` as :meth:`loss_names` lists them, already weighted, and detached
-    metrics under their names in ``metrics.jsonl``.
+    metrics under their names in ``metrics.jsonl``. Where slices start from given latents, also the
+    packed posterior latents ``[B, T]`` under ``latents``.
+
 
     A subclass that returns one more loss from :meth:`world_model_losses` lists it in
     :meth:`loss_names`. Its weight is the field of its name in ``config``, and it is logged as
@@ -176,7 +180,8 @@ class World2FilterLoss(LossModule):
         Returns:
             Scalars: every ``loss_*``, and detached metrics.
         """
-        model_td = self.world_model(sample.select(*self.in_keys))
+        starts = initial_keys(sample)
+        model_td = self.world_model(sample.select(*self.in_keys, *starts))
         losses, metrics = self.world_model_losses(model_td)
         following = model_td.get("next")
         state, belief = following.get("state"), following.get("belief")
@@ -197,7 +202,8 @@ class World2FilterLoss(LossModule):
         losses = {f"loss_{k}": self._weight(k) * v for k, v in losses.items()}
         if set(losses) != set(self.out_keys):
             raise RuntimeError(f"losses {sorted(losses)} differ from {sorted(self.out_keys)}.")
-        return TensorDict({**losses, **metrics, **more}, [])
+        out = TensorDict({**losses, **metrics, **more}, [])
+        return out.set(LATENTS, self.world_model.pack_latents(model_td)) if starts else out
 
     # ---------------------------------------------------------------- world model
 
@@ -350,13 +356,21 @@ class World2FilterLoss(LossModule):
         return to_returns + self.config.slow_critic_regularization * to_slow
 
     @torch.no_grad()
-    def update_slow_critic(self) -> None:
-        """Move the slow critic towards the critic by ``slow_critic_rate``."""
-        torch._foreach_lerp_(
-            list(self.slow_critic.parameters()),
-            list(self.critic.parameters()),
-            self.config.slow_critic_rate,
-        )
+    def update_slow_critic(self, applied: Tensor | None = None) -> None:
+        """Move the slow critic towards the critic by ``slow_critic_rate``.
+
+        Args:
+            applied: A bool scalar on the device; False: it stays. None: the host knows that it
+                moves.
+        """
+        slow, critic = list(self.slow_critic.parameters()), list(self.critic.parameters())
+        rate = self.config.slow_critic_rate
+        if applied is None:
+            torch._foreach_lerp_(slow, critic, rate)
+            return
+        change = torch._foreach_sub(critic, slow)
+        torch._foreach_mul_(change, applied * rate)
+        torch._foreach_add_(slow, change)
 
     def _weight(self, name: str) -> float:
         weight: float = getattr(self.config, self.term(name).weight or name)

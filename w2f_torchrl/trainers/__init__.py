@@ -9,6 +9,7 @@ from w2f_torchrl.trainers.config import ConfigError, RunConfig, to_run_config
 
 if TYPE_CHECKING:
     from w2f_torchrl.trainers.evaluator import Evaluator, LoadedPolicy, load_policy
+    from w2f_torchrl.trainers.export import export_policy
     from w2f_torchrl.trainers.learner import Learner
     from w2f_torchrl.trainers.trainer import Trainer
 else:
@@ -16,6 +17,7 @@ else:
         __name__,
         {
             "evaluator": ("Evaluator", "LoadedPolicy", "load_policy"),
+            "export": ("export_policy",),
             "learner": ("Learner",),
             "trainer": ("Trainer",),
         },
@@ -28,6 +30,7 @@ __all__ = [
     "LoadedPolicy",
     "RunConfig",
     "Trainer",
+    "export_policy",
     "load_policy",
     "to_run_config",
 ]

@@ -33,6 +33,9 @@ from w2f_torchrl.utils.seeding import derive_seed
 
 logger = logging.getLogger(__name__)
 
+LATENT_KEYS = (("next", "state"), ("next", "belief"))
+"""What batches keep of the acting policy's latents for the replay."""
+
 
 @dataclass
 class Collection:
@@ -118,6 +121,7 @@ def start_collecting(state: RunState, run_dir: Path, resumption: Resumption | No
         rank=ranks.rank,
         device=config.torch_device() if config.collection.device == "learner" else "cpu",
         overlap=config.collection.overlap,
+        extra_keys=LATENT_KEYS if config.replay.latents else (),
     )
     return Collection(collector, replay, files, environment, go_on)
 

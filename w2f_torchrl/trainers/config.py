@@ -243,11 +243,15 @@ class ReplayConfig:
     """Where records are kept."""
 
     capacity: int = 500_000
-    """Records kept, over all envs (12.8 kB each at 64 x 64 with masks)."""
+    """Records kept, over all envs (12.8 kB each at 64 x 64 with masks, and 2 bytes per feature
+    of the beliefs with latents)."""
     storage: str = "memory"
     """memory, or disk (memory-mapped below the run directory)."""
     newest_first: bool = True
     """Sample each new sequence once as soon as it is complete, then uniformly."""
+    latents: bool = True
+    """Keep state and belief in the replay, as acting and then each update computed them, and start
+    sequences from them; false: sequences start from zero."""
 
 
 @dataclass

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from tensordict import TensorDictBase
 
+from w2f_torchrl.modules.packed_latents import INITIAL
+
 
 class DeviceCopy:
     """Copies samples to the device; on CUDA on a stream of its own.
@@ -31,9 +33,17 @@ class DeviceCopy:
         if self._stream is None:
             return sample.to(self._device)
         with torch.cuda.stream(self._stream):
-            copied = sample.to(self._device, non_blocking=True)
+            copied = self._copy(sample)
         current = torch.cuda.current_stream(self._device)
         current.wait_stream(self._stream)
         for leaf in copied.values(include_nested=True, leaves_only=True):
             leaf.record_stream(current)  # its memory is the other stream's: not to be reused early
+        return copied
+
+    def _copy(self, sample: TensorDictBase) -> TensorDictBase:
+        initial = sample.get(INITIAL, None)
+        copied = sample.exclude(INITIAL).to(self._device, non_blocking=True)
+        if initial is not None:  # T equal rows: one is copied
+            first = initial[:, :1].to(self._device, non_blocking=True)
+            copied.set(INITIAL, first.expand(initial.shape))
         return copied

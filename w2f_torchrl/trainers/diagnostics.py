@@ -15,6 +15,7 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor, nn
 
+from w2f_torchrl.modules.packed_latents import initial_keys
 from w2f_torchrl.trainers.config import RunConfig
 from w2f_torchrl.trainers.evaluator import Evaluation
 from w2f_torchrl.trainers.imagination import decode, imagine_windows
@@ -67,7 +68,8 @@ class Diagnostics:
             return
         with torch.no_grad(), _untouched_randomness(sample.device):
             world_model = self.learner.world_model
-            inferred = world_model.infer(sample.select(*world_model.in_keys)).get("next")
+            keys = (*world_model.in_keys, *initial_keys(sample))
+            inferred = world_model.infer(sample.select(*keys)).get("next")
             if histograms:
                 self._log_histograms(inferred, frames, updates)
             if images:

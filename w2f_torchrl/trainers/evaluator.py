@@ -22,6 +22,7 @@ from w2f_torchrl.trainers.checkpointing import load_checkpoint
 from w2f_torchrl.trainers.config import RunConfig, to_run_config
 from w2f_torchrl.trainers.environments import build_env
 from w2f_torchrl.trainers.learner import Learner
+from w2f_torchrl.trainers.older_checkpoints import complete_model
 from w2f_torchrl.utils.seeding import derive_seed
 from w2f_torchrl.utils.tensors import check_tensor
 
@@ -117,7 +118,7 @@ def load_learner(
         CheckpointError: If the file is missing, damaged or of an unknown format.
     """
     payload = load_checkpoint(checkpoint, device).payload
-    payload["config"]["model"].setdefault("background_encoder", "shared")  # before the setting
+    payload["config"]["model"] = complete_model(payload["config"]["model"])
     config = to_run_config(payload["config"])
     config.device = str(device)
     learner = Learner.from_config(config, payload["action_size"])

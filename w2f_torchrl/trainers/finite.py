@@ -60,8 +60,8 @@ class FiniteGuard(nn.Module):
         """
         good = norm.isfinite() & ~self.halted
         if self.skips:
-            zeros = {key: torch.where(good, value, 0) for key, value in metrics.items()}
-            metrics = metrics.update(zeros)
+            values = torch.where(good, torch.stack(list(metrics.values())), 0)
+            metrics = metrics.update(dict(zip(metrics.keys(), values.unbind(), strict=True)))
         else:
             self.halted.logical_or_(~good)
         for statistic, before in zip(self._statistics(), remembered, strict=True):

@@ -18,6 +18,7 @@ from w2f_torchrl.modules import (
     build_policy,
     build_world_model,
 )
+from w2f_torchrl.modules.packed_latents import LATENTS
 from w2f_torchrl.objectives import LossConfig, World2FilterLoss
 from w2f_torchrl.trainers.auto_execution import AutoUpdate
 from w2f_torchrl.trainers.checkpointing import CheckpointError
@@ -37,6 +38,7 @@ from w2f_torchrl.trainers.execution import (
 from w2f_torchrl.trainers.finite import FiniteGuard
 from w2f_torchrl.trainers.gradients import ComposedLoss, SharedGradients, share_gradients
 from w2f_torchrl.trainers.graphed_update import GraphedUpdate, Update, UpdateState
+from w2f_torchrl.trainers.older_checkpoints import split_moments
 from w2f_torchrl.trainers.optimizer import CapturableOptimizer
 
 
@@ -117,6 +119,9 @@ class Learner(nn.Module):
         self.execution = execution
         self.intact = True
         """False while an update changes the networks: an exception then leaves them half done."""
+        self.latents: TensorDictBase | None = None
+        """Packed posterior latents ``[B, T]`` of the last update, on the device; None where its
+        sample did not say what slices start from."""
         self._gradients: SharedGradients = share_gradients(
             gradients, ComposedLoss(self.loss), self.parameters_trained
         )
@@ -189,20 +194,24 @@ class Learner(nn.Module):
         """Do one update.
 
         Args:
-            sample: Records ``[B, T]`` on the learner's device.
+            sample: Records ``[B, T]`` on the learner's device. With packed latents under
+                ``initial`` slices start from those, and :attr:`latents` holds the new ones.
 
         Returns:
             Detached scalars on the device, nothing read by the host: every ``loss_*`` and the
             metrics, ``wm/grad_norm`` included (before clipping), and ``finite``, whether the update
             was applied.
         """
-        return self._update(sample)
+        metrics = self._update(sample)
+        self.latents = metrics.pop(LATENTS, None)
+        return metrics
 
     def _eager_update(self, sample: TensorDictBase) -> TensorDictBase:
         remembered = self.guard.remember()
         mixed = self.precision == "bfloat16"
         with torch.autocast(self.device_type, torch.bfloat16, enabled=mixed):
             total, metrics = self._gradients.composed(sample)
+        latents = metrics.pop(LATENTS, None)
         self.optimizer.zero_grad()
         # In this thread on CUDA too: what is first compiled in autograd's own threads, or launched
         # from them into a capture, depends on their state.
@@ -210,12 +219,13 @@ class Learner(nn.Module):
             total.backward()
         self._gradients.average()
         grads = [p.grad for p in self.parameters_trained if p.grad is not None]
-        metrics["wm/grad_norm"] = torch.nn.utils.get_total_norm(grads)
+        norms = torch.stack(torch._foreach_norm(grads))
+        metrics["wm/grad_norm"] = torch.linalg.vector_norm(norms)
         good, metrics = self.guard.judge(metrics, metrics["wm/grad_norm"], remembered)
         self.intact = False
         self._apply_if(good)
         self.intact = True
-        return metrics
+        return metrics if latents is None else metrics.set(LATENTS, latents)
 
     def _apply_if(self, good: Tensor) -> None:
         if not isinstance(self.optimizer, CapturableOptimizer):
@@ -225,11 +235,7 @@ class Learner(nn.Module):
             return
         self.optimizer.applied = good
         self.optimizer.step()
-        slow = list(self.loss.slow_critic.parameters())
-        before = [parameter.clone() for parameter in slow]
-        self.loss.update_slow_critic()
-        for parameter, old in zip(slow, before, strict=True):
-            parameter.copy_(torch.where(good, parameter, old))
+        self.loss.update_slow_critic(good)
 
     def is_finite(self) -> bool:
         """Whether every parameter and every moment of the optimizer is finite; reads the device."""
@@ -245,7 +251,7 @@ class Learner(nn.Module):
         return {"loss": dict(self.loss.state_dict()), "optimizer": self.optimizer.state_dict()}
 
     def restore(self, checkpoint: dict[str, Any]) -> None:
-        """Load what :meth:`checkpoint` gave.
+        """Load what :meth:`checkpoint` gave, or an exported policy's networks alone.
 
         Raises:
             CheckpointError: If the networks have other shapes, naming the first difference.
@@ -257,7 +263,11 @@ class Learner(nn.Module):
             raise CheckpointError(
                 f"The checkpoint is of another model: {lines[min(1, len(lines) - 1)].strip()}"
             ) from error
-        self.optimizer.load_state_dict(checkpoint["optimizer"])
+        if "optimizer" not in checkpoint:  # an exported policy, which only acts
+            return
+        names = [name for name, p in self.loss.named_parameters() if p.requires_grad]
+        moments = split_moments(checkpoint["optimizer"], set(checkpoint["loss"]), names)
+        self.optimizer.load_state_dict(moments)
         # A graph holds the old moments' addresses.
         if isinstance(self._update, GraphedUpdate):
             self._update = self._graphed()

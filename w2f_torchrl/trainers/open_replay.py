@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from w2f_torchrl.data import StreamReplayBuffer, make_replay
+from w2f_torchrl.data.latents import latent_fields
 from w2f_torchrl.data.replay_files import Manifest, ReplayFiles, new_generation, ring_rows
 from w2f_torchrl.trainers.checkpointing import CheckpointError
 from w2f_torchrl.trainers.config import RunConfig
@@ -49,6 +50,7 @@ def open_replay(
         newest_first=replay.newest_first,
         pin_memory=config.torch_device().type == "cuda",
         seed=seed,
+        latents=latent_fields(config.model, config.latent) if replay.latents else None,
     )
     files = ReplayFiles(buffer, folder, generation, ring)
     if resumption is not None and resumption.manifest is not None:

@@ -46,8 +46,10 @@ class CapturableOptimizer(DreamerV3Optimizer):
         """Load a state dict; the step counter follows the parameters to their device."""
         super().load_state_dict(state_dict)
         for group in self.param_groups:
-            if isinstance(group["step"], Tensor):  # torch moves the moments only
-                group["step"] = group["step"].to(group["params"][0].device)
+            # Torch moves the moments only, and a CPU's checkpoint holds an int, which the undoing
+            # of a capture's warm-up would not know.
+            step = torch.as_tensor(group["step"], dtype=torch.float32)
+            group["step"] = step.to(group["params"][0].device)
 
     def _count(self, group: dict[str, Any]) -> Tensor:
         """Count the step where it is applied; whether it is, on the device."""
@@ -65,7 +67,7 @@ class CapturableOptimizer(DreamerV3Optimizer):
         count, beta1, beta2 = group["step"], group["beta1"], group["beta2"]
         gradients = [p.grad.float() for p in parameters if p.grad is not None]
         if self.applied is not None:
-            gradients = [torch.where(good, gradient, 0) for gradient in gradients]
+            gradients = _zero_unless(good, gradients)
         warmup = group["warmup_steps"]
         rate = group["lr"] * ((count - 1) / warmup).clamp(max=1) if warmup else group["lr"]
         rate = torch.where(good, rate, 0.0)
@@ -99,6 +101,16 @@ def _bias_correction(beta: float, count: Tensor) -> Tensor:
     if beta == 0:
         return torch.ones_like(count)
     return torch.expm1(count.double() * math.log(beta)).neg().float()
+
+
+def _zero_unless(good: Tensor, gradients: list[Tensor]) -> list[Tensor]:
+    """The gradients, or zeros where ``good`` is False: in one buffer, so that it takes two kernels.
+
+    A product with zero wouldn't do: it leaves NaN as it is.
+    """
+    buffer = torch.where(good, torch.cat([g.flatten() for g in gradients]), 0)
+    parts = buffer.split([g.numel() for g in gradients])
+    return [part.view(g.shape) for part, g in zip(parts, gradients, strict=True)]
 
 
 def _clip(gradients: list[Tensor], parameters: list[Tensor], group: dict[str, Any]) -> list[Tensor]:

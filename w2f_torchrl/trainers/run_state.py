@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from w2f_torchrl.trainers.checkpointing import Checkpoint
+from w2f_torchrl.trainers.checkpointing import Checkpoint, CheckpointError
 from w2f_torchrl.trainers.config import RunConfig, config_to_dict
 from w2f_torchrl.trainers.counters import RunCounters
 from w2f_torchrl.trainers.distributed import Ranks
 from w2f_torchrl.trainers.environments import probe_env
 from w2f_torchrl.trainers.learner import Learner
 from w2f_torchrl.trainers.mask_source import MaskSource
+from w2f_torchrl.trainers.older_checkpoints import check_same_networks
 from w2f_torchrl.trainers.run_evaluations import RunEvaluations
 from w2f_torchrl.trainers.segmentation import build_mask_source, check_same_source, choose_source
 from w2f_torchrl.trainers.update_metrics import UpdateMetrics
@@ -106,6 +107,12 @@ class RunState:
             ConfigError: If its masks come from another source.
         """
         payload = saved.payload
+        if "optimizer" not in payload["learner"]:
+            raise CheckpointError(
+                "resume: the checkpoint is an exported policy, which holds no optimizer, counters "
+                "or replay: load_policy opens it; a run needs one of its own checkpoints."
+            )
+        check_same_networks(payload["config"]["model"], self.config.model)
         self.learner.restore(payload["learner"])
         check_same_source(payload["segmentation"], self.masks)
         self.masks.load_state_dict(payload["segmentation"])

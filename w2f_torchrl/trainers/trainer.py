@@ -24,6 +24,7 @@ from w2f_torchrl.trainers.checkpointing import (
     load_checkpoint,
 )
 from w2f_torchrl.trainers.collecting import (
+    LATENT_KEYS,
     check_finite,
     count_workers,
     ended_episodes,
@@ -35,6 +36,7 @@ from w2f_torchrl.trainers.diagnostics import Diagnostics
 from w2f_torchrl.trainers.distributed import Ranks, describe_lost_rank, is_lost_rank
 from w2f_torchrl.trainers.environments import build_env
 from w2f_torchrl.trainers.evaluator import Evaluator
+from w2f_torchrl.trainers.finite import FINITE
 from w2f_torchrl.trainers.interruptions import (
     end_all,
     keep_exception,
@@ -244,7 +246,10 @@ class Trainer:
     def _take(self, batch: TensorDictBase) -> None:
         """Store a batch of transitions ``[N, T]`` and log the episodes that ended in it."""
         check_finite(batch)
-        self.replay.extend(self.masks.label(records_from_rollout(batch)))
+        keeps_latents = self.config.replay.latents and LATENT_KEYS[0] in batch.keys(True)
+        classes = self.config.model.num_classes if keeps_latents else None
+        records = records_from_rollout(batch, latent_classes=classes)
+        self.replay.extend(self.masks.label(records))
         before, ranks = self.steps, self.ranks.size
         # In the order of time, with the frames of the step that ended the episode.
         for episode in sorted(self.ranks.gather(ended_episodes(batch)), key=attrgetter("column")):
@@ -265,7 +270,10 @@ class Trainer:
             sample = self.replay.sample()
             slots = sample["index"]
             sample = self._to_device(sample)
-            self.state.metrics.add(self.learner.update(sample), slots)
+            metrics = self.learner.update(sample)
+            self.state.metrics.add(metrics, slots)
+            if self.learner.latents is not None:
+                self.replay.write_back(slots, self.learner.latents, metrics[FINITE])
             self.state.counters.add_update()
             if self.updates % self.config.logging.every_updates == 0:
                 self._flush()

@@ -1,0 +1,89 @@
+"""What checkpoints of earlier versions lack: settings, and parameters that were one tensor then."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from w2f_torchrl.modules.config import ModelConfig
+from w2f_torchrl.modules.convolution import split_mask
+from w2f_torchrl.trainers.checkpointing import CheckpointError
+
+#: Settings of the model that were added later, and what networks were before them.
+MODEL_BEFORE = {"background_encoder": "shared", "decoder": "torchrl", "resample": "stride"}
+
+#: Settings that change what the same parameters compute, so that loading them would not fail.
+SAME_SHAPES = ("decoder", "resample")
+
+
+def complete_model(model: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a checkpoint's model, with those that are newer than it.
+
+    Args:
+        model: ``config["model"]`` as it was saved.
+    """
+    return MODEL_BEFORE | model
+
+
+def check_same_networks(saved: dict[str, Any], now: ModelConfig) -> None:
+    """Refuse to go on with parameters that other settings would give another meaning.
+
+    Args:
+        saved: ``config["model"]`` of the checkpoint.
+        now: The run's.
+
+    Raises:
+        CheckpointError: Naming each such setting with the value to pass.
+    """
+    complete = complete_model(saved)
+    wrong = [name for name in SAME_SHAPES if complete[name] != getattr(now, name)]
+    if wrong:
+        were = ", ".join(
+            f"model.{name} was {complete[name]} and is {getattr(now, name)}" for name in wrong
+        )
+        wanted = " ".join(f"model.{name}={complete[name]}" for name in wrong)
+        raise CheckpointError(f"The checkpoint is of another model: {were}. Pass {wanted}.")
+
+
+def split_moments(
+    optimizer: dict[str, Any], saved_names: set[str], names: Sequence[str]
+) -> dict[str, Any]:
+    """Cut the optimizer's moments as the foreground decoder cuts its last layer.
+
+    Args:
+        optimizer: The saved state dict, of an optimizer with one group.
+        saved_names: Names of the saved parameters and buffers.
+        names: Of the parameters that are trained now, in the optimizer's order.
+
+    Returns:
+        A state dict for the parameters of now; the same one where none was cut.
+    """
+    joints = {
+        name: _joint_of(name, names)
+        for name in names
+        if ".mask_head." in name and name not in saved_names
+    }
+    if not joints:
+        return optimizer
+    before = [name for name in names if name not in joints]
+    state: dict[int, dict[str, Tensor]] = {}
+    for i, name in enumerate(names):
+        source = joints.get(name, name)
+        moments = optimizer["state"].get(before.index(source))
+        if moments is None:  # no update was made
+            continue
+        if source in joints.values():
+            dim, part = (1 if name.endswith("weight") else 0), int(name in joints)
+            moments = {key: split_mask(moment, dim)[part] for key, moment in moments.items()}
+        state[i] = moments
+    (group,) = optimizer["param_groups"]
+    return {"state": state, "param_groups": [group | {"params": list(range(len(names)))}]}
+
+
+def _joint_of(name: str, names: Sequence[str]) -> str:
+    """The last layer's parameter that held the mask head's."""
+    decoder, _, kind = name.partition(".mask_head.")
+    layers = [n for n in names if n.startswith(f"{decoder}.layers.") and n.endswith(f".{kind}")]
+    return layers[-1]
