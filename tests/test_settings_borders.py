@@ -21,7 +21,7 @@ from w2f_torchrl.modules import ModelConfig
 from w2f_torchrl.objectives import LossConfig
 from w2f_torchrl.trainers import ConfigError, RunConfig, Trainer
 from w2f_torchrl.trainers.checkpointing import BEST_NAME, list_checkpoints, load_checkpoint
-from w2f_torchrl.trainers.config import OptimizerConfig
+from w2f_torchrl.trainers.config import OptimizerConfig, to_run_config
 from w2f_torchrl.trainers.run_evaluations import RunEvaluations
 from w2f_torchrl.utils.checks import check_fields, check_number
 
@@ -145,6 +145,8 @@ def test_annotations_that_are_types_are_checked_too():
         ({"device": "cuda:99999999999999999999"}, "device='cuda:9+'"),
         ({"device": "cuda:300"}, "device='cuda:300'.*CUDA devices"),
         ({"environment": {"distraction": [1, 2]}}, r"distraction is \[1, 2\]: must be one of"),
+        ({"segmentation": {"labels": "é" * 300}}, "segmentation.labels=.* is no file"),
+        ({"segmentation": {"student_checkpoint": "a\0b"}}, "student_checkpoint=.* is no file"),
         ({"environment": {"distraction": 3}}, "distraction is 3: must be one of"),
         ({"environment": {"image_size": 1048576}}, r"image_size=1048576 must be in \[16, 1024\]"),
         ({"model": {"cnn_multipliers": []}}, "model.cnn_multipliers"),
@@ -183,6 +185,20 @@ def test_a_run_dir_that_no_directory_can_have(tmp_path, run_dir, match):
     config.run_dir = run_dir
     with pytest.raises(ConfigError, match=match):
         config.validate()
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"environment": {"action_range": {"a": 1}}}, r"^environment.action_range: Cannot merge"),
+        ({"segmentation": {"prompts": {"a": 1}}}, r"^segmentation.prompts: Cannot merge"),
+        ({"loss": {"reward": "much"}}, r"^loss.reward: Value 'much' of type 'str'[^\n]*$"),
+        ({"loss": {"rewards": 1.0}}, r"^loss.rewards: Key 'rewards' not in 'LossConfig'$"),
+    ],
+)
+def test_a_setting_of_another_kind_is_named_in_one_line(settings, match):
+    with pytest.raises(ConfigError, match=match):
+        to_run_config(settings)
 
 
 def test_a_run_dir_that_is_or_lies_below_a_file(tmp_path):

@@ -407,7 +407,7 @@ class RunConfig:
             _validate(self)
         except ConfigError:
             raise
-        except ValueError as error:
+        except (ValueError, OSError) as error:  # OSError: a path that no file can have
             raise ConfigError(str(error)) from error
 
 
@@ -508,7 +508,7 @@ def _validate_segmentation(config: RunConfig) -> None:
         )
     for name in ("student_checkpoint", "labels"):
         path = getattr(segmentation, name)
-        if path is not None and not Path(path).is_file():
+        if path is not None and not _is_file(path):
             raise ConfigError(f"segmentation.{name}={path} is no file.")
     if segmentation.needs_sam3:
         missing = missing_requirement(
@@ -516,6 +516,13 @@ def _validate_segmentation(config: RunConfig) -> None:
         )
         if missing is not None:
             raise ConfigError(f"segmentation={segmentation.source}: {missing}")
+
+
+def _is_file(path: str) -> bool:
+    try:
+        return Path(path).is_file()
+    except OSError:  # too long to be one
+        return False
 
 
 def _validate_environment(environment: EnvironmentConfig) -> None:
@@ -721,7 +728,19 @@ def to_run_config(config: DictConfig | dict[str, Any]) -> RunConfig:
         return OmegaConf.to_object(merged)  # type: ignore[return-value]
     except OmegaConfBaseException as error:
         first = str(error.msg or error).partition("\n")[0]  # the rest is OmegaConf's own affair
-        raise ConfigError(f"{error.full_key or error.key}: {first}") from error
+        name = error.full_key or error.key or _setting_of_another_kind(config)
+        raise ConfigError(f"{name}: {first}") from error
+
+
+def _setting_of_another_kind(config: DictConfig | dict[str, Any]) -> str:
+    """The setting that OmegaConf doesn't name: a mapping in the place of a list, for example."""
+    for group, settings in config.items():
+        for name, value in settings.items() if isinstance(settings, dict | DictConfig) else ():
+            try:
+                OmegaConf.merge(OmegaConf.structured(RunConfig), {group: {name: value}})
+            except OmegaConfBaseException:
+                return f"{group}.{name}"
+    return "a setting"
 
 
 def config_to_dict(config: RunConfig) -> dict[str, Any]:
