@@ -299,7 +299,7 @@ def test_a_reason_is_given_for_what_is_not_run():
 
 SHORT = {
     "training": {
-        "total_frames": 120,
+        "total_frames": 480,  # the first update is due after 48 agent steps
         "batch_size": 2,
         "batch_length": 8,
         "prefill_steps": 40,

@@ -109,6 +109,7 @@ with metrics.open("a") as file:
 
 
 LENGTH = "training.total_frames=100"
+SHORT_PREFILL = "training.prefill_steps=16"  # so that 100 frames are enough for an update
 
 
 def stub_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stub: str) -> list[str]:
@@ -121,7 +122,9 @@ def stub_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stub: str) -> lis
 
 def test_a_list_goes_on_where_it_was_interrupted(tmp_path, monkeypatch):
     lines = stub_runs(tmp_path, monkeypatch, STUB)
-    path = write_list(tmp_path / "list.yaml", overrides=["experiment=smoke", LENGTH], seeds=[3])
+    path = write_list(
+        tmp_path / "list.yaml", overrides=["experiment=smoke", LENGTH, SHORT_PREFILL], seeds=[3]
+    )
     jobs = curve_runs.read_jobs(path)
     runs = curve_runs.Runs(tmp_path / "runs", 2, lines.append)
     with pytest.raises(RuntimeError, match=r"2 of 2 runs failed: see .*a_seed3\.log"):
@@ -131,7 +134,7 @@ def test_a_list_goes_on_where_it_was_interrupted(tmp_path, monkeypatch):
     lines.clear()
     assert runs.train(jobs) == found
     assert sorted(lines) == [f"{job.name}: done before" for job in jobs]
-    changed = ["experiment=smoke", LENGTH, "optimizer.lr=0.5"]
+    changed = ["experiment=smoke", LENGTH, SHORT_PREFILL, "optimizer.lr=0.5"]
     jobs = curve_runs.read_jobs(write_list(path, overrides=changed, seeds=[3]))
     with pytest.raises(ValueError, match=r"was trained with optimizer\.lr=.*the list has 0\.5"):
         runs.train(jobs)
