@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -350,6 +351,35 @@ def test_a_resumed_loop_stores_and_learns_the_same(tmp_path):
     assert bool((record_of(whole)["deter"] >= 1000).any())  # latents were written back
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not CHECKOUT, reason="W2F_R2DREAMER names no checkout of r2dreamer")
+def test_the_real_agent_resumes_exactly(tmp_path):
+    import peer_run
+
+    settings = Settings("cartpole_swingup", 2, 4, seed=0, action_repeat=8, num_envs=2)
+
+    def build(name: str) -> PeerLoop:
+        (tmp_path / name).mkdir(exist_ok=True)
+        return peer_run.make_loop(Path(CHECKOUT), settings, tmp_path / name, updates=300)
+
+    whole = build("whole")
+    whole.run(12)
+    first = build("cut")
+    first.run(6)
+    second = build("cut")
+    assert second.resume()
+    second.run(12)
+    filled = whole.replay._buffer.storage.shape[0]
+    assert second.replay._buffer.storage.shape[0] == filled
+    for key, value in record_of(whole)[:filled].items():
+        assert torch.equal(value, record_of(second)[key][:filled]), key
+    for name, value in whole.agent.state_dict().items():
+        assert torch.equal(value, second.agent.state_dict()[name]), name
+    before, after = whole.agent._optimizer.state_dict(), second.agent._optimizer.state_dict()
+    assert before["param_groups"] == after["param_groups"]  # the learning rate of the warm-up
+    assert before["state"][0]["step"] == after["state"][0]["step"] == 12
+
+
 def test_envs_that_cannot_say_their_state_begin_new_episodes(tmp_path):
     loop = make_loop(tmp_path, CountingEnv)
     loop.run(7)
@@ -404,10 +434,59 @@ def test_bad_settings_are_named(arguments, names):
 
 def test_other_settings_are_refused_for_a_run_that_exists(tmp_path):
     facts = {"settings": as_dict(SETTINGS), "overrides": []}
-    note_settings(tmp_path, facts | {"commit": "a"})
-    note_settings(tmp_path, facts | {"commit": "b"})  # it goes on with other code
+    note_settings(tmp_path, facts)
+    note_settings(tmp_path, facts)
     with pytest.raises(ValueError, match=r"overrides=\[\]"):
         note_settings(tmp_path, facts | {"overrides": ["loss.lmbda=0.9"]})
+
+
+class ScriptedJob(parity.Job):
+    """Runs a few lines of Python in the place of a training."""
+
+    script = ""
+
+    def command(self, run_dir: Path, checkout: Path) -> list[str]:
+        return [sys.executable, "-c", self.script, str(run_dir)]
+
+
+WRITE = "import json, sys; open(sys.argv[1] + '/metrics.jsonl', 'a').write(json.dumps("
+
+
+def test_a_run_is_trained_once_and_its_time_is_kept(tmp_path, monkeypatch):
+    script = WRITE + "{'frames': 800, 'updates': 100}) + chr(10)); sum(range(3_000_000))"
+    monkeypatch.setattr(ScriptedJob, "script", script)
+    runs, said = tmp_path / "runs", []
+    for _ in range(2):
+        parity.Runs(runs, tmp_path, said.append).train([ScriptedJob("r2dreamer", SETTINGS, 100)])
+    run_dir = runs / "cartpole_swingup_8x16_seed0_r2dreamer"
+    (usage,) = map(json.loads, (run_dir / "usage.jsonl").read_text().splitlines())
+    assert usage["updates"] == 100
+    assert 0 < usage["cpu_seconds"] <= usage["wall_seconds"] * 1.5
+    assert usage["peer_commit"] is None
+    assert "done before" in said[-1]
+
+
+def test_a_run_that_fails_is_named_with_its_log(tmp_path, monkeypatch):
+    monkeypatch.setattr(ScriptedJob, "script", "raise SystemExit('no room')")
+    with pytest.raises(RuntimeError, match=r"1 of 1 runs failed: see .*r2dreamer\.log"):
+        parity.Runs(tmp_path, tmp_path, print).train([ScriptedJob("r2dreamer", SETTINGS, 100)])
+    assert "no room" in (tmp_path / "cartpole_swingup_8x16_seed0_r2dreamer.log").read_text()
+
+
+def test_a_stop_signal_lets_the_run_save_and_starts_no_other(tmp_path, monkeypatch):
+    script = (
+        "import os, signal, sys, time; from pathlib import Path; here = Path(sys.argv[1])\n"
+        "def save(*_): (here / 'saved').touch(); sys.exit(0)\n"
+        "signal.signal(signal.SIGTERM, save); os.kill(os.getppid(), signal.SIGTERM)\n"
+        "time.sleep(60)"
+    )
+    monkeypatch.setattr(ScriptedJob, "script", script)
+    jobs = [ScriptedJob(name, SETTINGS, 100) for name in ("r2dreamer", "ours")]
+    runs = parity.Runs(tmp_path, tmp_path, print)
+    with pytest.raises(KeyboardInterrupt):
+        runs.train(jobs)
+    assert (tmp_path / "cartpole_swingup_8x16_seed0_r2dreamer" / "saved").exists()
+    assert not (tmp_path / "cartpole_swingup_8x16_seed0_ours.log").exists()
 
 
 def test_a_missing_checkout_is_reported(tmp_path):
@@ -423,8 +502,8 @@ def test_a_missing_checkout_is_reported(tmp_path):
 def write_run(folder: Path, project: str, seed: int, image: float, returns: float) -> None:
     settings = Settings("cartpole_swingup", 8, 16, seed=seed, action_repeat=8)
     run_dir = folder / run_name(project, settings)
-    facts = {"project": project, "settings": as_dict(settings), "overrides": [], "commit": "abc"}
-    note_settings(run_dir, facts | {"peer_commit": "def"})
+    facts = {"project": project, "settings": as_dict(settings), "overrides": []}
+    note_settings(run_dir, facts)
     rows = Rows(run_dir)
     for updates in range(ROW, 626, ROW):
         losses = {"wm/image_loss": image + updates, "wm/kl_value": 2.0, "wm/reward_loss": 1.5}
@@ -434,8 +513,10 @@ def write_run(folder: Path, project: str, seed: int, image: float, returns: floa
     for updates in (0, 356, 600):  # the first ended in the prefill
         value = {"episode/return": returns + updates}
         rows.write({"frames": 8 * updates, "updates": updates, **value})
-    usage = {"wall_seconds": 200.0, "cpu_seconds": 150.0, "updates": 625, "peak_megabytes": 800.0}
-    (run_dir / "usage.jsonl").write_text(json.dumps(usage) + "\n")
+    commits = {"commit": "abc", "peer_commit": "def"}
+    usage = {"wall_seconds": 100.0, "cpu_seconds": 75.0, "updates": 300, "peak_megabytes": 800.0}
+    lines = [usage | commits, usage | {"commit": "abd", "peer_commit": "def", "updates": 325}]
+    (run_dir / "usage.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 def test_the_report_compares_at_equal_updates(tmp_path):
@@ -458,7 +539,8 @@ def test_the_report_compares_at_equal_updates(tmp_path):
     assert list(found["return"]) == ["500"]
     assert found["return"]["500"]["ours"] == [50.0 + 356, 50.0 + 356]
     assert found["return"]["500"]["verdict"] == "worse"
-    assert {run["commit"] for run in results["runs"]} == {"abc"}
+    assert results["runs"][0]["commits"] == ["abc", "abd"]
+    assert results["runs"][0]["peer_commits"] == ["def"]
     assert {run["seconds_per_update"] for run in results["runs"]} == {0.25}
     assert results["runs"][0]["cpu_seconds"] == 150.0
     assert results["command"]

@@ -6,8 +6,8 @@ python benchmarks/evidence/parity.py --out-dir runs/parity --report
 The first form trains ``algo=dreamer_v3`` and, from a checkout of r2dreamer, ``rep_loss=dreamer`` in
 processes of their own, each on one thread of a CPU in float32. Ctrl+C or SIGTERM ends the list with
 everything saved, and the same command continues it exactly there. After a crash r2dreamer's run
-loses at most three minutes, ours at most 500 updates. ``--updates`` may be raised later. The second
-form compares what there is.
+loses at most three minutes, ours at most 500 updates. ``--updates`` is a multiple of 100 and may be
+raised later. The second form compares what there is.
 
 The same in both: environments and their seeds, pictures, action repeat (PlaNet's: 8, and 4 for
 ball_in_cup), widths of the model, batch, prefill, one update an agent step, weights synced after
@@ -134,6 +134,7 @@ class Runs:
 
     def __init__(self, folder: Path, checkout: Path, say: Callable[[str], object] = print) -> None:
         self.folder, self.checkout, self.say = folder.resolve(), checkout.resolve(), say
+        self._commits = {"commit": commit_of(HERE), "peer_commit": commit_of(self.checkout)}
         self._processes: set[subprocess.Popen[bytes]] = set()
         self._stopped = False
 
@@ -148,10 +149,9 @@ class Runs:
             ValueError: If a run was begun with other settings.
             RuntimeError: If runs failed, once the others have ended; with the names of their logs.
         """
-        facts = {"commit": commit_of(HERE), "peer_commit": commit_of(self.checkout)}
         for job in jobs:
             run = {"project": job.project, "settings": as_dict(job.settings)}
-            note_settings(self.folder / job.name, run | {"overrides": list(job.overrides)} | facts)
+            note_settings(self.folder / job.name, run | {"overrides": list(job.overrides)})
         previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             with ThreadPoolExecutor(parallel) as pool:
@@ -197,6 +197,7 @@ class Runs:
             self._processes.discard(process)
         wall, done = time.monotonic() - begun, job.is_complete(run_dir)
         usage = {
+            **self._commits,
             "wall_seconds": wall,
             "cpu_seconds": used.ru_utime + used.ru_stime,
             "updates": last_counters(run_dir / "metrics.jsonl")[1] - updates,

@@ -41,10 +41,10 @@ class Run:
     project: str
     settings: Settings
     facts: dict[str, Any]
-    """Commits and overrides."""
+    """What :func:`~parity_settings.note_settings` wrote."""
     rows: list[dict[str, float]]
-    usage: list[dict[str, float]]
-    """One entry for each process."""
+    usage: list[dict[str, Any]]
+    """One entry for each process: commits and times."""
 
     @property
     def updates(self) -> int:
@@ -212,6 +212,8 @@ def _describe(run: Run) -> dict[str, Any]:
     updates, returns = _series(run, "episode/return")
     return {
         **run.facts,
+        "commits": _different(run, "commit"),
+        "peer_commits": _different(run, "peer_commit"),
         "prefill_steps": run.settings.prefill,
         "discount_horizon": run.settings.horizon,
         "updates": run.updates,
@@ -220,6 +222,10 @@ def _describe(run: Run) -> dict[str, Any]:
         "episodes": [[int(at), round(float(x), 2)] for at, x in zip(updates, returns, strict=True)],
         **times(run),
     }
+
+
+def _different(run: Run, name: str) -> list[str]:
+    return list(dict.fromkeys(entry[name] for entry in run.usage if entry[name]))
 
 
 def _series(run: Run, name: str) -> tuple[np.ndarray, np.ndarray]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,10 +98,11 @@ class Settings:
 
         Raises:
             ValueError: If the envs, which are stepped together, can't make these updates exactly,
-                or the replay can't hold the run.
+                they are no whole rows of metrics, or the replay can't hold the run.
         """
-        if updates < 1 or updates % self.num_envs:
-            raise ValueError(f"updates={updates} must be a positive multiple of {self.num_envs}.")
+        multiple = math.lcm(self.num_envs, ROW)
+        if updates < 1 or updates % multiple:
+            raise ValueError(f"updates={updates} must be a positive multiple of {multiple}.")
         if self.records(updates) > CAPACITY:
             raise ValueError(f"updates={updates} make more records than the replay's {CAPACITY}.")
         return (self.prefill + updates) * self.action_repeat
