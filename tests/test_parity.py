@@ -499,20 +499,21 @@ def test_a_missing_checkout_is_reported(tmp_path):
 # ---------------------------------------------------------------- the report
 
 
-def write_run(folder: Path, project: str, seed: int, image: float, returns: float) -> None:
+def write_run(
+    folder: Path, project: str, seed: int, image: float, returns: float, updates: int = 625
+) -> None:
     settings = Settings("cartpole_swingup", 8, 16, seed=seed, action_repeat=8)
     run_dir = folder / run_name(project, settings)
     facts = {"project": project, "settings": as_dict(settings), "overrides": []}
     note_settings(run_dir, facts)
     rows = Rows(run_dir)
-    for updates in range(ROW, 626, ROW):
-        losses = {"wm/image_loss": image + updates, "wm/kl_value": 2.0, "wm/reward_loss": 1.5}
+    for at in range(ROW, updates + 1, ROW):
+        losses = {"wm/image_loss": image + at, "wm/kl_value": 2.0, "wm/reward_loss": 1.5}
         speed = {"speed/updates_per_second": 4.0}
-        frames = (settings.prefill + updates) * 8
-        rows.write({"frames": frames, "updates": updates, **losses, **speed})
-    for updates in (0, 356, 600):  # the first ended in the prefill
-        value = {"episode/return": returns + updates}
-        rows.write({"frames": 8 * updates, "updates": updates, **value})
+        frames = (settings.prefill + at) * 8
+        rows.write({"frames": frames, "updates": at, **losses, **speed})
+    for at in (0, 356, 600):  # the first ended in the prefill
+        rows.write({"frames": 8 * at, "updates": at, "episode/return": returns + at})
     commits = {"commit": "abc", "peer_commit": "def"}
     usage = {"wall_seconds": 100.0, "cpu_seconds": 75.0, "updates": 300, "peak_megabytes": 800.0}
     lines = [usage | commits, usage | {"commit": "abd", "peer_commit": "def", "updates": 325}]
@@ -546,6 +547,20 @@ def test_the_report_compares_at_equal_updates(tmp_path):
     assert results["command"]
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert any("image_loss at 400" in line for line in lines)
+
+
+def test_a_seed_is_compared_where_both_projects_have_got_with_it(tmp_path):
+    for project in ("ours", "r2dreamer"):
+        write_run(tmp_path, project, 0, 100.0, returns=50.0)
+    write_run(tmp_path, "ours", 1, 100.0, returns=50.0)
+    write_run(tmp_path, "r2dreamer", 1, 100.0, returns=50.0, updates=125)
+    found = parity_report.compare_group(parity_report.load_runs(tmp_path))["image_loss"]
+    assert {at: entry["seeds"] for at, entry in found.items()} == {
+        50: [0, 1],
+        100: [0, 1],
+        200: [0],
+        400: [0],
+    }
 
 
 def test_one_seed_and_one_project_get_no_verdict(tmp_path):

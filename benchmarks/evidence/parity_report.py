@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -145,33 +146,40 @@ def compare_group(runs: Sequence[Run]) -> dict[str, Any]:
     """Compare both projects' runs of a task and shape.
 
     Returns:
-        By metric, by number of updates, what :func:`compare` says; only where all runs of both
-        projects have got.
+        By metric, by number of updates, what :func:`compare` says of the ``seeds`` with which both
+        projects have got there.
     """
-    sides = {project: [run for run in runs if run.project == project] for project in PROJECTS}
-    updates = min((run.updates for run in runs), default=0)
-    result: dict[str, Any] = {"updates": updates}
-    if not all(sides.values()):
-        return result | {"missing": [name for name, found in sides.items() if not found]}
+    missing = [name for name in PROJECTS if all(run.project != name for run in runs)]
+    if missing:
+        return {"missing": missing}
+    updates = max(run.updates for run in runs)
+    result: dict[str, Any] = {}
     for metric, name in LOSSES.items():
-        result[metric] = {}
-        for centre in windows(updates):
-            values = {p: [loss_at(run, name, centre) for run in sides[p]] for p in PROJECTS}
-            _add(result[metric], centre, values, LOWER_IS_BETTER.get(metric))
-    result["return"] = {}
+        at = {
+            centre: _compare_seeds(runs, partial(loss_at, name=name, centre=centre), metric)
+            for centre in windows(updates)
+        }
+        result[metric] = {centre: found for centre, found in at.items() if found}
     a_round = runs[0].settings.episode_round
-    for last in range(a_round, updates + 1, a_round):
-        values = {p: [return_at(run, last) for run in sides[p]] for p in PROJECTS}
-        _add(result["return"], last, values, LOWER_IS_BETTER["return"])
-    return result
+    at = {
+        last: _compare_seeds(runs, partial(return_at, last=last), "return")
+        for last in range(a_round, updates + 1, a_round)
+    }
+    return result | {"return": {last: found for last, found in at.items() if found}}
 
 
-def _add(
-    found: dict[int, Any], at: int, values: Mapping[str, list[float | None]], lower: bool | None
-) -> None:
-    known = {p: [x for x in each if x is not None] for p, each in values.items()}
-    if all(len(known[p]) == len(values[p]) for p in PROJECTS):
-        found[at] = compare(known["ours"], known["r2dreamer"], lower)
+def _compare_seeds(
+    runs: Sequence[Run], measure: Callable[[Run], float | None], metric: str
+) -> dict[str, Any] | None:
+    values: dict[str, dict[int, float]] = {project: {} for project in PROJECTS}
+    for run in runs:
+        if (value := measure(run)) is not None:
+            values[run.project][run.settings.seed] = value
+    seeds = sorted(set(values["ours"]) & set(values["r2dreamer"]))
+    if not seeds:
+        return None
+    ours, peers = ([values[p][seed] for seed in seeds] for p in ("ours", "r2dreamer"))
+    return {"seeds": seeds, **compare(ours, peers, LOWER_IS_BETTER.get(metric))}
 
 
 def times(run: Run) -> dict[str, Any]:
