@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import parity
 import parity_report
 import pytest
@@ -572,6 +573,12 @@ def test_one_seed_and_one_project_get_no_verdict(tmp_path):
     found = parity_report.compare_group(parity_report.load_runs(tmp_path))
     assert found["image_loss"][400]["verdict"] == "one seed: no spread"
     assert found["image_loss"][400]["spread"] is None
+
+
+def test_episodes_that_end_together_are_one_point_of_a_curve():
+    at, values = parity_report._mean_at_each(np.array([5.0, 5.0, 9.0]), np.array([1.0, 3.0, 8.0]))
+    assert (at.tolist(), values.tolist()) == ([5.0, 9.0], [2.0, 8.0])
+    assert parity_report._mean_at_each(np.array([]), np.array([]))[0].size == 0
 
 
 @pytest.mark.parametrize(

@@ -233,7 +233,7 @@ def _describe(run: Run) -> dict[str, Any]:
 
 
 def _different(run: Run, name: str) -> list[str]:
-    return list(dict.fromkeys(entry[name] for entry in run.usage if entry[name]))
+    return list(dict.fromkeys(entry[name] for entry in run.usage if entry.get(name)))
 
 
 def _series(run: Run, name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -300,6 +300,7 @@ def _draw_project(
     axes: Axes, project: str, series: Sequence[tuple[np.ndarray, np.ndarray]]
 ) -> None:
     color = COLORS[project]
+    series = [_mean_at_each(*one) for one in series]  # envs end their episodes together
     for updates, values in series:
         axes.plot(updates, values, color=color, linewidth=0.7, alpha=0.5)
     series = [(updates, values) for updates, values in series if len(updates)]
@@ -313,11 +314,16 @@ def _draw_project(
     axes.plot(grid, means, color=color, linewidth=1.8, label=project)
 
 
+def _mean_at_each(updates: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    at, which = np.unique(updates, return_inverse=True)
+    return at, np.bincount(which, values, len(at)) / np.bincount(which, minlength=len(at))
+
+
 def _style(axes: Axes, metric: str, group: str) -> None:
     axes.set_title(f"{group}: {metric.replace('_', ' ')}", fontsize=8)
     if metric != "return":
         axes.set_yscale("log")
     axes.set_xlabel("updates", fontsize=8)
-    axes.tick_params(labelsize=7)
+    axes.tick_params(which="both", labelsize=7)
     axes.grid(alpha=0.25, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
