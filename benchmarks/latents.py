@@ -3,7 +3,7 @@
 Run from the repository's root::
 
     python benchmarks/latents.py
-    python benchmarks/latents.py --rounds 9 --shapes size1m:8x16
+    python benchmarks/latents.py --shapes size12m:16x64 --update-rounds 0
 
 For each model and batch two replays hold the same records in memory, one of them with latents.
 Both ways are measured in turn, in one process with one thread; reported is the median over the
@@ -93,14 +93,15 @@ def measure_shape(args: argparse.Namespace, preset: str, shape: tuple[int, int])
     }
     milliseconds = measure(ways, args.rounds)
     milliseconds["write_back"] = round(milliseconds["write_back"] - milliseconds["sample"], 3)
-    learner = Learner(config, action_size=ACTION_SIZE, latent=args.latent)
-    sample = kept.sample()
-    without = sample.exclude("initial")
-    updates = {
-        "update": lambda: learner.update(sample),
-        "update_without_latents": lambda: learner.update(without),
-    }
-    milliseconds |= measure(updates, args.update_rounds)
+    if args.update_rounds:
+        learner = Learner(config, action_size=ACTION_SIZE, latent=args.latent)
+        sample = kept.sample()
+        without = sample.exclude("initial")
+        updates = {
+            "update": lambda: learner.update(sample),
+            "update_without_latents": lambda: learner.update(without),
+        }
+        milliseconds |= measure(updates, args.update_rounds)
     rows = plain.rows
     record = sum(leaf.nbytes for leaf in rows.values(True, True)) / len(rows)
     return {
@@ -117,7 +118,7 @@ def main() -> None:
     parser.add_argument("--latent", default="whole")
     parser.add_argument("--records", type=int, default=20_000)
     parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--update-rounds", type=int, default=5)
+    parser.add_argument("--update-rounds", type=int, default=5, help="0: no updates")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/latents.json"))
     args = parser.parse_args()
     torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""Updates of other projects, from their checkouts, for :mod:`learner`.
+"""Other projects from their checkouts, for :mod:`learner` and :mod:`evidence.parity`.
 
 Nothing of theirs is kept here: a checkout is named on the command line and imported as it is.
 """
@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -47,26 +47,67 @@ def r2dreamer_update(
     Raises:
         FileNotFoundError: If the checkout lacks a file that is needed.
     """
-    base = checkout / "configs" / "model" / "_base_.yaml"
-    if not base.exists():
-        raise FileNotFoundError(f"--r2dreamer={checkout} is no checkout of r2dreamer: no {base}.")
-    config = _configuration(base, preset, device)
-    config.model.compile = compiled and device != "cpu"
-    sys.path.insert(0, str(checkout))
-    try:
-        dreamer = importlib.import_module("dreamer")
-    finally:
-        sys.path.remove(str(checkout))
-    if device == "cpu":  # its float16 is for GPUs
-        dreamer.autocast = lambda **kwargs: torch.autocast("cpu", torch.bfloat16, enabled=mixed)
-    spaces = {"image": SimpleNamespace(shape=(64, 64, 3))}
-    agent = dreamer.Dreamer(
-        config.model, SimpleNamespace(spaces=spaces), SimpleNamespace(shape=(ACTION_SIZE,))
-    ).to(device)
+    settings = {"compile": compiled and device != "cpu"}
+    agent = r2dreamer_agent(
+        checkout, preset, ACTION_SIZE, device=device, mixed=mixed, settings=settings
+    )
     return lambda sample: agent.update(_Buffer(sample, agent.rssm))
 
 
-def _configuration(base: Path, preset: str, device: str) -> Any:
+def r2dreamer_agent(
+    checkout: Path,
+    preset: str,
+    action_size: int,
+    *,
+    device: str = "cpu",
+    mixed: bool = False,
+    settings: Mapping[str, Any] | None = None,
+) -> Any:
+    """Make r2dreamer's agent with ``rep_loss=dreamer``, as :func:`r2dreamer_update` describes.
+
+    Args:
+        checkout: The root of its repository.
+        preset: A name of :data:`~w2f_torchrl.modules.PRESETS`.
+        action_size: A.
+        device: ``"cpu"`` or ``"cuda"``.
+        mixed: On a CPU: autocast to bfloat16.
+        settings: Values of its model's configuration (``lr``, ``warmup``, ``horizon``, ...) in the
+            place of its own.
+
+    Returns:
+        Its ``Dreamer``.
+
+    Raises:
+        FileNotFoundError: If the checkout lacks a file that is needed.
+    """
+    base = checkout / "configs" / "model" / "_base_.yaml"
+    if not base.exists():
+        raise FileNotFoundError(f"--r2dreamer={checkout} is no checkout of r2dreamer: no {base}.")
+    config = _configuration(base, preset, device, settings or {})
+    dreamer = import_from(checkout, "dreamer")
+    if device == "cpu":  # its float16 is for GPUs
+        dreamer.autocast = lambda **kwargs: torch.autocast("cpu", torch.bfloat16, enabled=mixed)
+    spaces = {"image": SimpleNamespace(shape=(64, 64, 3))}
+    return dreamer.Dreamer(
+        config.model, SimpleNamespace(spaces=spaces), SimpleNamespace(shape=(action_size,))
+    ).to(device)
+
+
+def import_from(checkout: Path, name: str) -> ModuleType:
+    """Import a module of a checkout that is no package.
+
+    Args:
+        checkout: The folder that holds it.
+        name: The module's.
+    """
+    sys.path.insert(0, str(checkout))
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.remove(str(checkout))
+
+
+def _configuration(base: Path, preset: str, device: str, settings: Mapping[str, Any]) -> Any:
     sizes = PRESETS[preset]
     model = OmegaConf.load(base)
     own = {
@@ -78,10 +119,11 @@ def _configuration(base: Path, preset: str, device: str) -> Any:
         "act": "SiLU",
         "norm": True,
         "rep_loss": "dreamer",
+        "compile": device != "cpu",
     }
     keys = {"mlp_keys": "$^", "cnn_keys": "image"}
     root = {"device": device, "env": {"encoder": keys, "decoder": keys}}
-    return OmegaConf.create(root | {"model": OmegaConf.merge(model, own)})
+    return OmegaConf.create(root | {"model": OmegaConf.merge(model, own, dict(settings))})
 
 
 class _Buffer:

@@ -20,7 +20,11 @@ from w2f_torchrl.trainers.imagination import CONTEXT, HORIZON
 from w2f_torchrl.utils.video import read_video
 
 ROOT = Path(__file__).parents[1]
-TESTED = {"ppo_with_sam3": "test_masks_on_disk.py", "relabel_replay": "test_masks_on_disk.py"}
+TESTED = {
+    "ppo_with_sam3": "test_masks_on_disk.py",
+    "relabel_replay": "test_masks_on_disk.py",
+    "watch_policy": "test_export.py",
+}
 
 
 def rows(run_dir: Path) -> list[dict]:

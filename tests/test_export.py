@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-import watch_pretrained
+import watch_policy
 from test_trainers import tiny_run
 
 from w2f_torchrl.trainers import Trainer, export, export_policy, load_policy
@@ -86,7 +86,7 @@ def test_the_command_line(checkpoint, tmp_path, capsys):
 def test_a_policy_is_watched(checkpoint, tmp_path, capsys):
     film = tmp_path / "film.mp4"
     command = [str(checkpoint), "--out", str(film), "--scenery", "clean"]
-    trained, random = watch_pretrained.main(command)
+    trained, random = watch_policy.main(command)
     out = capsys.readouterr().out
     assert f"return {trained:.0f}; with random actions {random:.0f}" in out
     assert "IoU of the predicted mask" in out

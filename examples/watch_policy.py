@@ -1,11 +1,11 @@
-"""Watch the trained agent of this repository in scenery that it has never seen.
+"""Watch a trained agent in scenery that it has never seen.
 
-python examples/watch_pretrained.py --out pretrained.mp4
+python examples/watch_policy.py runs/demo/checkpoints/checkpoint_000000000792.pt --out film.mp4
 
-Plays one episode of a distracted task before an unseen video, beside one of random actions, prints
-both returns, and writes a film: what the agent sees, the mask that it predicts, and what its two
-decoders make of it. Takes less than a minute on a CPU. The checkpoint is in examples/pretrained/,
-with its settings and the curve of its training; any other checkpoint can be given instead.
+Plays one episode before an unseen video, beside one of random actions, prints both returns, and
+writes a film: what the agent sees, the mask that it predicts, and what its two decoders make of it.
+Takes less than a minute on a CPU. Exported policies (``python -m w2f_torchrl.trainers.export``) are
+opened too.
 """
 
 from __future__ import annotations
@@ -21,8 +21,6 @@ from w2f_torchrl.data import records_from_rollout
 from w2f_torchrl.trainers import LoadedPolicy, load_policy
 from w2f_torchrl.trainers.evaluator import reconstruct
 from w2f_torchrl.utils.video import panel, write_video
-
-PRETRAINED = Path(__file__).parent / "pretrained" / "policy.pt"
 
 
 def play(policy: LoadedPolicy, seed: int, scenery: str | None, *, random: bool) -> TensorDictBase:
@@ -52,8 +50,8 @@ def main(arguments: list[str] | None = None) -> tuple[float, float]:
         The returns of the trained and of the random policy.
     """
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("checkpoint", type=Path, nargs="?", default=PRETRAINED)
-    parser.add_argument("--out", type=Path, default=Path("pretrained.mp4"))
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--out", type=Path, default=Path("film.mp4"))
     parser.add_argument("--scenery", default="unseen_videos_easy", help="an evaluation set")
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args(arguments)
