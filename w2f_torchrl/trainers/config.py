@@ -739,7 +739,7 @@ def _setting_of_another_kind(config: DictConfig | dict[str, Any]) -> str:
             try:
                 OmegaConf.merge(OmegaConf.structured(RunConfig), {group: {name: value}})
             except OmegaConfBaseException:
-                return f"{group}.{name}"
+                return ".".join((str(group), str(name)))
     return "a setting"
 
 
