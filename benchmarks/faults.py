@@ -10,6 +10,7 @@ that fails in its worker, a server that isn't there. SIGKILL again and again is 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
 import math
@@ -31,6 +32,7 @@ from wandb_stub import wandb_stub
 
 from w2f_torchrl.trainers import Trainer
 from w2f_torchrl.trainers.checkpointing import list_checkpoints, load_checkpoint, read_manifest
+from w2f_torchrl.utils.leftovers import Leftovers
 from w2f_torchrl.utils.wandb_logging import FINISH_SECONDS
 
 Row = dict[str, Any]
@@ -141,47 +143,236 @@ def signals(root: Path) -> Row:
     }
 
 
-def worker_killed(root: Path) -> Row:
-    """SIGKILL of one of two worker processes."""
-    attempt = Attempt(root, collection={"num_workers": 2})
+def hangup(root: Path) -> Row:
+    """A closed terminal; and one whose run nohup protects."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    attempt = Attempt(root)
+    attempt.reaches(10)
+    os.kill(attempt.child, signal.SIGHUP)
+    start = time.monotonic()
+    code = attempt.end()
+    seconds = time.monotonic() - start
+    saved = newest_good(attempt.run_dir)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        protected = Attempt(root)
+        protected.reaches(saved + 5)
+        os.kill(protected.child, signal.SIGHUP)
+        protected.reaches(saved + 25)
+        ended = protected.end()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    return {
+        "fault": "SIGHUP: the terminal is closed",
+        "what_happened": f"checkpoint after the update at hand (update {saved}), exit code {code}; "
+        f"with nohup the run goes on to its end, exit code {ended}",
+        "seconds_to_notice": round(seconds, 2),
+        "lost": "nothing",
+    }
+
+
+def evaluation_cut(root: Path) -> Row:
+    """SIGTERM in the middle of an evaluation that takes long, and the resume."""
+    long = {"evaluation": {"every_frames": 240, "episodes": 40}}
+    whole = root / "whole"
+    whole.mkdir()
+    undisturbed = Attempt(whole, **long)
+    if undisturbed.end():
+        raise RuntimeError(undisturbed.log[-3000:])
+
+    def mark(trainer: Trainer, sample: Any) -> None:
+        """Say that an evaluation has begun; it is called before each update."""
+        evaluate = trainer.evaluator.evaluate
+        if not hasattr(evaluate, "marked"):
+
+            def marked(world_model: Any, episodes: int) -> Any:
+                logging.getLogger("faults").warning("an evaluation begins")
+                return evaluate(world_model, episodes)
+
+            marked.marked = True  # type: ignore[attr-defined]
+            trainer.evaluator.evaluate = marked  # type: ignore[method-assign]
+
+    attempt = Attempt(root, mark, **long)
+    attempt.says("an evaluation begins")
+    time.sleep(0.2)
+    start = time.monotonic()
+    os.kill(attempt.child, signal.SIGTERM)
+    code = attempt.end()
+    seconds = time.monotonic() - start
+    done = sum("eval/return_mean" in row for row in rows(attempt.run_dir))
+    begun = goes_on(root, **long)
+    same = rows(attempt.run_dir) == rows(undisturbed.run_dir)
+    return {
+        "fault": "SIGTERM within an evaluation of 40 episodes",
+        "what_happened": f"it ends at the agent's next step ({done} evaluations written), "
+        f"checkpoint, exit code {code}; resumed at update {begun}, it is done again, and all rows "
+        f"of metrics are {'' if same else 'NOT '}those of an undisturbed run",
+        "seconds_to_notice": round(seconds, 2),
+        "lost": "the evaluation's steps, done again",
+    }
+
+
+def worker_lost(root: Path, number: int) -> Row:
+    """SIGKILL or SIGSTOP of one of two worker processes."""
+    attempt = Attempt(root, collection={"num_workers": 2, "timeout_seconds": 5.0})
     attempt.reaches(5)
     workers = children_of(attempt.child, "spawn_main")
-    os.kill(workers[0], signal.SIGKILL)
+    os.kill(workers[0], number)
     start = time.monotonic()
-    noticed = attempt.says("was killed by SIGKILL") - start
+    noticed = attempt.says("All workers of this rank are replaced") - start
     code = attempt.end()
-    left = [pid for pid in workers[1:] if Path(f"/proc/{pid}").exists()]
-    message = line(attempt, "WorkerError", "frame")
-    begun = goes_on(root, collection={"num_workers": 2})
+    left = [pid for pid in workers if Path(f"/proc/{pid}").exists()]
+    counted = max(row.get("train/worker_restarts", 0) for row in rows(attempt.run_dir))
+    left_over = Leftovers(attempt.run_dir).clear()
+    hangs = number == signal.SIGSTOP
     return {
-        "fault": "SIGKILL of a collector's worker",
-        "what_happened": f"WorkerError, emergency checkpoint, exit code {code}, "
-        f"{len(left)} processes left; resumed at update {begun}",
+        "fault": "a collector's worker hangs (SIGSTOP; collection.timeout_seconds=5)"
+        if hangs
+        else "SIGKILL of a collector's worker",
+        "what_happened": f"the workers are replaced, {len(left)} of the old processes and "
+        f"{len(left_over)} semaphores or folders left, train/worker_restarts {counted:.0f}; the "
+        f"run goes on to its end, exit code {code}",
         "seconds_to_notice": round(noticed, 2),
         "lost": "the batch that was being collected; episodes begin anew",
+        "message": line(attempt, "hangs" if hangs else "was killed"),
+    }
+
+
+def workers_lost_for_good(root: Path) -> Row:
+    """Workers that are killed again and again."""
+    attempt = Attempt(root, collection={"num_workers": 2, "max_restarts": 1})
+    attempt.reaches(5)
+    start = time.monotonic()
+    while attempt.log.count("was killed by SIGKILL") < 2:
+        for worker in children_of(attempt.child, "spawn_main"):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(worker, signal.SIGKILL)
+        time.sleep(0.2)
+    code = attempt.end()
+    seconds = time.monotonic() - start
+    begun = goes_on(root, collection={"num_workers": 2})
+    return {
+        "fault": "workers are lost more than collection.max_restarts (1 here) times in a row",
+        "what_happened": f"WorkerError, emergency checkpoint, exit code {code}; resumed at update "
+        f"{begun}",
+        "seconds_to_notice": round(seconds, 2),
+        "lost": "the batch that was being collected; episodes begin anew",
+        "message": line(attempt, "WorkerError", "frame"),
+    }
+
+
+def evaluation_fails(root: Path) -> Row:
+    """An evaluation that raises, once and then always."""
+
+    def spoil(trainer: Trainer, sample: Any) -> None:
+        if trainer.updates == 3:
+            evaluate, failed = trainer.evaluator.evaluate, []
+
+            def fails(world_model: Any, episodes: int) -> Any:
+                failed.append(True)
+                if len(failed) == 1:
+                    raise RuntimeError("the evaluation's renderer is lost")
+                return evaluate(world_model, episodes)
+
+            trainer.evaluator.evaluate = fails  # type: ignore[method-assign]
+
+    attempt = Attempt(root, spoil, evaluation={"every_frames": 240})
+    code = attempt.end()
+    done = sum("eval/return_mean" in row for row in rows(attempt.run_dir))
+    kept = (attempt.run_dir / "exceptions.txt").read_text().count("Traceback")
+    return {
+        "fault": "an evaluation fails",
+        "what_happened": f"{kept} traceback in exceptions.txt, training goes on, {done} later "
+        f"evaluations are made, exit code {code}; evaluation.max_failures in a row end the run",
+        "seconds_to_notice": 0,
+        "lost": "that evaluation",
+        "message": line(attempt, "Training goes on"),
+    }
+
+
+def torn_disk(root: Path) -> Row:
+    """A disk with room for a part of the next line of metrics only, for a moment."""
+
+    def tear(trainer: Trainer, sample: Any) -> None:
+        if trainer.updates == 22:
+            trainer.writer.wait()
+            stream = trainer.logger._file
+
+            class Torn:
+                def write(self, data: bytes) -> int:
+                    trainer.logger._file = self.full  # type: ignore[attr-defined]
+                    return stream.write(data[:9])
+
+                def __getattr__(self, name: str) -> Any:
+                    return getattr(stream, name)
+
+            class Full(Torn):
+                def write(self, data: bytes) -> int:
+                    trainer.logger._file = stream
+                    raise OSError(28, "No space left on device")
+
+            Torn.full = Full()  # type: ignore[attr-defined]
+            trainer.logger._file = Torn()  # type: ignore[assignment]
+
+    attempt = Attempt(root, tear)
+    code = attempt.end()
+    torn = sum(1 for text in (attempt.run_dir / "metrics.jsonl").open() if '"frames"' not in text)
+    message = line(attempt, "No space left")
+    begun = goes_on(root)
+    return {
+        "fault": "a disk that takes a part of a line of metrics, then nothing",
+        "what_happened": f"{torn} torn lines; emergency checkpoint, exit code {code}; resumed at "
+        f"update {begun}",
+        "seconds_to_notice": 0,
+        "lost": "nothing",
         "message": message,
     }
 
 
+def shared_record(root: Path) -> Row:
+    """One bit of a record that all checkpoints have."""
+    attempt = Attempt(root)
+    attempt.reaches(25)
+    os.kill(attempt.child, signal.SIGTERM)
+    attempt.end()
+    newest = newest_good(attempt.run_dir)
+    manifest = read_manifest(list_checkpoints(attempt.run_dir / "checkpoints")[-1])
+    assert manifest is not None, "the run has a replay"
+    pixels = attempt.run_dir / "replay" / manifest["generation"] / "next/pixels.memmap"
+    flip_bit(pixels, 7)
+    again = Attempt(root)
+    start = time.monotonic()
+    noticed = again.says("All checkpoints lack records") - start
+    if again.end():
+        raise RuntimeError(again.log[-3000:])
+    return {
+        "fault": "a bit of a record flipped that all checkpoints share",
+        "what_happened": f"the newest is taken (update {newest}), with a warning; no sequence has "
+        "one of the 256 records under that digest; the run goes on to its end",
+        "seconds_to_notice": round(noticed, 2),
+        "lost": "at most 256 records of the replay",
+        "message": line(again, "All checkpoints lack records"),
+    }
+
+
 def render_failure(root: Path) -> Row:
-    """An env that can't draw any more, in a worker process."""
+    """An env that can't draw any more after 150 pictures, in a worker process."""
     os.environ["W2F_FAULT_DRAWS"] = "150"
     attempt = Attempt(root, collection={"num_workers": 1})
     try:
         failed = attempt.says("no more pictures")
-        noticed = attempt.says("WorkerError") - failed
+        noticed = attempt.says("are replaced") - failed
         code = attempt.end()
     finally:
         del os.environ["W2F_FAULT_DRAWS"]
-    message = line(attempt, "WorkerError", "frame")
-    begun = goes_on(root, collection={"num_workers": 1})
+    counted = max(row.get("train/worker_restarts", 0) for row in rows(attempt.run_dir))
     return {
-        "fault": "rendering fails in a worker",
-        "what_happened": f"WorkerError with the worker's traceback, emergency checkpoint, exit "
-        f"code {code}; resumed at update {begun}",
-        "seconds_to_notice": round(noticed, 2),
-        "lost": "the batch that was being collected; episodes begin anew",
-        "message": message,
+        "fault": "rendering fails in a worker, again after 150 pictures of each new one",
+        "what_happened": f"the worker's traceback in the log, {counted:.0f} replacements, exit "
+        f"code {code}",
+        "seconds_to_notice": round(max(noticed, 0.0), 2),
+        "lost": "the batches that were being collected; episodes begin anew",
+        "message": line(attempt, "ended with exit code"),
     }
 
 
@@ -396,7 +587,14 @@ def children_of(parent: int, word: str) -> list[int]:
 
 FAULTS: dict[str, Callable[[Path], Row]] = {
     "signals": signals,
-    "worker_killed": worker_killed,
+    "hangup": hangup,
+    "evaluation_cut": evaluation_cut,
+    "worker_killed": lambda root: worker_lost(root, signal.SIGKILL),
+    "worker_hung": lambda root: worker_lost(root, signal.SIGSTOP),
+    "workers_lost_for_good": workers_lost_for_good,
+    "evaluation_fails": evaluation_fails,
+    "torn_disk": torn_disk,
+    "shared_record": shared_record,
     "render_failure": render_failure,
     "disk_full": disk_full,
     "truncated": lambda root: damaged(root, "truncated"),
@@ -415,9 +613,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", nargs="*", choices=list(FAULTS), default=list(FAULTS))
     parser.add_argument("--out", default="benchmarks/results/faults.json")
+    parser.add_argument("--keep", action="store_true", help="keep the file's rows of other faults")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    table = []
+    kept = json.loads(Path(options.out).read_text())["faults"] if options.keep else []
+    table = [row for row in kept if row["name"] not in options.only]
     for name in options.only:
         with tempfile.TemporaryDirectory() as folder:
             row = FAULTS[name](Path(folder))

@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import shutil
+import struct
 import zipfile
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -18,6 +21,7 @@ from PIL import Image
 from w2f_torchrl.envs import BackgroundError, davis
 from w2f_torchrl.envs.backgrounds import list_clips, load_clips, select_clips
 from w2f_torchrl.envs.clip_cache import cached_path, mapped_clip
+from w2f_torchrl.envs.clip_files import FileClip, even_intervals
 from w2f_torchrl.envs.procedural import ProceduralClip
 
 SIZE = 16
@@ -61,13 +65,19 @@ def fake_davis(root: Path, frames: int = 2) -> Path:
 # ------------------------------------------------------------------ sources and splits
 
 
-def test_every_third_clip_of_a_folder_is_for_validation(tmp_path: Path) -> None:
-    for name in "abcdefg":
-        write_images(tmp_path / name)
+def test_a_clips_split_does_not_depend_on_the_others(tmp_path: Path) -> None:
+    everything = [chr(code) for code in range(ord("a"), ord("z") + 1)]
+    for name in everything:
+        write_images(tmp_path / name, frames=1)
     (tmp_path / "notes.txt").write_text("no clip")
     (tmp_path / ".hidden").mkdir()
-    assert names(tmp_path, "train") == ["a", "b", "d", "e", "g"]
-    assert names(tmp_path, "val") == ["c", "f"]
+    train, val = names(tmp_path, "train"), names(tmp_path, "val")
+    assert sorted(train + val) == everything
+    assert 4 <= len(val) <= 13
+    for name in ("c", val[0], train[0]):
+        shutil.rmtree(tmp_path / name, ignore_errors=True)
+        assert names(tmp_path, "train") == [n for n in train if (tmp_path / n).exists()]
+        assert names(tmp_path, "val") == [n for n in val if (tmp_path / n).exists()]
 
 
 def test_subfolders_train_and_val_are_the_splits(tmp_path: Path) -> None:
@@ -125,7 +135,7 @@ def test_too_few_clips_are_named(tmp_path: Path) -> None:
     with pytest.raises(BackgroundError, match=r"has no clips: .*holds neither"):
         list_clips(str(tmp_path), "train")
     write_images(tmp_path / "a")
-    with pytest.raises(BackgroundError, match=r"has 1 clips, and every third is for .*'val'"):
+    with pytest.raises(BackgroundError, match=r"has 1 clips, and by their names none .*'val'"):
         list_clips(str(tmp_path), "val")
     with pytest.raises(BackgroundError, match=r"num_videos is 4: .* has 1 clips"):
         select_clips(str(tmp_path), "train", 4)
@@ -172,15 +182,115 @@ def test_broken_files_are_named(tmp_path: Path) -> None:
         load_clips(str(tmp_path / "images"), "train", 1, SIZE)
     assert not cached_path(list_clips(str(tmp_path / "images"), "train")[0], SIZE).exists()
     (tmp_path / "videos").mkdir()
-    (tmp_path / "videos" / "b.mp4").write_bytes(b"no video at all")
-    with pytest.raises(BackgroundError, match=r"background video .*b.mp4 can't be read"):
+    (tmp_path / "videos" / "c.mp4").write_bytes(b"no video at all")
+    with pytest.raises(BackgroundError, match=r"background video .*c.mp4 can't be read"):
         load_clips(str(tmp_path / "videos"), "train", 1, SIZE)
     write_images(tmp_path / "short" / "c", frames=1)
     with pytest.raises(BackgroundError, match=r"c has 1 frames: it needs at least 2"):
         load_clips(str(tmp_path / "short"), "train", 1, SIZE)
-    (tmp_path / "empty" / "d").mkdir(parents=True)
-    with pytest.raises(BackgroundError, match=r"d has 0 frames"):
+    (tmp_path / "empty" / "f").mkdir(parents=True)
+    with pytest.raises(BackgroundError, match=r"f has 0 frames"):
         load_clips(str(tmp_path / "empty"), "train", 1, SIZE)
+
+
+def read_image(folder: Path, picture: Image.Image, name: str = "0.png", **options: object) -> Clip:
+    """What a clip makes of a picture: uint8 [SIZE, SIZE, 3]."""
+    folder.mkdir(parents=True)
+    picture.save(folder / name, **options)
+    picture.save(folder / name.replace("0.", "1."), **options)
+    return FileClip(folder).read(SIZE)[0]
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_sixteen_bits_are_scaled_to_eight(tmp_path: Path, suffix: str) -> None:
+    values = np.full((20, 20), 32639, dtype=np.uint16)  # 127 * 257
+    values[:, :10] = 65535
+    shown = read_image(tmp_path / "a", Image.fromarray(values), f"0.{suffix}")
+    assert (shown[:, -1] == 127).all()
+    assert (shown[:, 0] == 255).all()
+
+
+@pytest.mark.parametrize(("dtype", "said"), [(np.float32, "floating-point"), (np.int32, "32-bit")])
+def test_pixels_of_no_known_range_are_refused(tmp_path: Path, dtype: type, said: str) -> None:
+    with pytest.raises(BackgroundError, match=rf"0\.tif can't be read: its pixels are {said}"):
+        read_image(tmp_path / "a", Image.fromarray(np.ones((8, 8), dtype=dtype)), "0.tif")
+
+
+def test_transparent_pixels_lie_before_black_in_every_mode(tmp_path: Path) -> None:
+    half = Image.new("RGBA", (8, 8), (200, 100, 50, 128))
+    np.testing.assert_allclose(read_image(tmp_path / "rgba", half)[0, 0], [100, 50, 25], atol=1)
+    grey = Image.new("LA", (8, 8), (200, 0))
+    assert not read_image(tmp_path / "la", grey).any()
+    palette = Image.new("P", (8, 8), 1)
+    palette.putpalette([255, 0, 0, 0, 255, 0])
+    assert (read_image(tmp_path / "p", palette) == [0, 255, 0]).all()
+    assert not read_image(tmp_path / "hole", palette, transparency=1).any()
+    assert (read_image(tmp_path / "one", Image.new("1", (8, 8), 1)) == 255).all()
+    cmyk = read_image(tmp_path / "cmyk", Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "0.jpg")
+    np.testing.assert_allclose(cmyk[0, 0], [255, 0, 0], atol=3)
+
+
+def test_a_photograph_lies_as_its_camera_says(tmp_path: Path) -> None:
+    picture = Image.new("RGB", (40, 20))
+    picture.paste((255, 255, 255), (0, 0, 20, 20))  # the left half is white
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn right: left comes to the top
+    shown = read_image(tmp_path / "a", picture, "0.jpg", exif=exif)
+    assert shown[0].mean() > 250
+    assert shown[-1].mean() < 5
+
+
+def test_only_formats_that_are_meant_are_opened(tmp_path: Path) -> None:
+    folder = write_images(tmp_path / "a")
+    eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n%%EOF\n"
+    (folder / "frame_0.png").write_bytes(eps)
+    with pytest.raises(BackgroundError, match=r"frame_0.png can't be read: cannot identify"):
+        FileClip(folder).read(SIZE)
+    write_video(tmp_path / "clip.mp4")
+    playlist = "#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nclip.mp4\n#EXT-X-ENDLIST\n"
+    for name, text in {"a.mp4": playlist, "b.mp4": "ffconcat version 1.0\nfile clip.mp4\n"}.items():
+        (tmp_path / name).write_text(text)
+        with pytest.raises(BackgroundError, match=rf"{name} can't be read"):
+            FileClip(tmp_path / name).read(SIZE)
+
+
+def test_a_video_of_uneven_intervals_plays_evenly(tmp_path: Path) -> None:
+    assert even_intervals([0.0, 0.033, 0.067, 0.1]) == [0, 1, 2, 3]  # a clock's rounding
+    assert even_intervals([0.0, 0.1, 0.2, 0.5, 0.6]) == [0, 1, 2, 2, 2, 3, 4]
+    assert even_intervals([0.0, None, 0.2]) == [0, 1, 2]
+    with av.open(tmp_path / "a.mp4", "w") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width = stream.height = 32
+        stream.pix_fmt = "yuv420p"
+        for level, moment in enumerate((0, 1, 2, 5, 6)):
+            picture = np.full((32, 32, 3), 40 * level, dtype=np.uint8)
+            frame = av.VideoFrame.from_ndarray(picture)
+            frame.pts, frame.time_base = moment, Fraction(1, 10)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    levels = FileClip(tmp_path / "a.mp4").read(SIZE).reshape(7, -1).mean(axis=1)
+    np.testing.assert_allclose(levels, [0, 40, 80, 80, 80, 120, 160], atol=4)
+
+
+def test_a_video_lies_as_its_phone_says(tmp_path: Path) -> None:
+    path = tmp_path / "a.mp4"
+    with av.open(path, "w") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width, stream.height = 64, 32
+        stream.pix_fmt = "yuv420p"
+        picture = np.zeros((32, 64, 3), dtype=np.uint8)
+        picture[:, :32] = 255  # the left half is white
+        for _ in range(3):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture)))
+        container.mux(stream.encode())
+    content = path.read_bytes()
+    upright = struct.pack(">9i", 1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30)
+    turned = struct.pack(">9i", 0, 1 << 16, 0, -1 << 16, 0, 0, 0, 0, 1 << 30)
+    track = content.index(upright, content.index(b"tkhd"))
+    path.write_bytes(content[:track] + turned + content[track + len(turned) :])
+    shown = FileClip(path).read(SIZE)[0]
+    assert shown[0].mean() > 240  # turned to the right
+    assert shown[-1].mean() < 15
 
 
 # ------------------------------------------------------------------ cache
@@ -221,11 +331,42 @@ def test_a_clip_is_made_once_for_all_processes(tmp_path: Path) -> None:
 
 def test_mapped_frames_are_read_only_and_in_the_file(tmp_path: Path) -> None:
     frames = mapped_clip(CountedClip(tmp_path / "notes"), SIZE)
-    assert isinstance(frames, np.memmap)
     assert not frames.flags.writeable
     path = cached_path(CountedClip(tmp_path / "notes"), SIZE)
-    assert Path(frames.filename) == path
+    assert str(path) in Path("/proc/self/maps").read_text()
+    np.testing.assert_array_equal(frames, np.load(path))
     assert not [p for p in path.parent.iterdir() if p.suffix == ".tmp"]
+
+
+def test_mapped_clips_hold_no_descriptors(tmp_path: Path) -> None:
+    def open_files() -> int:
+        return len(list(Path("/proc/self/fd").iterdir()))
+
+    mapped_clip(CountedClip(tmp_path / "first"), SIZE)
+    before = open_files()
+    held = [mapped_clip(CountedClip(tmp_path / str(index)), SIZE) for index in range(20)]
+    assert open_files() == before
+    assert len(held) == 20
+
+
+@pytest.mark.parametrize("how", ["cut", "empty", "header", "shape", "pickle"])
+def test_a_damaged_file_of_the_cache_is_made_again(
+    tmp_path: Path, how: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    clip = CountedClip(tmp_path / "notes")
+    whole = np.array(mapped_clip(clip, SIZE))
+    path = cached_path(clip, SIZE)
+    content = path.read_bytes()
+    if how == "shape":
+        np.save(path, np.zeros((2, SIZE, SIZE), dtype=np.uint8))
+    elif how == "pickle":
+        np.save(path, np.array([{}, {}], dtype=object), allow_pickle=True)
+    else:
+        bad = {"cut": content[:-1], "empty": b"", "header": b"x" + content[1:]}
+        path.write_bytes(bad[how])
+    np.testing.assert_array_equal(mapped_clip(clip, SIZE), whole)
+    assert f"{path} is damaged: counted is read again" in caplog.text
+    assert path.read_bytes() == content
 
 
 def test_a_clip_that_fails_leaves_nothing(tmp_path: Path) -> None:

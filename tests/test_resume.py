@@ -230,9 +230,8 @@ def test_damaged_records_make_the_checkpoint_before_the_newest(tmp_path, caplog)
     assert trainer.updates == before.updates
     assert "don't match their SHA-256 digest. Trying the one before it." in caplog.text
     trainer._lock.release()
-    flip_bit(pixels, 5)
-    with pytest.raises(CheckpointError, match=r"All 1 checkpoints.*damaged"):
-        Trainer(short_run(tmp_path))
+    flip_bit(pixels, 5)  # what all share: see test_damaged_runs
+    assert Trainer(short_run(tmp_path)).updates == before.updates
 
 
 def test_without_its_records_a_run_fills_its_replay_again(tmp_path, undisturbed, caplog):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,7 @@ from torchrl.envs.utils import ExplorationType
 
 from w2f_torchrl.data.overlap import OverlappedCollector
 from w2f_torchrl.data.resumable import ResumableCollector
-from w2f_torchrl.data.workers import SyncCollector, ignore_stop_signals
+from w2f_torchrl.data.workers import TIMEOUT_SECONDS, SyncCollector, begin_worker
 from w2f_torchrl.utils.main_guard import require_main_guard
 from w2f_torchrl.utils.seeding import derive_seed
 
@@ -58,6 +59,8 @@ def make_collector(
     device: torch.device | str = "cpu",
     extra_keys: Sequence[NestedKey] = (),
     overlap: bool = False,
+    timeout_seconds: float = TIMEOUT_SECONDS,
+    scratch: Path | None = None,
 ) -> Collector | MultiSyncCollector | OverlappedCollector:
     """Make a collector of ``[N, T]`` batches of consecutive transitions.
 
@@ -85,6 +88,8 @@ def make_collector(
         device: Where the workers' policies run; envs and batches are on CPU.
         extra_keys: More keys that batches keep.
         overlap: Whether the next batch is collected while the last is learned from; needs workers.
+        timeout_seconds: How long a worker may give no sign before it counts as lost.
+        scratch: Folder for temporary files; None for the system's.
 
     Returns:
         TorchRL's MultiSyncCollector (overlapped if asked), or its Collector for ``num_workers=0``.
@@ -102,7 +107,7 @@ def make_collector(
         # Overlapped, the workers would see the policy's own memory, which a learner changes.
         policy = copy.deepcopy(policy).to(device)
     per_worker = num_envs // max(num_workers, 1)
-    failures = tempfile.TemporaryDirectory(prefix="w2f_") if num_workers else None
+    failures = tempfile.TemporaryDirectory(prefix="w2f_", dir=scratch) if num_workers else None
     env_seed = derive_seed(seed, "train", rank)
     make_worker_env = [
         partial(
@@ -134,9 +139,11 @@ def make_collector(
         **options,
         collector_class=ResumableCollector,
         failures=failures,
+        timeout_seconds=timeout_seconds,
         cat_results=0,
         use_buffers=True,
-        init_fn=ignore_stop_signals,
+        # The kernel means the thread that starts a process: one that ends would take them along.
+        init_fn=partial(begin_worker, threading.current_thread() is threading.main_thread()),
         # By default TorchRL takes one thread for each worker away from this process for good, but
         # the workers wait while the learner computes.
         num_threads=torch.get_num_threads(),

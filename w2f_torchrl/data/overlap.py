@@ -61,6 +61,10 @@ class OverlappedCollector:
             under_way.result()
         self.collector.update_policy_weights_(weights)
 
+    def kill(self) -> None:
+        """End the workers at once; :meth:`shutdown` has to follow."""
+        self.collector.kill()
+
     def shutdown(self, **options: Any) -> None:
         """Wait for the batch under way, then end the workers."""
         self._thread.shutdown(wait=True)

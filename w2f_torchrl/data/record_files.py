@@ -73,14 +73,24 @@ class RecordFiles(Closing):
     Args:
         folder: Where.
         fields: The entries of a record.
-        create: Whether to make what is missing; otherwise files are only read.
+        create: Whether to make what is missing.
+        write: Whether to write to what is there; it is only read otherwise.
         rows: Rows of the files that are made; what was never written takes no space.
 
     Raises:
         MissingRecordsError: If a file is missing and ``create`` is False.
     """
 
-    def __init__(self, folder: Path, fields: Fields, *, create: bool = False, rows: int = 0):
+    def __init__(
+        self,
+        folder: Path,
+        fields: Fields,
+        *,
+        create: bool = False,
+        write: bool = False,
+        rows: int = 0,
+    ) -> None:
+        write |= create
         self.folder, self.fields = folder, fields
         self._descriptors: dict[str, int] = {}
         try:
@@ -88,8 +98,9 @@ class RecordFiles(Closing):
                 path = folder / f"{name}.memmap"
                 if create:
                     path.parent.mkdir(parents=True, exist_ok=True)
-                flags = os.O_RDWR | os.O_CREAT if create else os.O_RDONLY
-                self._descriptors[name] = os.open(path, flags, 0o644)
+                flags = os.O_RDWR | (os.O_CREAT if create else 0) if write else os.O_RDONLY
+                # A folder may come from anywhere: a link would have its target overwritten.
+                self._descriptors[name] = os.open(path, flags | os.O_NOFOLLOW, 0o644)
                 if create and os.fstat(self._descriptors[name]).st_size < rows * field.size:
                     os.ftruncate(self._descriptors[name], rows * field.size)
         except FileNotFoundError as error:

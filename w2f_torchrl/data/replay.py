@@ -259,6 +259,7 @@ class StreamReplayBuffer(TensorDictReplayBuffer):
             "sampler": self._sampler.state_dict(),
             "generator": self._rng.get_state(),
             "cuts": [list(cut) for cut in self._cuts],
+            "holes": [list(hole) for hole in self.heads.holes],
             "latents": None if self._write_back is None else self._write_back.state_dict(),
         }
 
@@ -271,6 +272,9 @@ class StreamReplayBuffer(TensorDictReplayBuffer):
         self._sampler.load_state_dict(state["sampler"])
         self._rng.set_state(state["generator"].cpu())
         self._cuts = [(stream, place) for stream, place in state["cuts"]]
+        holes = {*self.heads.holes, *map(tuple, state.get("holes", ()))}
+        oldest = (self.heads.written - self.heads.stored).tolist()
+        self.heads.holes = sorted(hole for hole in holes if hole[2] > oldest[hole[0]])
         if self._write_back is not None:
             self._write_back.load_state_dict(state.get("latents"))
 

@@ -8,9 +8,10 @@ in files that belong to one checkpoint each (``latent_files``).
 
 from __future__ import annotations
 
+import logging
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,12 +22,15 @@ from w2f_torchrl.data import latent_files
 from w2f_torchrl.data.record_files import (
     Field,
     Fields,
+    MissingRecordsError,
     RecordFiles,
     RecordsError,
     fields_of,
     zero_record,
 )
 from w2f_torchrl.data.replay import StreamReplayBuffer
+
+logger = logging.getLogger(__name__)
 
 BLOCK = 256
 """Rows of a stream under one digest."""
@@ -103,6 +107,9 @@ class ReplayFiles:
         pending = Pending(written, first, [])
         if self.mapped or not self.replay.initialized:
             return pending
+        if any(self._saved) and not self._files_exist():
+            logger.warning("%s is gone: all records are written again", self.folder)
+            self._begin_generation()
         if self.overwrites(written, newest):
             self._begin_generation()
         starts = [
@@ -162,12 +169,15 @@ class ReplayFiles:
             for end, blocks in zip(written, windows(manifest), strict=True)
         )
 
-    def load(self, manifest: Manifest, folder: Path) -> None:
+    def load(
+        self, manifest: Manifest, folder: Path, damage: Collection[tuple[int, int]] = ()
+    ) -> None:
         """Fill the replay with the records of a checkpoint, verified before.
 
         Args:
             manifest: What :meth:`commit` gave.
             folder: The folder of records that it belongs to.
+            damage: Streams and blocks that are left out, from :func:`find_damage`.
         """
         heads = self.replay.heads
         here = folder.resolve() == self.folder.resolve()
@@ -177,7 +187,10 @@ class ReplayFiles:
             for stream, blocks in enumerate(windows(manifest)):
                 for block in blocks:
                     count = _count(manifest, stream, block)
-                    if not (here and self.mapped):  # a mapped replay has them already
+                    if (stream, block) in damage:
+                        place = stream, block * BLOCK, block * BLOCK + count
+                        heads.holes = sorted({*heads.holes, place})
+                    elif not (here and self.mapped):  # a mapped replay has them already
                         rows = files.read(_row(manifest, stream, block), count)
                         piece = Piece(stream, block * BLOCK, rows)
                         self.replay.place(*piece)
@@ -201,7 +214,9 @@ class ReplayFiles:
                 shutil.rmtree(path)
 
     def _begin_generation(self) -> None:
-        self.generation = new_generation(self.folder)
+        # Another name than before, also where its folder is gone: checkpoints still have it.
+        after = f"{int(self.generation) + 1:04d}"
+        self.generation = max(new_generation(self.folder), after, key=int)
         self._saved = [0 for _ in self._saved]
         self._digests = [{} for _ in self._digests]
 
@@ -216,10 +231,17 @@ class ReplayFiles:
                 known[block] = count, files.digest(row, count)
         self._digests[stream] = {block: known[block] for block in blocks}
 
-    def _open(self, *, create: bool = False) -> RecordFiles:
+    def _files_exist(self) -> bool:
+        try:
+            self._open().close()
+        except MissingRecordsError:
+            return False
+        return True
+
+    def _open(self, *, create: bool = False, write: bool = False) -> RecordFiles:
         rows = self.ring * self.replay.heads.num_streams
         folder = self.folder / self.generation
-        return RecordFiles(folder, self._fields(), create=create, rows=rows)
+        return RecordFiles(folder, self._fields(), create=create, write=write, rows=rows)
 
     def _fields(self) -> Fields:
         return fields_of(self.replay.rows)
@@ -231,35 +253,49 @@ class ReplayFiles:
 
     def _write(self, piece: Piece) -> None:
         count = len(next(iter(piece.rows.values())))
-        with self._open(create=True) as files:
+        # What was written before must still be there: new files would hold zeros in its place.
+        with self._open(create=not any(self._saved), write=True) as files:
             for begin, stop in _runs(piece.start, piece.start + count, self.ring):
                 part = slice(begin - piece.start, stop - piece.start)
                 row = piece.stream * self.ring + begin % self.ring
                 files.write(row, {name: entry[part] for name, entry in piece.rows.items()})
 
 
-def verify_records(manifest: Manifest, folder: Path) -> None:
+def find_damage(manifest: Manifest, folder: Path) -> list[tuple[int, int]]:
     """Compare a checkpoint's records with their digests.
 
     Args:
         manifest: What the checkpoint holds of the replay.
         folder: The folder of records that it belongs to.
 
+    Returns:
+        Stream and block of what was altered or cut off.
+
     Raises:
         MissingRecordsError: If the files are gone.
-        RecordsError: If records were altered; names the folder and the place.
+        RecordsError: If a name is none of a generation or of an entry.
     """
+    found = []
     with open_records(manifest, folder) as files:
         for stream, blocks in enumerate(windows(manifest)):
             for block in blocks:
-                digest = files.digest(
-                    _row(manifest, stream, block), _count(manifest, stream, block)
-                )
-                if digest != _digest_of(manifest, stream, block):
-                    raise RecordsError(
-                        f"{files.folder} is damaged: records {block * BLOCK} and following of "
-                        f"stream {stream} don't match their SHA-256 digest."
-                    )
+                row, count = _row(manifest, stream, block), _count(manifest, stream, block)
+                try:
+                    whole = files.digest(row, count) == _digest_of(manifest, stream, block)
+                except RecordsError:  # cut short
+                    whole = False
+                if not whole:
+                    found.append((stream, block))
+    return found
+
+
+def describe_damage(place: tuple[int, int], manifest: Manifest, folder: Path) -> str:
+    """Say which records are damaged, one of what :func:`find_damage` found."""
+    stream, block = place
+    return (
+        f"{folder / str(manifest['generation'])} is damaged: records {block * BLOCK} and following "
+        f"of stream {stream} don't match their SHA-256 digest."
+    )
 
 
 def open_records(manifest: Manifest, folder: Path) -> RecordFiles:

@@ -13,6 +13,9 @@ from torchrl.data.replay_buffers.storages import TensorStorage
 
 from w2f_torchrl.data.streams import StreamHeads, read_state, write_state
 
+MOST_DRAWS = 1000
+"""How often slices are drawn anew that would reach into damaged records."""
+
 
 class StreamSampler(Sampler):
     """Draw slices of consecutive records, newest first, then uniformly over all valid starts.
@@ -55,12 +58,18 @@ class StreamSampler(Sampler):
     def _is_overwritten(self, stream: int, start: int) -> bool:
         return start < int(self.heads.written[stream]) - self.heads.capacity
 
+    def _reaches_hole(self, stream: int, start: int) -> bool:
+        if not self.heads.holes:
+            return False
+        place = torch.tensor(stream), torch.tensor(start)
+        return bool(self.heads.reach_holes(*place, self.batch_length))
+
     def _newest(self, limit: int) -> list[tuple[int, int]]:
         """Take up to ``limit`` queued chunks."""
         chunks: list[tuple[int, int]] = []
         while self._queue and len(chunks) < limit:
             chunk = self._queue.popleft()
-            if not self._is_overwritten(*chunk):
+            if not self._is_overwritten(*chunk) and not self._reaches_hole(*chunk):
                 chunks.append(chunk)
         return chunks
 
@@ -69,7 +78,22 @@ class StreamSampler(Sampler):
         return (self.heads.stored - self.batch_length + 1).clamp(min=0)
 
     def _uniform(self, num: int) -> tuple[Tensor, Tensor]:
-        """Draw streams and start positions, each int64 ``[num]``."""
+        """Draw streams and start positions, each int64 ``[num]``, clear of holes."""
+        stream, start = self._draw(num)
+        if not self.heads.holes:
+            return stream, start
+        for _ in range(MOST_DRAWS):
+            bad = self.heads.reach_holes(stream, start, self.batch_length)
+            if not bad.any():
+                return stream, start
+            stream[bad], start[bad] = self._draw(int(bad.sum()))
+        raise RuntimeError(
+            f"No slice of batch_length={self.batch_length} is clear of the records that were "
+            "damaged on disk. Delete the run's replay folder: it fills again then."
+        )
+
+    def _draw(self, num: int) -> tuple[Tensor, Tensor]:
+        """Draw streams and start positions of the stored records."""
         ends = self._num_starts().cumsum(0)
         total = int(ends[-1])
         if total == 0:

@@ -39,6 +39,8 @@ class StreamHeads:
         written: int64 ``[S]``, the records ever written to each stream.
         first: int64 ``[S]``, the position that each stream begins at, after a checkpoint of a
             smaller replay was loaded.
+        holes: Stream, first and last position + 1 of records that were damaged on disk; no slice
+            has one of them.
     """
 
     def __init__(self, num_streams: int, capacity: int, ring: int | None = None) -> None:
@@ -47,6 +49,14 @@ class StreamHeads:
         self.ring = ring or capacity
         self.written = torch.zeros(num_streams, dtype=torch.int64)
         self.first = torch.zeros(num_streams, dtype=torch.int64)
+        self.holes: list[tuple[int, int, int]] = []
+
+    def reach_holes(self, stream: Tensor, start: Tensor, length: int) -> Tensor:
+        """Whether slices of ``length`` from ``start`` of ``stream`` reach into a hole: bool."""
+        found = torch.zeros_like(start, dtype=torch.bool)
+        for hole, begin, end in self.holes:
+            found |= (stream == hole) & (start < end) & (start + length > begin)
+        return found
 
     @property
     def stored(self) -> Tensor:

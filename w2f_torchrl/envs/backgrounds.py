@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ DAVIS = "davis"
 NUM_PROCEDURAL = {"train": 60, "val": 30}
 """As many as DAVIS 2017 has."""
 VAL_EVERY = 3
-"""Of a folder without splits every third clip, by name, is for validation."""
+"""Of a folder without splits about every third clip is for validation."""
 
 _PROCEDURAL = re.compile(rf"{PROCEDURAL}(?::(\d+))?")
 
@@ -46,7 +47,8 @@ def list_clips(source: str | None, split: str) -> Sequence[Clip]:
     - ``"davis"``: DAVIS 2017 where ``download_davis.py`` put it;
     - a folder in the layout of DAVIS 2017 (``JPEGImages/480p``): its fixed lists;
     - a folder with the subfolders ``train`` and ``val``: their clips;
-    - another folder: its clips by name; every third is for validation.
+    - another folder: each clip by its own name alone, so that others come and go without moving
+      it; about every third is for validation (:func:`is_for_validation`).
 
     Args:
         source: One of these.
@@ -93,14 +95,23 @@ def _folder_split(folder: Path, split: str) -> list[FileClip]:
             )
         return clips[split]
     found = find_clips(folder)
-    val = found[VAL_EVERY - 1 :: VAL_EVERY]
-    clips_of = {"val": val, "train": [clip for clip in found if clip not in val]}
-    if not clips_of[split]:
+    chosen = [clip for clip in found if is_for_validation(clip.path.name) == (split == "val")]
+    if not chosen:
         raise BackgroundError(
-            f"background_source {folder} has {len(found)} clips, and every third is for "
-            f"background_split='val': add clips, or make subfolders {' and '.join(SPLITS)}."
+            f"background_source {folder} has {len(found)} clips, and by their names none of them "
+            f"is for background_split={split!r} (about every third is for 'val'): add clips, or "
+            f"make subfolders {' and '.join(SPLITS)}."
         )
-    return clips_of[split]
+    return chosen
+
+
+def is_for_validation(name: str) -> bool:
+    """Whether a clip of this name, in a folder without splits, is for validation.
+
+    Args:
+        name: Of its file or folder.
+    """
+    return hashlib.sha256(name.encode()).digest()[0] % VAL_EVERY == 0
 
 
 def select_clips(source: str | None, split: str, num_videos: int | None) -> Sequence[Clip]:

@@ -6,14 +6,18 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import logging
+import math
 import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
+
+logger = logging.getLogger(__name__)
 
 FORMAT = 1
 VARIABLE = "W2F_CACHE"
@@ -69,12 +73,44 @@ def mapped_clip(clip: Clip, size: int) -> UInt8Array:
         OSError: If the cache can't be written; ``W2F_CACHE`` names another place.
     """
     path = cached_path(clip, size)
-    if not path.exists():
+    frames = _map(path, size)
+    if frames is None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with _only_one(path.with_suffix(".lock")):
-            if not path.exists():
+            frames = _map(path, size)
+            if frames is None:
+                if path.exists():
+                    logger.warning("%s is damaged: %s is read again", path, clip.name)
                 _write(path, clip.read(size))
-    frames: UInt8Array = np.load(path, mmap_mode="r", allow_pickle=False)
+                frames = _map(path, size)
+    if frames is None:
+        raise OSError(f"{path} can't be read back; {VARIABLE} names another place for the cache.")
+    return frames
+
+
+def _map(path: Path, size: int) -> UInt8Array | None:
+    """Map a file's frames, without a descriptor that stays open; None if it is missing or damaged.
+
+    There are limits on open files, often 1024, and a source may have thousands of clips.
+    """
+    import torch  # here: what checks settings imports this module
+
+    try:
+        with path.open("rb") as stream:
+            form: Any = np.lib.format  # untyped
+            if form.read_magic(stream) != (1, 0):
+                return None
+            shape, fortran, dtype = form.read_array_header_1_0(stream)
+            begin, end = stream.tell(), os.fstat(stream.fileno()).st_size
+    except (FileNotFoundError, ValueError):
+        return None
+    wanted = len(shape) == 4 and shape[1:] == (size, size, 3) and shape[0] > 0
+    if not wanted or fortran or dtype != np.uint8 or end - begin != math.prod(shape):
+        return None
+    # A private map: what is only read stays shared by all processes.
+    everything = torch.from_file(str(path), shared=False, size=end, dtype=torch.uint8)
+    frames: UInt8Array = everything.numpy()[begin:].reshape(shape)
+    frames.flags.writeable = False
     return frames
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,6 +23,13 @@ VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpe
 MIN_FRAMES = 2
 MAX_FRAMES = 1000
 """A longer clip ends here."""
+
+UNEVEN = 0.5
+"""Share of the usual interval between a video's frames by which one may differ in an even video."""
+
+# What Pillow and FFmpeg call the formats behind the suffixes.
+_FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "PPM", "TIFF")
+_DEMUXERS = "mov,mp4,m4a,3gp,3g2,mj2,avi,matroska,webm,mpeg,mpegvideo,mpegts,gif"
 
 _PART = re.compile(r"(\D*)(\d*)")
 
@@ -69,8 +76,12 @@ class FileClip:
         Raises:
             BackgroundError: If a file can't be read, or there are fewer than two frames.
         """
-        pictures = _read_images(self.path) if self.path.is_dir() else _read_video(self.path)
+        times: list[float | None] = []
+        folder = self.path.is_dir()
+        pictures = _read_images(self.path) if folder else _read_video(self.path, times)
         frames = [_resize(picture, size) for picture in itertools.islice(pictures, MAX_FRAMES)]
+        if not folder:
+            frames = [frames[index] for index in even_intervals(times[: len(frames)])]
         if len(frames) < MIN_FRAMES:
             raise BackgroundError(
                 f"background clip {self.path} has {len(frames)} frames: it needs at least "
@@ -117,7 +128,33 @@ def _resize(picture: Image.Image, size: int) -> UInt8Array:
 
     shrinks = min(picture.size) >= size
     means = Image.Resampling.BOX if shrinks else Image.Resampling.BILINEAR
-    return np.asarray(picture.convert("RGB").resize((size, size), means))
+    return np.asarray(picture.resize((size, size), means))
+
+
+def _as_shown(picture: Image.Image) -> Image.Image:
+    """A picture as a viewer shows it: upright, before black where it is transparent, 8 bits RGB.
+
+    Raises:
+        ValueError: If its values have no range that is known.
+    """
+    from PIL import Image, ImageOps
+
+    sixteen_bits = picture.mode.startswith("I;16")
+    sixteen_bits |= picture.mode == "I" and picture.format in ("PNG", "PPM")
+    if picture.mode in ("I", "F") and not sixteen_bits:
+        raise ValueError(
+            f"its pixels are {'floating-point' if picture.mode == 'F' else '32-bit'} numbers, "
+            "whose range isn't known: save it with 8 or 16 bits"
+        )
+    transparent = "transparency" in picture.info or picture.mode in ("RGBA", "LA", "PA", "RGBa")
+    picture = ImageOps.exif_transpose(picture)
+    if sixteen_bits:
+        values = np.asarray(picture).astype(np.float64) / 257  # 65535 is white, as 255 is
+        return Image.fromarray(np.rint(values).astype(np.uint8)).convert("RGB")
+    if transparent:
+        shown = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", shown.size, (0, 0, 0, 255)), shown)
+    return picture.convert("RGB")
 
 
 def _read_images(folder: Path) -> Iterator[Image.Image]:
@@ -125,27 +162,60 @@ def _read_images(folder: Path) -> Iterator[Image.Image]:
 
     for path in _images(folder):
         try:
-            with Image.open(path) as picture:
-                picture.load()
-                yield picture
+            # By its contents, whatever the name: of all that Pillow knows only these are meant.
+            with Image.open(path, formats=_FORMATS) as picture:
+                shown = _as_shown(picture)
         except (
             OSError,
             SyntaxError,
+            ValueError,
             UnidentifiedImageError,
             Image.DecompressionBombError,
         ) as error:
             raise BackgroundError(f"background image {path} can't be read: {error}") from error
+        yield shown
 
 
-def _read_video(path: Path) -> Iterator[Image.Image]:
+def _read_video(path: Path, times: list[float | None]) -> Iterator[Image.Image]:
+    """The pictures of a video, and in ``times`` when each is shown, seconds."""
     import av
     from PIL import Image
 
     try:
-        with av.open(path) as container:
+        # Playlists and the like would have FFmpeg read other files, and from the network.
+        options = {"format_whitelist": _DEMUXERS, "protocol_whitelist": "file"}
+        with av.open(path, options=options) as container:
             if not container.streams.video:
                 raise BackgroundError(f"background video {path} has no pictures in it.")
             for frame in container.decode(container.streams.video[0]):
-                yield Image.fromarray(frame.to_ndarray(format="rgb24"))
+                times.append(frame.time)
+                picture = Image.fromarray(frame.to_ndarray(format="rgb24"))
+                turn = getattr(frame, "rotation", 0)
+                yield picture.rotate(turn, expand=True) if turn else picture
     except (av.error.FFmpegError, OSError) as error:
         raise BackgroundError(f"background video {path} can't be read: {error}") from error
+
+
+def even_intervals(times: Sequence[float | None]) -> list[int]:
+    """Which frames to show for even intervals, the median of theirs; long ones are repeated.
+
+    A video with even intervals, up to the rounding of its clock, stays as it is.
+
+    Args:
+        times: When each frame is shown, seconds; None if that isn't known.
+
+    Returns:
+        Indices of the frames, at most ``MAX_FRAMES``.
+    """
+    as_they_are = list(range(len(times)))
+    if len(times) < MIN_FRAMES or any(time is None for time in times):
+        return as_they_are
+    moments = np.array(times, dtype=np.float64)
+    intervals = np.diff(moments)
+    usual = float(np.median(intervals))
+    if usual <= 0 or (np.abs(intervals - usual) <= UNEVEN * usual).all():
+        return as_they_are
+    count = min(round((moments[-1] - moments[0]) / usual) + 1, MAX_FRAMES)
+    ticks = moments[0] + usual * np.arange(count)
+    found: list[int] = (np.searchsorted(moments, ticks + usual / 2) - 1).tolist()
+    return found

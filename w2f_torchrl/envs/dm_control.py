@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -119,6 +120,12 @@ class PixelDMControlEnv(DMControlEnv):
             frame_skip=action_repeat,
             device=device,
         )
+
+    @property
+    def max_episode_steps(self) -> int | None:
+        """Control steps after which the task ends an episode; None where it has no time limit."""
+        limit = self._env._step_limit
+        return None if math.isinf(limit) else math.ceil(limit)
 
     def _check_kwargs(self, kwargs: dict[str, Any]) -> None:
         """Nothing left to check: the constructor did."""

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from w2f_torchrl.envs import PixelDMControlEnv
 from w2f_torchrl.utils.seeding import derive_seed
+from w2f_torchrl.utils.stopping import check_stop
 
 Array = npt.NDArray[np.float64]
 Act = Callable[[Tensor, bool], Tensor]
@@ -142,6 +143,7 @@ def _record(
     rows = [_row(env, data, action)]
     steps = max_steps if actions is None else len(actions) - 1
     for step in range(steps):
+        check_stop()
         action = act(data["pixels"], step == 0) if actions is None else actions[step + 1]
         data = env.step(TensorDict({"action": action}, []))["next"]
         rows.append(_row(env, data, action))

@@ -16,6 +16,7 @@ from w2f_torchrl.evaluation.probes import PROBES, Score, probe_class, probe_valu
 from w2f_torchrl.modules import WorldModel
 from w2f_torchrl.objectives import World2FilterLoss
 from w2f_torchrl.segmenters import mask_iou
+from w2f_torchrl.utils.stopping import check_stop
 
 Array = npt.NDArray[np.float64]
 
@@ -129,6 +130,7 @@ def _encode_all(
     features: dict[str, list[Tensor]] = {}
     sums = _PictureSums()
     for episode in episodes:
+        check_stop()
         inferred = _infer(world_model, episode)
         for name, prefix in (("foreground", ""), ("background", "background_")):
             if f"{prefix}state" in inferred.keys():

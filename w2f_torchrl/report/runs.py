@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,6 +13,8 @@ import yaml
 
 from w2f_torchrl.utils.environment import read_environment
 from w2f_torchrl.utils.metrics_file import read_metrics
+
+logger = logging.getLogger(__name__)
 
 _MEDIA = re.compile(r"(.+)_(\d{9})")
 
@@ -79,7 +82,7 @@ def load_runs(paths: list[Path]) -> list[Run]:
 
 def _load(path: Path, label: str) -> Run:
     config = path / "config.yaml"
-    settings = yaml.safe_load(config.read_text()) if config.exists() else {}
+    settings = _read_settings(config) if config.exists() else {}
     return Run(
         path=path,
         label=label,
@@ -89,6 +92,17 @@ def _load(path: Path, label: str) -> Run:
         videos=_media(path / "videos", ".mp4"),
         images=_media(path / "images", ".png"),
     )
+
+
+def _read_settings(path: Path) -> Mapping[str, Any]:
+    try:
+        settings = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError):
+        settings = None
+    if not isinstance(settings, Mapping):
+        logger.warning("%s is damaged: the report lacks the run's settings", path)
+        return {}
+    return settings
 
 
 def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

@@ -14,6 +14,7 @@ from torch.nn.functional import interpolate
 from w2f_torchrl.segmenters import sam3
 from w2f_torchrl.segmenters.base import check_masks, check_pixels
 from w2f_torchrl.utils.checks import check_number
+from w2f_torchrl.utils.stopping import check_stop
 
 logger = logging.getLogger(__name__)
 
@@ -108,6 +109,7 @@ class Sam3Segmenter:
         out = torch.empty((len(pixels), 1, *pixels.shape[2:]), dtype=dtype, device=pixels.device)
         start = 0
         while start < len(pixels):
+            check_stop()
             stop = start + self.batch_size
             try:
                 logits = self._mask_logits(pixels[start:stop])

@@ -14,6 +14,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from w2f_torchrl.segmenters.base import check_pixels
 from w2f_torchrl.segmenters.sam3_requirements import SegmenterUnavailableError
 from w2f_torchrl.utils.checks import check_number
+from w2f_torchrl.utils.stopping import check_stop
 
 #: Channels at a half, a quarter and an eighth of the resolution.
 WIDTHS = (16, 32, 32)
@@ -121,10 +122,11 @@ class StudentSegmenter:
         check_pixels(pixels)
         if self._fast is None:
             self._fast = _fused(self.network).to(self.dtype)
-        parts = [
-            self._fast(to_images(part.to(self.device)).to(self.dtype)).float().sigmoid()
-            for part in pixels.split(self.batch_size)
-        ]
+        parts = []
+        for part in pixels.split(self.batch_size):
+            check_stop()
+            images = to_images(part.to(self.device)).to(self.dtype)
+            parts.append(self._fast(images).float().sigmoid())
         empty = pixels.new_empty((0, 1, *pixels.shape[2:]), dtype=torch.float32)
         return torch.cat(parts).to(pixels.device) if parts else empty
 

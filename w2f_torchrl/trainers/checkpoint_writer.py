@@ -14,6 +14,7 @@ import torch
 from w2f_torchrl.data.replay_files import Manifest, Pending, ReplayFiles
 from w2f_torchrl.trainers.checkpointing import (
     BEST_NAME,
+    CheckpointError,
     checkpoint_path,
     list_checkpoints,
     read_manifest,
@@ -39,7 +40,7 @@ class CheckpointWriter:
     def __init__(self, directory: Path, keep: int, files: ReplayFiles) -> None:
         self.directory, self.keep, self.files = directory, keep, files
         self._manifests: dict[Path, Manifest | None] = {
-            path: read_manifest(path) for path in list_checkpoints(directory)
+            path: _manifest_of(path) for path in list_checkpoints(directory)
         }
         # Of the checkpoint with the highest number, at first; then of the last one written.
         self._newest = list(self._manifests.values())[-1] if self._manifests else None
@@ -155,6 +156,13 @@ class CheckpointWriter:
             self.wait()
         finally:
             self._thread.shutdown()
+
+
+def _manifest_of(path: Path) -> Manifest | None:
+    try:
+        return read_manifest(path)
+    except CheckpointError:  # a damaged one that a resume has passed over: it needs no records
+        return None
 
 
 def _copy(value: Any) -> Any:

@@ -16,13 +16,15 @@ import logging
 import os
 import re
 from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple, cast
 
 import torch
 
 from w2f_torchrl.data.record_files import MissingRecordsError, RecordsError
-from w2f_torchrl.data.replay_files import Manifest, verify_records
+from w2f_torchrl.data.replay_files import Manifest, describe_damage, find_damage
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +40,14 @@ _NAME = re.compile(r"checkpoint_(\d+)\.pt")
 _FOOTER = re.compile(rb"\nw2f-sha256:([0-9a-f]{64})\n")
 _FOOTER_BYTES = len(b"\nw2f-sha256:") + 64 + len(b"\n")
 # Exact types: a numpy scalar is an instance of float, and weights_only loading refuses it.
+_RUN_PARTS = {
+    "config": dict,
+    "action_size": int,
+    "learner": dict,
+    "steps": int,
+    "schedule": dict,
+    "segmentation": dict,
+}
 _LEAVES = (torch.Tensor, torch.nn.Parameter, int, float, bool, str, bytes, type(None))
 
 
@@ -159,8 +169,10 @@ def latest_checkpoint(directory: str | os.PathLike[str]) -> Path | None:
 def latest_valid_checkpoint(directory: str | os.PathLike[str]) -> Path | None:
     """Return the highest-numbered checkpoint whose digests hold, its records' too.
 
-    A damaged one is skipped with a warning. Records that are missing altogether are no damage: a
-    run that resumes without them fills its replay again, and says so.
+    A damaged one is skipped with a warning. Where records that all of them share are damaged, it is
+    the highest-numbered one whose own file is whole: a run that resumes leaves those records out.
+    Records that are missing altogether are no damage: a run that resumes without them fills its
+    replay again, and says so.
 
     Args:
         directory: The directory of checkpoints.
@@ -172,41 +184,74 @@ def latest_valid_checkpoint(directory: str | os.PathLike[str]) -> Path | None:
         CheckpointError: If there are checkpoints and every one is damaged.
     """
     paths = list_checkpoints(directory)
+    lacking: list[Path] = []
     for path in reversed(paths):
         try:
-            verify_all(path)
+            damage = verify_all(path)
         except CheckpointError as error:
             logger.warning("%s Trying the one before it.", error)
         else:
-            return path
+            if not damage:
+                return path
+            lacking.append(path)
+            logger.warning("Checkpoint %s: %s Trying the one before it.", path, damage[0])
+    if lacking:
+        logger.warning(
+            "All checkpoints lack records: %s is taken, and damaged records are left out of the "
+            "replay, 256 for each place.",
+            lacking[0],
+        )
+        return lacking[0]
     if paths:
         raise CheckpointError(
             f"All {len(paths)} checkpoints in {directory} are damaged. Start over in another "
-            f"run_dir. If only records are (the messages above name {REPLAY_FOLDER}), deleting "
-            "that folder lets the run resume with a replay that fills again."
+            "run_dir."
         )
     return None
 
 
-def verify_all(path: str | os.PathLike[str]) -> None:
+def verify_all(path: str | os.PathLike[str]) -> list[str]:
     """Compare a checkpoint and its replay's records with their digests.
 
     Args:
         path: A checkpoint file.
 
+    Returns:
+        What is damaged of its records, in words; nothing where they are whole, or gone altogether.
+
     Raises:
-        CheckpointError: If either is damaged; names the file. Records that are gone are no damage.
+        CheckpointError: If the file is damaged, or none of a run; names it.
     """
     verify_checkpoint(path)
-    manifest = read_manifest(path)
+    document = _read(Path(path), "cpu", mmap=True)
+    if document["payload"].keys() & _RUN_PARTS.keys():  # other users keep what they like
+        check_run(document["payload"], path)
+    manifest: Manifest | None = document["payload"].get("replay")
     if manifest is None:
-        return
+        return []
+    folder = records_folder(run_of(path))
     try:
-        verify_records(manifest, records_folder(run_of(path)))
+        with malformed_is_an_error(path):
+            found = find_damage(manifest, folder)
     except MissingRecordsError:
-        return
+        return []
     except RecordsError as error:
-        raise CheckpointError(f"Checkpoint {path}: {error}") from error
+        raise CheckpointError(f"Checkpoint {path} is damaged: {error}") from error
+    _found_damage[Path(path)] = found
+    return [describe_damage(place, manifest, folder) for place in found]
+
+
+_found_damage: dict[Path, list[tuple[int, int]]] = {}
+
+
+def take_damage(path: Path, manifest: Manifest, records: Path) -> list[tuple[int, int]]:
+    """Streams and blocks of a checkpoint's records that are damaged.
+
+    Reading all records takes seconds: what :func:`verify_all` has just found isn't looked for
+    again, once.
+    """
+    found = _found_damage.pop(path, None)
+    return find_damage(manifest, records) if found is None else found
 
 
 def records_folder(run_dir: str | os.PathLike[str], rank: int = 0) -> Path:
@@ -220,9 +265,13 @@ def run_of(path: str | os.PathLike[str]) -> Path:
 
 
 def read_manifest(path: str | os.PathLike[str]) -> Manifest | None:
-    """What a checkpoint holds of the replay, None if it has none; no tensor is read."""
-    payload = torch.load(path, map_location="cpu", mmap=True, weights_only=True)["payload"]
-    manifest: Manifest | None = payload.get("replay") if isinstance(payload, dict) else None
+    """What a checkpoint holds of the replay, None if it has none; no tensor is read.
+
+    Raises:
+        CheckpointError: If the file is none of a run.
+    """
+    document = _read(Path(path), "cpu", mmap=True)
+    manifest: Manifest | None = document["payload"].get("replay")
     return manifest
 
 
@@ -268,7 +317,30 @@ def load_checkpoint(
         CheckpointError: If the file is missing or damaged, or of an unknown format or version.
     """
     verify_checkpoint(path)
-    document = torch.load(path, map_location=map_location, weights_only=True)
+    document = _read(Path(path), map_location)
+    return Checkpoint(
+        document["payload"],
+        document["updates"],
+        document["frames"],
+        document["versions"],
+        document["format_version"],
+    )
+
+
+def _read(path: Path, map_location: torch.device | str, *, mmap: bool = False) -> dict[str, Any]:
+    """Read a file whose digest holds, which says nothing of who wrote it.
+
+    Raises:
+        CheckpointError: If it is none of this format, or lacks a part.
+    """
+    try:
+        document = torch.load(path, map_location=map_location, mmap=mmap, weights_only=True)
+    except Exception as error:  # what is in the file decides on the kind
+        # The first line: torch's next ones advise to load the file without weights_only.
+        raise CheckpointError(
+            f"Checkpoint {path} is malformed, or holds what no checkpoint does: "
+            f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
+        ) from error
     if not isinstance(document, dict) or document.get("format") != FORMAT_NAME:
         raise CheckpointError(f"{path} is not a {FORMAT_NAME} file.")
     version = document.get("format_version")
@@ -278,13 +350,39 @@ def load_checkpoint(
             f"{' and '.join(map(str, READABLE_VERSIONS))}. It was saved with "
             f"{document.get('versions')}: use the w2f_torchrl of that time."
         )
-    return Checkpoint(
-        document["payload"],
-        document["updates"],
-        document["frames"],
-        document["versions"],
-        version,
-    )
+    parts = {"payload": dict, "updates": int, "frames": int, "versions": dict}
+    for name, kind in parts.items():
+        if not isinstance(document.get(name), kind):
+            raise CheckpointError(f"Checkpoint {path} is malformed: its {name} is no {kind}.")
+    return document
+
+
+def check_run(payload: dict[str, Any], path: str | os.PathLike[str]) -> None:
+    """Refuse a checkpoint that lacks a part that a run goes on with.
+
+    Raises:
+        CheckpointError: Naming the part.
+    """
+    for name, kind in _RUN_PARTS.items():
+        if not isinstance(payload.get(name), kind):
+            raise CheckpointError(
+                f"Checkpoint {path} is malformed: its {name} is {type(payload.get(name)).__name__}."
+            )
+
+
+@contextmanager
+def malformed_is_an_error(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Turn what a malformed checkpoint leads to into a CheckpointError that names the file.
+
+    Raises:
+        CheckpointError: In place of a KeyError and the like.
+    """
+    try:
+        yield
+    except (KeyError, IndexError, AttributeError, TypeError, OverflowError) as error:
+        raise CheckpointError(
+            f"Checkpoint {path} is malformed: {type(error).__name__}: {str(error)[:200]}"
+        ) from error
 
 
 def resolve_resume(
@@ -327,7 +425,8 @@ def resolve_resume(
             f"resume={resume} does not exist. Allowed: null, auto, or the path of a checkpoint, "
             "of a directory of checkpoints, or of a run."
         )
-    verify_all(path)
+    for damage in verify_all(path):
+        logger.warning("Checkpoint %s: %s These records are left out of the replay.", path, damage)
     return path
 
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
-from tensordict import TensorDictBase
+import torch
+from tensordict import TensorDict, TensorDictBase
+from tensordict.nn import TensorDictModuleBase
 from torchrl.collectors import Collector, MultiSyncCollector
 
 from w2f_torchrl.data import (
@@ -20,6 +22,7 @@ from w2f_torchrl.data import (
     WorkerError,
     collector_state,
     make_collector,
+    sync_policy_weights,
 )
 from w2f_torchrl.data.replay_files import ReplayFiles
 from w2f_torchrl.modules import latent_sizes
@@ -29,9 +32,16 @@ from w2f_torchrl.trainers.environments import create_env
 from w2f_torchrl.trainers.open_replay import open_replay
 from w2f_torchrl.trainers.resuming import Resumption
 from w2f_torchrl.trainers.run_state import RunState
+from w2f_torchrl.utils.leftovers import Leftovers
 from w2f_torchrl.utils.seeding import derive_seed
+from w2f_torchrl.utils.stopping import may_be_cut, stop_is_wanted
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+AnyCollector: TypeAlias = Collector | MultiSyncCollector | OverlappedCollector
 
 LATENT_KEYS = (("next", "state"), ("next", "belief"))
 """What batches keep of the acting policy's latents for the replay."""
@@ -41,7 +51,9 @@ LATENT_KEYS = (("next", "state"), ("next", "belief"))
 class Collection:
     """A rank's collector, and its replay."""
 
-    collector: Collector | MultiSyncCollector | OverlappedCollector
+    make: Callable[[int], AnyCollector]
+    """Makes the collector from a seed."""
+    seed: int
     replay: StreamReplayBuffer
     files: ReplayFiles
     """The replay's, for checkpoints."""
@@ -49,8 +61,47 @@ class Collection:
     """All that must stay as it is if envs are to go on in the middle of an episode."""
     envs_go_on: bool
     """Whether the collector is to begin where the checkpoint has it."""
+    max_restarts: int
+    """How often in a row lost workers are replaced."""
+    free: Callable[[], None] | None = None
+    """Frees what lost workers leave."""
+    alone: bool = True
+    """Whether a stop signal may end the replacing: no other rank waits for this one."""
+    restarts: int = 0
+    """How often workers were replaced, in the whole run."""
     complete: bool = True
     """Whether the replay holds all that the collector gave: else its state is of no use."""
+    held: TensorDictBase | None = None
+    """A batch ``[N, T]`` that was collected, and comes before any that is asked for."""
+    lost: WorkerError | None = None
+    """What was noticed of the workers; they have to be replaced."""
+
+    def __post_init__(self) -> None:
+        """Start the workers."""
+        self._in_a_row = 0
+        self._batches: Iterator[TensorDictBase] | None = None
+        self.collector = self.make(self.seed)
+
+    def next_batch(self) -> TensorDictBase:
+        """Take the next batch ``[N, T]``; workers that are lost meanwhile are replaced.
+
+        Raises:
+            WorkerError: If they were replaced too often in a row, or a stop signal came.
+        """
+        if self.held is not None:
+            batch, self.held = self.held, None
+            return batch
+        batch = self._with_workers(self._ask)
+        self._in_a_row = 0
+        return batch
+
+    def send_weights(self, policy: TensorDictModuleBase) -> None:
+        """Copy the policy's weights to the workers; lost ones are replaced.
+
+        Raises:
+            WorkerError: As :meth:`next_batch` does.
+        """
+        self._with_workers(lambda: sync_policy_weights(self.collector, policy))
 
     @contextmanager
     def taking_a_batch(self) -> Iterator[None]:
@@ -59,15 +110,68 @@ class Collection:
         yield  # what is raised here leaves it so
         self.complete = True
 
+    def put_back(self, batch: TensorDictBase) -> None:
+        """Keep a batch that could not be stored yet; a checkpoint holds it."""
+        self.held, self.complete = batch, True
+
     def envs_state(self) -> dict[str, Any] | None:
         """The collector's state; None if it is of no use, or, with a warning, if a worker died."""
-        if not self.complete:
+        if not self.complete or self.lost is not None:
             return None
         try:
             return collector_state(self.collector)
         except WorkerError as error:
             logger.warning("the environments' state is lost: %s", error)
+            self.lost = error
             return None
+
+    def close(self) -> None:
+        """End the workers; at once if they are lost, or if a signal says that time is short."""
+        self._batches = None  # a generator that is left to the interpreter's end complains
+        short = self.lost is not None or stop_is_wanted()
+        if short and not isinstance(self.collector, Collector):
+            self.collector.kill()
+        self.collector.shutdown()
+
+    def _ask(self) -> TensorDictBase:
+        if self._batches is None:
+            self._batches = iter(self.collector)
+        return next(self._batches)
+
+    def _with_workers(self, work: Callable[[], T]) -> T:
+        while True:
+            try:
+                if self.lost is not None:
+                    self._replace(self.lost)
+                return work()
+            except WorkerError as error:
+                self.lost = error
+                if stop_is_wanted() or self._in_a_row >= self.max_restarts:
+                    raise
+
+    def _replace(self, error: WorkerError) -> None:
+        """Make the collector anew; its envs begin new episodes."""
+        self._in_a_row += 1
+        self.restarts += 1
+        logger.warning(
+            "%s\nAll workers of this rank are replaced (%d of at most %d times in a row); their "
+            "episodes begin anew.",
+            error,
+            self._in_a_row,
+            self.max_restarts,
+        )
+        assert not isinstance(self.collector, Collector), "it has no workers that could be lost"
+        threads = torch.get_num_threads()  # TorchRL's shutdown sets them
+        self.collector.kill()
+        self.collector.shutdown(raise_on_error=False)
+        torch.set_num_threads(threads)
+        self._batches = None
+        self.replay.end_episodes()
+        if self.free is not None:
+            self.free()
+        with may_be_cut(at_once=True) if self.alone else nullcontext():
+            self.collector = self.make(derive_seed(self.seed, "replaced", self.restarts))
+        self.lost = None
 
 
 class EndedEpisode(NamedTuple):
@@ -80,13 +184,19 @@ class EndedEpisode(NamedTuple):
     """Agent steps."""
 
 
-def start_collecting(state: RunState, run_dir: Path, resumption: Resumption | None) -> Collection:
+def start_collecting(
+    state: RunState,
+    run_dir: Path,
+    resumption: Resumption | None,
+    leftovers: Leftovers | None = None,
+) -> Collection:
     """Start the workers of a rank, and open its replay.
 
     Args:
         state: The run's.
         run_dir: Its directory.
         resumption: What this rank goes on from, None at a run's beginning.
+        leftovers: What the rank's processes put outside of that directory.
 
     Raises:
         CheckpointError: If settings that must stay have changed.
@@ -110,20 +220,37 @@ def start_collecting(state: RunState, run_dir: Path, resumption: Resumption | No
         resumption=resumption,
         envs_go_on=go_on,
     )
-    collector = make_collector(
+    make = partial(
+        make_collector,
         partial(create_env, config),
         state.learner.policy,
         primers=latent_sizes(config.model, state.action_size),
         num_envs=envs,
         num_workers=workers,
         frames_per_batch=envs * config.collection.steps_per_batch,
-        seed=seed,
         rank=ranks.rank,
         device=config.torch_device() if config.collection.device == "learner" else "cpu",
         overlap=config.collection.overlap,
+        timeout_seconds=config.collection.timeout_seconds,
+        scratch=None if leftovers is None else leftovers.scratch(),
         extra_keys=LATENT_KEYS if config.replay.latents else (),
     )
-    return Collection(collector, replay, files, environment, go_on)
+    saved = {} if resumption is None else resumption.state
+    collection = Collection(
+        lambda seed: make(seed=seed),
+        seed,
+        replay,
+        files,
+        environment,
+        go_on,
+        max_restarts=config.collection.max_restarts,
+        free=None if leftovers is None else leftovers.free,
+        alone=ranks.size == 1,
+        restarts=saved.get("worker_restarts", 0),
+    )
+    if go_on and saved.get("held") is not None:
+        collection.held = TensorDict(saved["held"], saved["held"]["action"].shape[:2])
+    return collection
 
 
 def count_workers(config: RunConfig, local_ranks: int) -> int:

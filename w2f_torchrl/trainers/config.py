@@ -236,6 +236,12 @@ class CollectionConfig:
     worker process then has a context of its own)."""
     overlap: bool = False
     """Collect the next batch while the learner learns; the policy that acts is one batch older."""
+    timeout_seconds: float = 300.0
+    """Seconds after which a worker process that gives no sign counts as lost, as a dead one does;
+    above 0."""
+    max_restarts: int = 3
+    """Number of times in a row that lost workers are replaced, their episodes beginning anew; then
+    the run ends with a checkpoint. 0: at once."""
 
 
 @dataclass
@@ -271,6 +277,12 @@ class EvaluationConfig:
     change by another background); needs scikit-learn (the extra ``analysis``)."""
     filtering_episodes: int = 24
     """Episodes of random actions for these measures, recorded once."""
+    max_control_steps: int | None = None
+    """Control steps after which an episode is cut; null: what the environment names, 1,000 where it
+    names nothing."""
+    max_failures: int = 3
+    """Number of evaluations, or of their videos or probes, that fail in a row before the run ends;
+    each is written to exceptions.txt; at least 1."""
 
 
 @dataclass
@@ -605,12 +617,19 @@ def _validate_training(config: RunConfig) -> None:
         raise ConfigError(
             f"collection.num_workers={workers} must be 0 or divide environment.num_envs={envs}."
         )
+    timeout = config.collection.timeout_seconds
+    if not 0 < timeout < math.inf:
+        raise ConfigError(f"collection.timeout_seconds={timeout} must be above 0, and finite.")
+    _at_least("collection.max_restarts", config.collection.max_restarts, 0)
     if config.collection.overlap and workers == 0:
         raise ConfigError(
             "collection.overlap=true needs worker processes, and collection.num_workers=0 has none."
         )
     _at_least("evaluation.every_frames", config.evaluation.every_frames, 0)
     _at_least("evaluation.episodes", config.evaluation.episodes, 1)
+    _at_least("evaluation.max_failures", config.evaluation.max_failures, 1)
+    if config.evaluation.max_control_steps is not None:
+        _at_least("evaluation.max_control_steps", config.evaluation.max_control_steps, 1)
     _validate_filtering(config)
     _at_least("checkpoint.every_updates", config.checkpoint.every_updates, 1)
     _at_least("checkpoint.keep", config.checkpoint.keep, 1)
@@ -749,5 +768,9 @@ def config_to_dict(config: RunConfig) -> dict[str, Any]:
 
 
 def save_config(config: RunConfig, path: str | Path) -> None:
-    """Write the configuration as YAML."""
-    OmegaConf.save(OmegaConf.structured(config), path)
+    """Write the configuration as YAML; what had the name before is replaced, not written to."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.unlink(missing_ok=True)
+    OmegaConf.save(OmegaConf.structured(config), temporary)
+    os.replace(temporary, path)

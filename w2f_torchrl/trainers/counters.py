@@ -20,6 +20,8 @@ class RunCounters:
         self.steps = 0
         """Agent steps so far, over all envs and ranks."""
         self.updates = 0
+        self._counted = (0, 0)
+        """Steps and frames of the checkpoint that this run goes on from."""
         self.schedule = UpdateSchedule(
             config.training.train_ratio,
             config.effective_batch_size,
@@ -33,8 +35,12 @@ class RunCounters:
 
     @property
     def frames(self) -> int:
-        """Environment frames (control steps) so far."""
-        return self.steps * self._action_repeat
+        """Environment frames (control steps) so far.
+
+        Those of a checkpoint are as it counted them, whatever an action lasts now.
+        """
+        steps, frames = self._counted
+        return frames + (self.steps - steps) * self._action_repeat
 
     def updates_due(self) -> int:
         """How many updates are due; they stay so until :meth:`add_update`."""
@@ -68,7 +74,12 @@ class RunCounters:
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint holds of them, beside the updates in its name."""
         schedule = self.schedule.state_dict()
-        return {"steps": self.steps, "first_steps": self.first_steps, "schedule": schedule}
+        return {
+            "steps": self.steps,
+            "frames": self.frames,
+            "first_steps": self.first_steps,
+            "schedule": schedule,
+        }
 
     def load_state_dict(self, state: dict[str, Any], *, updates: int, same_ranks: bool) -> None:
         """Go on from a checkpoint.
@@ -83,6 +94,8 @@ class RunCounters:
             CheckpointError: If settings that must stay have changed.
         """
         self.steps, self.updates = state["steps"], updates
+        # Checkpoints before this entry are of runs that count with one action repeat.
+        self._counted = (self.steps, state.get("frames", self.steps * self._action_repeat))
         self.first_steps = state["first_steps"]
         if not same_ranks:
             self.schedule.change_ratio(state["schedule"], self.steps)

@@ -5,9 +5,10 @@ Collectors' worker processes import this module: it imports nothing that only th
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
-from torchrl.envs import TransformedEnv
+from torchrl.envs import Compose, EnvBase, StepCounter, TransformedEnv
 
 from w2f_torchrl.envs import EvaluationSet, evaluation_sets, make_env
 from w2f_torchrl.envs.distractions import shows_video
@@ -81,6 +82,27 @@ def build_env(
         seed=seed,
         action_range=environment.action_range,
     )
+
+
+def control_steps(env: EnvBase, action_repeat: int) -> int | None:
+    """Control steps after which an env ends its episodes, where it says so; None where it doesn't.
+
+    What says so: an attribute ``max_episode_steps`` of control steps, which the Control Suite's
+    tasks with a time limit have; a ``StepCounter`` with ``max_steps``, which are agent steps.
+
+    Args:
+        env: Of a run, unbatched.
+        action_repeat: Control steps of an agent step.
+    """
+    limits: list[float] = []
+    while isinstance(env, TransformedEnv):
+        for transform in env.transform if isinstance(env.transform, Compose) else [env.transform]:
+            if isinstance(transform, StepCounter) and transform.max_steps:
+                limits.append(transform.max_steps * action_repeat)
+        env = env.base_env
+    limits.append(getattr(env, "max_episode_steps", None) or math.inf)
+    limit = min(limits)
+    return None if math.isinf(limit) else int(limit)
 
 
 def _distraction_settings(

@@ -12,19 +12,28 @@ from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 from torchrl.data import Unbounded
 from torchrl.envs import EnvBase, TensorDictPrimer, TransformedEnv
-from torchrl.envs.utils import ExplorationType, set_exploration_type
+from torchrl.envs.utils import ExplorationType, set_exploration_type, step_mdp
 
 from w2f_torchrl.data import records_from_rollout
 from w2f_torchrl.envs import EvaluationSet, evaluation_sets
 from w2f_torchrl.modules import WorldModel, compose, latent_sizes
 from w2f_torchrl.segmenters import mask_iou
-from w2f_torchrl.trainers.checkpointing import load_checkpoint
+from w2f_torchrl.trainers.checkpointing import load_checkpoint, malformed_is_an_error
 from w2f_torchrl.trainers.config import RunConfig, to_run_config
-from w2f_torchrl.trainers.environments import build_env
+from w2f_torchrl.trainers.environments import build_env, control_steps
+from w2f_torchrl.trainers.interruptions import end_all
 from w2f_torchrl.trainers.learner import Learner
 from w2f_torchrl.trainers.older_checkpoints import complete_model
 from w2f_torchrl.utils.seeding import derive_seed
+from w2f_torchrl.utils.stopping import check_stop
 from w2f_torchrl.utils.tensors import check_tensor
+
+CONTROL_STEPS = 1000
+"""Of an episode whose env names no limit."""
+KEPT_STEPS = 1000
+"""Agent steps of an episode that are kept, reconstructed and shown; later ones are only counted."""
+PART = 64
+"""Agent steps that are played at a time then."""
 
 
 class LoadedPolicy(TensorDictModuleBase):
@@ -118,12 +127,13 @@ def load_learner(
         CheckpointError: If the file is missing, damaged or of an unknown format.
     """
     payload = load_checkpoint(checkpoint, device).payload
-    payload["config"]["model"] = complete_model(payload["config"]["model"])
-    config = to_run_config(payload["config"])
-    config.device = str(device)
-    learner = Learner.from_config(config, payload["action_size"])
-    learner.restore(payload["learner"])
-    return config, learner.eval(), int(payload["action_size"])
+    with malformed_is_an_error(checkpoint):
+        payload["config"]["model"] = complete_model(payload["config"]["model"])
+        config = to_run_config(payload["config"])
+        config.device = str(device)
+        learner = Learner.from_config(config, payload["action_size"])
+        learner.restore(payload["learner"])
+        return config, learner.eval(), int(payload["action_size"])
 
 
 @dataclass
@@ -168,12 +178,20 @@ class Evaluator:
         sizes = latent_sizes(config.model, action_size)
         self._primers = {key: Unbounded((size,)) for key, size in sizes.items()}
         self._seed = seed
-        self.env = self._make_env(seed)
+        self._build()
+
+    def _build(self) -> None:
+        self.env = self._make_env(self._seed)
         sets = evaluation_sets()
         self.set_envs = {
-            name: self._make_env(derive_seed(seed, "set", name), sets[name])
-            for name in config.evaluation.sets
+            name: self._make_env(derive_seed(self._seed, "set", name), sets[name])
+            for name in self.config.evaluation.sets
         }
+
+    def renew(self) -> None:
+        """Make the envs anew, whatever is wrong with those that there are."""
+        end_all([env.close for env in (self.env, *self.set_envs.values())])
+        self._build()
 
     def _make_env(self, seed: int, evaluation_set: EvaluationSet | None = None) -> EnvBase:
         env = build_env(
@@ -213,9 +231,9 @@ class Evaluator:
         returns, lengths, ious = [], [], []
         first: tuple[Tensor, dict[str, Tensor], TensorDictBase] | None = None
         for _ in range(episodes):
-            episode = self._play(env)
-            returns.append(float(episode["next", "reward"].sum()))
-            lengths.append(float(len(episode)))
+            episode, total, length = self._play(env)
+            returns.append(total)
+            lengths.append(float(length))
             made = records_from_rollout(episode.unsqueeze(0))
             if self.segment is not None and "foreground_mask" not in made["next"].keys():
                 made = self.segment(made)
@@ -235,13 +253,28 @@ class Evaluator:
             metrics["mask_iou"] = sum(ious) / len(ious)
         return metrics, *first
 
-    def _play(self, env: EnvBase) -> TensorDictBase:
+    def _play(self, env: EnvBase) -> tuple[TensorDictBase, float, int]:
+        """An episode ``[T]``, or what of it is kept; its return; its length in agent steps."""
+        settings = self.config.evaluation
+        repeat = self.config.environment.action_repeat
+        limit = settings.max_control_steps or control_steps(env, repeat) or CONTROL_STEPS
+        steps = -(-limit // repeat)
         with torch.no_grad(), set_exploration_type(ExplorationType.MODE):
-            # Longer than any episode of the Control Suite: the env ends it.
-            episode: TensorDictBase = env.rollout(100_000, self._act)
-        return episode
+            episode: TensorDictBase = env.rollout(min(steps, KEPT_STEPS), self._act)
+            total, length, last = float(episode["next", "reward"].sum()), len(episode), episode[-1]
+            while length < steps and not last["next", "done"].any():
+                part = env.rollout(
+                    min(steps - length, PART),
+                    self._act,
+                    auto_reset=False,
+                    tensordict=step_mdp(last),
+                )
+                total, last = total + float(part["next", "reward"].sum()), part[-1]
+                length += len(part)
+        return episode, total, length
 
     def _act(self, tensordict: TensorDictBase) -> TensorDictBase:
+        check_stop()
         acted: TensorDictBase = self.policy(tensordict.to(self.device))
         return tensordict.update(acted.to("cpu"))
 
@@ -269,6 +302,7 @@ def reconstruct(
     inferred = world_model.infer(records.select(*world_model.in_keys)).get("next")
     decoded = []
     for part in inferred[0].split(chunk, 0):
+        check_stop()
         td = TensorDict({"next": part}, part.batch_size)
         decoded.append(
             world_model.decoder(td)

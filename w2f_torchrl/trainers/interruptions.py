@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import logging
-import signal
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from pathlib import Path
-from types import FrameType
 
 import torch
 from tensordict import NestedKey
@@ -17,36 +15,16 @@ from torch import Tensor
 
 from w2f_torchrl.data import StreamReplayBuffer
 from w2f_torchrl.trainers.preemption import stop_signals
+from w2f_torchrl.utils.stopping import listen
 
 logger = logging.getLogger(__name__)
 
 EXCEPTIONS_NAME = "exceptions.txt"
 
 
-@contextmanager
-def stop_on_signal() -> Iterator[list[int]]:
-    """Collect the stop signals in a list, so that the loop can end between two updates.
-
-    A second Ctrl+C raises KeyboardInterrupt at once.
-    """
-    received: list[int] = []
-
-    def note(number: int, frame: FrameType | None) -> None:
-        del frame
-        if received and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        received.append(number)
-        logger.warning(
-            "%s: stopping after this update; a second Ctrl+C stops at once",
-            signal.Signals(number).name,
-        )
-
-    previous = {number: signal.signal(number, note) for number in stop_signals()}
-    try:
-        yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+def stop_on_signal() -> AbstractContextManager[list[int]]:
+    """Collect the stop signals in a list: see :func:`~w2f_torchrl.utils.stopping.listen`."""
+    return listen(stop_signals())
 
 
 def save_batch(path: Path, replay: StreamReplayBuffer, slots: Tensor) -> Path:

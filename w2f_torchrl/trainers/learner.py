@@ -41,6 +41,8 @@ from w2f_torchrl.trainers.graphed_update import GraphedUpdate, Update, UpdateSta
 from w2f_torchrl.trainers.older_checkpoints import split_moments
 from w2f_torchrl.trainers.optimizer import CapturableOptimizer
 
+OPTIMIZER_SETTINGS = ("lr", "agc", "beta1", "beta2", "eps", "warmup_steps")
+
 
 class Learner(nn.Module):
     """World model, actor, critic, losses and optimizer, and the update that trains them.
@@ -267,7 +269,10 @@ class Learner(nn.Module):
             return
         names = [name for name, p in self.loss.named_parameters() if p.requires_grad]
         moments = split_moments(checkpoint["optimizer"], set(checkpoint["loss"]), names)
+        settings = {name: self.optimizer.param_groups[0][name] for name in OPTIMIZER_SETTINGS}
         self.optimizer.load_state_dict(moments)
+        for group in self.optimizer.param_groups:  # the settings are the run's
+            group.update(settings)
         # A graph holds the old moments' addresses.
         if isinstance(self._update, GraphedUpdate):
             self._update = self._graphed()

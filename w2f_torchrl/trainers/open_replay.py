@@ -54,7 +54,7 @@ def open_replay(
     )
     files = ReplayFiles(buffer, folder, generation, ring)
     if resumption is not None and resumption.manifest is not None:
-        files.load(resumption.manifest, resumption.records)
+        files.load(resumption.manifest, resumption.records, resumption.damage)
         _resume_sampling(buffer, resumption, envs_go_on)
     return buffer, files
 

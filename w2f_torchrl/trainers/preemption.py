@@ -21,9 +21,12 @@ _RESTART_COUNTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
 def stop_signals() -> tuple[signal.Signals, ...]:
     """Signals at which a run ends with a checkpoint.
 
-    Ctrl+C; a cluster's end of a job; and those that clusters can be told to send before it.
+    Ctrl+C; a cluster's end of a job; those that clusters can be told to send before it; and a
+    terminal that is closed, unless nohup or a shell has this process ignore that.
     """
-    usual = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+    usual = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        usual.append(signal.SIGHUP)
     return (*(number for number in usual if number not in _requeue_signals()), *_requeue_signals())
 
 

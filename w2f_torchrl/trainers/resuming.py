@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,14 +15,18 @@ from w2f_torchrl.data.replay_files import Manifest, open_records
 from w2f_torchrl.trainers.checkpointing import (
     Checkpoint,
     CheckpointError,
+    check_run,
     load_checkpoint,
+    malformed_is_an_error,
     records_folder,
     resolve_resume,
     run_of,
+    take_damage,
 )
-from w2f_torchrl.trainers.config import EnvironmentConfig, RunConfig
+from w2f_torchrl.trainers.config import EnvironmentConfig, RunConfig, config_to_dict
 from w2f_torchrl.trainers.distributed import Ranks
 from w2f_torchrl.trainers.open_replay import check_layout
+from w2f_torchrl.trainers.resume_settings import forbidden_changes
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +57,26 @@ def find_checkpoint(config: RunConfig, *, again: bool) -> Path | None:
     return checkpoint
 
 
+def load_run(path: Path, config: RunConfig) -> Checkpoint:
+    """Load the checkpoint that a run goes on from.
+
+    Args:
+        path: Of the first rank's file.
+        config: The run's settings.
+
+    Raises:
+        CheckpointError: If the file is damaged or malformed, or settings that must stay have
+            changed; names them.
+    """
+    saved = load_checkpoint(path)
+    check_run(saved.payload, path)
+    with malformed_is_an_error(path):
+        changed = forbidden_changes(saved.payload["config"], config_to_dict(config))
+    if changed:
+        raise CheckpointError(f"{path}: {'; '.join(changed)}. Start another run for that.")
+    return saved
+
+
 @dataclass(frozen=True)
 class Resumption:
     """What one rank goes on with, beside what is equal on all of them."""
@@ -61,6 +87,8 @@ class Resumption:
     """Of its replay; None if that has to fill again."""
     records: Path
     """The folder of the replay's records."""
+    damage: Collection[tuple[int, int]] = ()
+    """Of the replay: streams and blocks of records that are left out."""
 
     @classmethod
     def read(cls, saved: Checkpoint, path: Path, ranks: Ranks, config: RunConfig) -> Resumption:
@@ -75,6 +103,7 @@ class Resumption:
         Raises:
             CheckpointError: If settings that must stay have changed.
         """
+        own_path = checkpoint_folder(path.parent, ranks.rank) / path.name
         own = saved if ranks.is_first else _part_of_rank(path, ranks.rank)
         records = records_folder(run_of(path), ranks.rank)
         manifest = None if own is None else _replay_of(own, path, records)
@@ -83,7 +112,9 @@ class Resumption:
             manifest = None
         if manifest is not None:
             check_layout(config, manifest)
-        return cls({} if own is None else own.payload.get("resume", {}), manifest, records)
+        state = {} if own is None else own.payload.get("resume", {})
+        damage = [] if manifest is None else take_damage(own_path, manifest, records)
+        return cls(state, manifest, records, damage)
 
     def why_new_episodes(self, environment: dict[str, Any], *, replay_empty: bool) -> str | None:
         """Why the envs can't go on from where the checkpoint has them; None if they can.
@@ -123,14 +154,23 @@ def restore_run_dir(run_dir: Path, saved: Checkpoint, path: Path) -> None:
         else:
             os.truncate(metrics, size)
     wandb, target = resume.get("wandb"), run_dir / WANDB_RUN
-    if wandb and not target.exists():
+    if wandb and read_wandb_run(run_dir) is None:
+        target.unlink(missing_ok=True)
         target.write_text(wandb)
 
 
 def read_wandb_run(run_dir: Path) -> str | None:
-    """What the run is at Weights & Biases, if it is logged there: its id and rows, as JSON."""
+    """What the run is at Weights & Biases, if it is logged there: its id and rows, as JSON.
+
+    None also where the file is damaged.
+    """
     path = run_dir / WANDB_RUN
-    return path.read_text() if path.exists() else None
+    try:
+        text = path.read_text()
+        json.loads(text)
+    except (OSError, ValueError):
+        return None
+    return text
 
 
 def checkpoint_folder(folder: Path, rank: int) -> Path:

@@ -10,6 +10,7 @@ from w2f_torchrl.trainers.collecting import Collection
 from w2f_torchrl.trainers.diagnostics import Diagnostics
 from w2f_torchrl.trainers.resuming import checkpoint_folder, read_wandb_run
 from w2f_torchrl.trainers.run_state import RunState
+from w2f_torchrl.trainers.tolerance import Tolerance
 from w2f_torchrl.utils.logging import MetricsLogger
 from w2f_torchrl.utils.random_state import random_state
 
@@ -24,6 +25,7 @@ class RunCheckpoints:
         collection: The rank's collector and replay.
         metrics_logger: The run's.
         diagnostics: The run's.
+        tolerance: The run's.
     """
 
     def __init__(
@@ -32,9 +34,11 @@ class RunCheckpoints:
         collection: Collection,
         metrics_logger: MetricsLogger,
         diagnostics: Diagnostics,
+        tolerance: Tolerance,
     ) -> None:
         self.state, self.collection = state, collection
         self.logger, self.diagnostics = metrics_logger, diagnostics
+        self.tolerance = tolerance
         self.run_dir = Path(state.config.run_dir)
         folder = checkpoint_folder(self.run_dir / "checkpoints", state.ranks.rank)
         self.writer = CheckpointWriter(folder, state.config.checkpoint.keep, collection.files)
@@ -96,14 +100,17 @@ class RunCheckpoints:
 
     def _own(self) -> dict[str, Any]:
         """What this rank needs beside the networks to do the same as if it hadn't been ended."""
-        is_first = self.state.ranks.is_first
+        is_first, held = self.state.ranks.is_first, self.collection.held
         return {
             "collector": self.collection.envs_state(),
+            "held": None if held is None else held.to_dict(),
+            "worker_restarts": self.collection.restarts,
             "environment": self.collection.environment,
             "sampling": self.collection.replay.sampling_state(),
             "random": random_state(),
             "metrics_bytes": self.logger.path.stat().st_size if is_first else None,
             **self.state.own(),
+            "failures": dict(self.tolerance.in_a_row),
             "videos_at": self.diagnostics.videos_at if is_first else None,
             "wandb": read_wandb_run(self.run_dir),
         }

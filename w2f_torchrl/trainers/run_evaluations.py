@@ -45,7 +45,7 @@ class RunEvaluations:
         return self.config.evaluation.every_frames > 0 and self.last != frames
 
     def play(self, evaluator: Evaluator, frames: int) -> Evaluation:
-        """Play episodes, and probe the latents where the run asks for it.
+        """Play episodes; that they were played is the caller's to note, in :attr:`last`.
 
         Args:
             evaluator: Plays.
@@ -53,14 +53,14 @@ class RunEvaluations:
         """
         settings = self.config.evaluation
         evaluator.seed(frames)
-        evaluation = evaluator.evaluate(self.learner.world_model, settings.episodes)
-        if settings.filtering:
-            device = self.config.torch_device()
-            # The episodes are recorded in every process anew: not at the training's cost.
-            with torch.random.fork_rng([device] if device.type == "cuda" else []):
-                evaluation.metrics |= self._measure_filtering()
-        self.last = frames
-        return evaluation
+        return evaluator.evaluate(self.learner.world_model, settings.episodes)
+
+    def measure_filtering(self) -> dict[str, float]:
+        """Probe the latents; training's random numbers stay as they are."""
+        device = self.config.torch_device()
+        # The episodes are recorded in every process anew: not at the training's cost.
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            return self._measure_filtering()
 
     def is_best(self, evaluation: Evaluation) -> bool:
         """Whether no evaluation before had so high a mean return; it is the best from now on.

@@ -101,15 +101,16 @@ def finish_run(
     *,
     frames: int,
     updates: int,
+    draw: bool = True,
 ) -> None:
     """Finish the videos, draw the curves and the report, say what the run came to, and close.
 
-    Arguments as of :func:`summarize_run`.
+    Arguments as of :func:`summarize_run`, and whether to draw, which takes seconds.
     """
     run_dir = metrics_logger.run_dir
     clock.stop()
     metrics_logger.flush()  # the report holds the videos
-    if metrics_logger.path.stat().st_size:
+    if draw and metrics_logger.path.stat().st_size:
         jobs: dict[str, Callable[[], Path]] = {"curves.png": partial(plot_curves, run_dir)}
         if config.logging.report:
             jobs["report.html"] = partial(write_report, [run_dir], run_dir / "report.html")

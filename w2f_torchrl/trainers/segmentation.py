@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import logging
+import math
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -37,6 +40,8 @@ REPEAT = 4
 """Agent steps that a random action is held for, so that the agent moves."""
 EPISODE = 120
 """Agent steps after which the random policy starts an episode."""
+MOST_BYTES = 2**30
+"""Of an array of pictures in a file."""
 
 MakeEnv = Callable[[int], EnvBase]
 """Makes an env of the run from a seed."""
@@ -269,12 +274,36 @@ def _check_pictures(path: str | Path, pixels: Tensor) -> None:
 
 def _load_arrays(path: str | Path, names: tuple[str, ...]) -> dict[str, Tensor]:
     try:
+        _check_size(path, names)
         with np.load(path, allow_pickle=False) as arrays:
             return {name: torch.from_numpy(arrays[name]) for name in names}
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, BadZipFile) as error:
         raise ConfigError(
             f"{path} must be an .npz file with {' and '.join(names)}: {error}"
         ) from error
+
+
+def _check_size(path: str | Path, names: tuple[str, ...]) -> None:
+    """Read what an .npz file says of its arrays before they are unpacked.
+
+    Raises:
+        ValueError: If one is of no picture's dtype, or too large.
+        KeyError: If one is missing.
+    """
+    form: Any = np.lib.format  # untyped
+    with zipfile.ZipFile(path) as archive:
+        for name in names:
+            with archive.open(f"{name}.npy") as stream:
+                if form.read_magic(stream) == (1, 0):
+                    shape, _, dtype = form.read_array_header_1_0(stream)
+                else:
+                    shape, _, dtype = form.read_array_header_2_0(stream)
+            size = math.prod(shape) * dtype.itemsize
+            if dtype not in (np.uint8, np.bool_) or len(shape) != 4 or size > MOST_BYTES:
+                raise ValueError(
+                    f"{name} is {dtype} {shape}, {size / 2**20:,.0f} MiB; allowed are uint8 or "
+                    f"bool [N, C, H, W] of at most {MOST_BYTES / 2**20:,.0f} MiB"
+                )
 
 
 def _ask_teacher(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import logging
 import os
 import platform
 import subprocess
@@ -13,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
+
+logger = logging.getLogger(__name__)
 
 PACKAGES = (
     "w2f_torchrl",
@@ -79,11 +82,17 @@ def note_environment(path: Path, frames: int, device: torch.device | str) -> Non
 
 
 def read_environment(path: Path) -> list[dict[str, str]]:
-    """Read an ``environment.json``; a missing one holds no start."""
+    """Read an ``environment.json``; a missing one holds no start, a damaged one with a warning."""
     if not path.exists():
         return []
-    entries: list[dict[str, Any]] = json.loads(path.read_text())
-    return entries
+    try:
+        entries: Any = json.loads(path.read_text())
+    except ValueError:  # UnicodeDecodeError too
+        entries = None
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        logger.warning("%s is damaged: what it says of earlier starts is lost", path)
+        return []
+    return [{str(key): str(value) for key, value in entry.items()} for entry in entries]
 
 
 def _processor() -> str:

@@ -112,9 +112,24 @@ class MetricsLogger(Closing):
         record = {"frames": int(frames), "updates": int(updates)} | {
             name: value if math.isfinite(value) else None for name, value in values.items()
         }
-        self._file.write(json.dumps(record, allow_nan=False).encode() + b"\n")
+        self._append(json.dumps(record, allow_nan=False).encode() + b"\n")
         self.sinks.log_metrics(values, step=int(frames))
         return values
+
+    def _append(self, line: bytes) -> None:
+        """Write a whole line or nothing.
+
+        Raises:
+            OSError: If the disk is full.
+        """
+        # A full disk takes a part of a line without an error; the next line would follow it.
+        size, written = os.fstat(self._file.fileno()).st_size, 0
+        try:
+            while written < len(line):
+                written += self._file.write(line[written:]) or 0
+        except OSError:
+            os.ftruncate(self._file.fileno(), size)
+            raise
 
     def log_video(
         self,

@@ -39,6 +39,7 @@ METRICS: dict[str, Meaning] = {
     "ac/return_scale": Meaning("reward", "95 % minus 5 % quantile of the returns, at least 1"),
     "ac/imagined_reward_mean": Meaning("reward", "mean reward in imagination"),
     "train/mask_iou": Meaning("0 to 1", "IoU of predicted and given mask, training batches"),
+    "train/worker_restarts": Meaning("", "how often lost worker processes were replaced so far"),
     "train/imagination/context_error": Meaning("colour", "mean error of the frames that are seen"),
     "train/imagination/error": Meaning("colour", "mean error of the frames that are imagined"),
     "train/imagination/last_error": Meaning("colour", "mean error of the last imagined frame"),

@@ -21,11 +21,11 @@ def read_metrics(run_dir: str | os.PathLike[str]) -> list[dict[str, float]]:
 
     Returns:
         One dict per line with ``frames`` and ``updates`` (int) and the metrics (float; NaN where
-        the line has null). A last line that is still being written, or was torn, is left out.
+        the line has null). A last line that is still being written, or was torn, is left out, and
+        with a warning any other that is damaged.
 
     Raises:
         FileNotFoundError: If there is no ``metrics.jsonl``.
-        ValueError: If a line before the last is damaged; names the file and the line.
     """
     path = Path(run_dir) / "metrics.jsonl"
     if not path.exists():
@@ -39,16 +39,22 @@ def read_metrics(run_dir: str | os.PathLike[str]) -> list[dict[str, float]]:
 def read_records(path: Path) -> Iterator[dict[str, Any]]:
     """Read the lines of a file as they are, null where a value wasn't finite.
 
-    Raises:
-        ValueError: If a line before the last is damaged; names the file and the line.
+    Damaged ones are left out; of those before the last a warning says so.
     """
+    damaged: list[int] = []
     with path.open("rb") as stream:
         for number, line in enumerate(stream, start=1):
             record = _parse(line)
             if record is not None:
                 yield record
             elif line.endswith(b"\n"):
-                raise ValueError(f"{path}, line {number}: not a metrics record: {line[:80]!r}.")
+                damaged.append(number)
+    if damaged:
+        logger.warning("%s: left out what is no metrics record, line %s", path, _listed(damaged))
+
+
+def _listed(numbers: list[int]) -> str:
+    return ", ".join(map(str, numbers[:10])) + (" ..." if len(numbers) > 10 else "")
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:
@@ -56,9 +62,11 @@ def _parse(line: bytes) -> dict[str, Any] | None:
         record = json.loads(line)
     except ValueError:
         return None
-    if not isinstance(record, dict) or not {"frames", "updates"} <= record.keys():
+    if not isinstance(record, dict):
         return None
-    return record
+    counters = [record.get("frames"), record.get("updates")]
+    numbers = all(v is None or isinstance(v, (int, float)) for v in record.values())
+    return record if numbers and all(type(value) is int for value in counters) else None
 
 
 def repair(path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import sys
@@ -75,11 +76,19 @@ class ProgressBar(Closing):
         while len(self._points) > 2 and now - self._points[1][0] >= self._window:
             self._points.popleft()
         if self._bar is not None:
-            self._bar.set_postfix_str(self.text(), refresh=False)
-            self._bar.update(frames - self._bar.n)
+            try:
+                self._bar.set_postfix_str(self.text(), refresh=False)
+                self._bar.update(frames - self._bar.n)
+            except OSError:  # the terminal was closed; the run goes on, or ends with a checkpoint
+                self._drop_bar()
         elif now - self._logged_at >= self._log_every:
             self._logged_at = now
             logger.info("%s", self.text())
+
+    def _drop_bar(self) -> None:
+        if self._bar is not None:
+            self._bar.disable = True  # its end would write once more
+            self._bar = None
 
     def rates(self) -> tuple[float, float]:
         """Return frames and updates per second over the window; NaN before any time has passed."""
@@ -103,9 +112,10 @@ class ProgressBar(Closing):
     def close(self) -> None:
         """Leave the bar as it is, or write a last line. Closing twice is allowed."""
         if self._bar is not None:
-            self._bar.refresh()
-            self._bar.close()
-            self._bar = None
+            with contextlib.suppress(OSError):
+                self._bar.refresh()
+                self._bar.close()
+            self._drop_bar()
         elif self._points[-1][0] > self._logged_at:
             self._logged_at = self._points[-1][0]
             logger.info("%s", self.text())

@@ -9,7 +9,7 @@ import os
 import re
 import threading
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -223,9 +223,13 @@ def _try_online(name: str, settings: dict[str, Any]) -> RunWandbLogger | None:
 
 
 def _read_state(path: Path) -> dict[str, Any]:
-    if path.exists():
+    try:
         state: dict[str, Any] = json.loads(path.read_text())
-        return state
+        return {"id": str(state["id"]), "rows": int(state["rows"])}
+    except FileNotFoundError:
+        pass
+    except (ValueError, KeyError, TypeError):
+        logger.warning("%s is damaged: the run goes on as another one at wandb", path)
     old = path.with_name("wandb_id.txt")  # of version 0.1
     state = {"id": old.read_text().strip() if old.exists() else uuid.uuid4().hex, "rows": 0}
     _write_state(path, state)
@@ -242,5 +246,12 @@ def _refuse_secrets(config: Mapping[str, Any], place: str) -> None:
     for key, value in config.items():
         if _SECRET.search(str(key)) and value is not None:
             raise ValueError(f"{place}.{key} looks like a secret and would be sent to wandb.")
-        if isinstance(value, Mapping):
-            _refuse_secrets(value, f"{place}.{key}")
+        _refuse_secrets_within(value, f"{place}.{key}")
+
+
+def _refuse_secrets_within(value: Any, place: str) -> None:
+    if isinstance(value, Mapping):
+        _refuse_secrets(value, place)
+    elif isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
+        for index, item in enumerate(value):
+            _refuse_secrets_within(item, f"{place}[{index}]")
