@@ -17,6 +17,7 @@ import learner_parts
 import pytest
 import same_losses
 import torch
+import versions
 from tensordict import TensorDict
 from test_objectives import TINY
 
@@ -244,3 +245,16 @@ def test_a_version_trains_as_itself(tmp_path):
     assert results["identical"]
     assert str(root) not in out.read_text()
     assert results["runs"]["foreground"]["updates"] == 48
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_version_is_timed_against_itself():
+    arguments = ["--model", "size1m", "--shape", "2", "4", "--latents", "whole", "--setting"]
+    checkout = Path(__file__).parents[1]
+    row = versions.compare(checkout, checkout, arguments, rounds=3, warm_up=1)
+    assert len(row["ratios"]) == 3
+    assert row["before_median_seconds"] > 0
+    assert 0.2 < row["ratio"] < 5
+    with pytest.raises(RuntimeError, match="a version ended with exit code"):
+        versions.compare(checkout, checkout, ["--model", "size0m", *arguments[2:]], rounds=1)
