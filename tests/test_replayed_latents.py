@@ -105,7 +105,7 @@ def no_draws(monkeypatch):
     monkeypatch.setattr(torch, "rand", lambda *a, **k: _full(0.37, a, k))
 
 
-def make_learner(latent: str, lr: float = 0.0, **settings: Any) -> Learner:
+def make_learner(latent: str, lr: float = 1e-30, **settings: Any) -> Learner:
     """A learner of which every weight counts: some are zero at a run's beginning."""
     torch.manual_seed(0)
     learner = Learner(

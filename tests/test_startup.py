@@ -21,7 +21,7 @@ BAD = {
     "environment.domain=walke": ("walke", "walker"),
     "environment.task=fly": ("fly", "walk"),
     "environment.image_size=65": ("environment.image_size=65", "multiple of 16"),
-    "environment.image_size=8": ("environment.image_size=8", "at least 16"),
+    "environment.image_size=8": ("environment.image_size=8", "must be in [16, 1024]"),
     "environment.image_size=big": ("environment.image_size", "big"),
     "environment.render=nice": ("environment.render", "nice", "reference"),
     "environment.distraction=harder": ("distraction", "harder", "medium"),

@@ -363,6 +363,11 @@ def check_run(payload: dict[str, Any], path: str | os.PathLike[str]) -> None:
     Raises:
         CheckpointError: Naming the part.
     """
+    if payload.get("exported"):
+        raise CheckpointError(
+            f"resume: {path} is an exported policy, which holds no optimizer, counters or replay: "
+            "load_policy opens it; a run needs one of its own checkpoints."
+        )
     for name, kind in _RUN_PARTS.items():
         if not isinstance(payload.get(name), kind):
             raise CheckpointError(

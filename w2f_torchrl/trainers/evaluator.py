@@ -132,7 +132,10 @@ def load_learner(
         config = to_run_config(payload["config"])
         config.device = str(device)
         learner = Learner.from_config(config, payload["action_size"])
-        learner.restore(payload["learner"])
+        if payload.get("exported"):
+            learner.restore_networks(payload["learner"]["loss"])
+        else:
+            learner.restore(payload["learner"])
         return config, learner.eval(), int(payload["action_size"])
 
 

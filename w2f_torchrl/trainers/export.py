@@ -46,6 +46,7 @@ def export_policy(checkpoint: str | Path, out: str | Path) -> Path:
         "config": config,
         "action_size": action_size,
         "learner": {"loss": _halved(learner.loss)},
+        "exported": True,
     }
     counters = {"updates": saved.updates, "frames": saved.frames}
     return save_checkpoint(out.parent, payload, name=out.name, **counters)

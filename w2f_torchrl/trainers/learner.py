@@ -252,21 +252,27 @@ class Learner(nn.Module):
         """Everything that the learner needs to go on: parameters, normaliser, optimizer."""
         return {"loss": dict(self.loss.state_dict()), "optimizer": self.optimizer.state_dict()}
 
-    def restore(self, checkpoint: dict[str, Any]) -> None:
-        """Load what :meth:`checkpoint` gave, or an exported policy's networks alone.
+    def restore_networks(self, state: dict[str, Any]) -> None:
+        """Load the networks and statistics alone, all that acting needs.
 
         Raises:
             CheckpointError: If the networks have other shapes, naming the first difference.
         """
         try:
-            self.loss.load_state_dict(checkpoint["loss"])
+            self.loss.load_state_dict(state)
         except RuntimeError as error:
             lines = str(error).splitlines()
             raise CheckpointError(
                 f"The checkpoint is of another model: {lines[min(1, len(lines) - 1)].strip()}"
             ) from error
-        if "optimizer" not in checkpoint:  # an exported policy, which only acts
-            return
+
+    def restore(self, checkpoint: dict[str, Any]) -> None:
+        """Load what :meth:`checkpoint` gave.
+
+        Raises:
+            CheckpointError: If the networks have other shapes, naming the first difference.
+        """
+        self.restore_networks(checkpoint["loss"])
         names = [name for name, p in self.loss.named_parameters() if p.requires_grad]
         moments = split_moments(checkpoint["optimizer"], set(checkpoint["loss"]), names)
         settings = {name: self.optimizer.param_groups[0][name] for name in OPTIMIZER_SETTINGS}

@@ -73,7 +73,10 @@ def load_run(path: Path, config: RunConfig) -> Checkpoint:
     with malformed_is_an_error(path):
         changed = forbidden_changes(saved.payload["config"], config_to_dict(config))
     if changed:
-        raise CheckpointError(f"{path}: {'; '.join(changed)}. Start another run for that.")
+        raise CheckpointError(
+            f"{path}: {'; '.join(changed)}. Pass the former values to continue this run, or start "
+            "another run."
+        )
     return saved
 
 

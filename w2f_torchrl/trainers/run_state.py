@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from w2f_torchrl.trainers.checkpointing import Checkpoint, CheckpointError
+from w2f_torchrl.trainers.checkpointing import Checkpoint
 from w2f_torchrl.trainers.config import RunConfig, config_to_dict
 from w2f_torchrl.trainers.counters import RunCounters
 from w2f_torchrl.trainers.distributed import Ranks
@@ -107,11 +107,6 @@ class RunState:
             ConfigError: If its masks come from another source.
         """
         payload = saved.payload
-        if "optimizer" not in payload["learner"]:
-            raise CheckpointError(
-                "resume: the checkpoint is an exported policy, which holds no optimizer, counters "
-                "or replay: load_policy opens it; a run needs one of its own checkpoints."
-            )
         check_same_networks(payload["config"]["model"], self.config.model)
         self.learner.restore(payload["learner"])
         check_same_source(payload["segmentation"], self.masks)
