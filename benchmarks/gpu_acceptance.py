@@ -8,8 +8,8 @@
 No network is used, and nothing is written outside of ``--out``: at most eight files of less than
 16 MiB. The stages run in one process, which imports and compiles once, the most valuable first, and
 each row is written at once. A stage that raises stops no other; one that takes too long, or that
-leaves the GPU unusable, ends the process, and another goes on with the next stage. The exit code is
-the number of rows that failed.
+leaves the GPU unusable, ends the process, and another continues with the next stage. The exit
+code is the number of rows that failed.
 
 - environment: versions, the device, rates of a large product;
 - smoke: a tiny update of each latent and precision, captured with and without compilation, copies;

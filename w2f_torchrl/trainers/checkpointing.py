@@ -358,7 +358,7 @@ def _read(path: Path, map_location: torch.device | str, *, mmap: bool = False) -
 
 
 def check_run(payload: dict[str, Any], path: str | os.PathLike[str]) -> None:
-    """Refuse a checkpoint that lacks a part that a run goes on with.
+    """Refuse a checkpoint that lacks a part that a run resumes from.
 
     Raises:
         CheckpointError: Naming the part.

@@ -86,14 +86,14 @@ RULES = (
     Rule(
         ("seed",),
         False,
-        "all random streams go on from the checkpoint: it would still be the run of the old seed",
+        "random streams continue from the checkpoint: it would still be the run of the old seed",
     ),
     Rule(
         ("device",),
         True,
         "random streams of a device that isn't there any more begin anew",
     ),
-    Rule(("run_dir", "resume"), True, "a run may be moved, renamed, or gone on with elsewhere"),
+    Rule(("run_dir", "resume"), True, "a run may be moved, renamed, or continued elsewhere"),
 )
 
 
