@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -166,7 +167,10 @@ def main() -> None:
         return
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / RESULTS).unlink(missing_ok=True)
-    supervise(args.stages, args)
+    try:
+        supervise(args.stages, args)
+    finally:  # replays and checkpoints are larger than what comes back from a lent machine
+        shutil.rmtree(args.out / gpu_stages.RUNS, ignore_errors=True)
     print(args.out / RESULTS)
     sys.exit(min(failures(Results(args.out).stages), 100))
 

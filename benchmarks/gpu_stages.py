@@ -345,6 +345,8 @@ def equality(options: Options) -> dict[str, Any]:
 
 # ---------------------------------------------------------------- learning curves
 
+#: Folder of the runs while they train; what is kept of them lies beside it.
+RUNS = "runs"
 #: What the curves have in common: one update per agent step of eight frames.
 CURVES = [
     "experiment=cartpole_repeat8",
@@ -383,7 +385,7 @@ TINY_RUN = [
     "training.total_frames=256",
     "evaluation.every_frames=0",
     "logging.every_updates=1",
-    "logging.images_every_updates=4",
+    "logging.images_every_updates=2",
 ]
 #: Seconds before the deadline at which the runs are asked to end, for a checkpoint and pictures.
 LANDING = 25
@@ -392,7 +394,7 @@ LANDING = 25
 def curves(options: Options) -> dict[str, Any]:
     """Learning curves of World2Filter and DreamerV3, side by side until the time is up."""
     cases = {"world2filter": ["algo=world2filter"], "dreamer_v3": ["algo=dreamer_v3"]}
-    runs = options.out / "runs"
+    runs = options.out / RUNS
     running: dict[str, subprocess.Popen[bytes]] = {}
     logs = {name: options.out / f"{name}.log" for name in cases}
     for name, overrides in cases.items():

@@ -128,6 +128,10 @@ def test_the_acceptance_runs_on_a_cpu(tmp_path):
     for name in ("world2filter", "dreamer_v3"):
         assert stages["curves"][name]["updates"] > 0
         assert (tmp_path / f"{name}.jsonl").exists()
+        assert (tmp_path / f"{name}.png").exists()
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(files) <= 8  # as many as come back from a lent machine
+    assert {path.parent for path in files} == {tmp_path}
 
 
 def test_decoders_are_compared_at_equal_updates_and_at_equal_time():
