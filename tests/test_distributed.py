@@ -191,3 +191,11 @@ def test_settings_of_several_ranks(run_dir, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match=r"RANK=2 must be in \[0, WORLD_SIZE=2\)"):
         Ranks.from_environment()
+
+
+@pytest.mark.parametrize(("device", "current"), [("cuda:1", ["cuda:1"]), ("cuda", []), ("cpu", [])])
+def test_the_device_of_a_single_process_is_made_the_current_one(monkeypatch, device, current):
+    made: list[str] = []
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: made.append(str(device)))
+    Ranks().connect(torch.device(device), timeout_seconds=1)
+    assert made == current

@@ -49,7 +49,13 @@ def test_an_exported_policy_acts_like_its_checkpoint(checkpoint, tmp_path):
 
 
 def test_an_exported_policy_names_nothing_of_the_machine(checkpoint, tmp_path):
-    payload = load_checkpoint(export_policy(checkpoint, tmp_path / "policy.pt")).payload
+    saved = load_checkpoint(checkpoint)
+    saved.payload["config"]["segmentation"]["labels"] = str(tmp_path / "labels.npz")
+    saved.payload["config"]["logging"]["wandb_entity"] = "somebody"
+    labelled = save_checkpoint(tmp_path / "run", saved.payload, updates=1, frames=1)
+    payload = load_checkpoint(export_policy(labelled, tmp_path / "policy.pt")).payload
+    assert str(tmp_path) not in repr(payload["config"])
+    assert "somebody" not in repr(payload["config"])
     assert payload["config"]["run_dir"] == "runs/latest"
     assert str(checkpoint.parents[1]) not in repr(payload["config"])
     assert set(payload) == {"config", "action_size", "learner", "exported"}

@@ -19,13 +19,18 @@ from w2f_torchrl.trainers.evaluator import load_learner
 #: Settings that say where a run was made, not what it is: a published file doesn't hold them.
 PRIVATE = {"run_dir": "runs/latest", "resume": None, "device": "auto"}
 PRIVATE_LOGGING = {"wandb_project": "w2f_torchrl", "wandb_entity": None}
+#: Files of the training's masks: acting needs none.
+PRIVATE_SEGMENTATION = dict.fromkeys(
+    ("checkpoint", "vocabulary", "student_checkpoint", "labels", "backgrounds")
+)
 
 
 def export_policy(checkpoint: str | Path, out: str | Path) -> Path:
     """Write a checkpoint's networks and settings, weights in 16 bits, without what training needs.
 
     The file opens with :func:`~w2f_torchrl.trainers.load_policy` like any checkpoint. It can't be
-    resumed from: optimizer, replay, environments and random streams are left out.
+    resumed from: optimizer, replay, environments and random streams are left out. Of the settings'
+    paths only ``environment.background_source`` stays, a part of the task.
 
     Args:
         checkpoint: A ``checkpoint_*.pt`` or ``best.pt`` file.
@@ -42,6 +47,7 @@ def export_policy(checkpoint: str | Path, out: str | Path) -> Path:
     saved, out = load_checkpoint(checkpoint), Path(out)
     config: dict[str, Any] = saved.payload["config"] | PRIVATE
     config["logging"] = config["logging"] | PRIVATE_LOGGING
+    config["segmentation"] = config["segmentation"] | PRIVATE_SEGMENTATION
     payload = {
         "config": config,
         "action_size": action_size,
