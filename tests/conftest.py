@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 
 # Read when the libraries below load, hence before them: one quiet thread (spinning threads make a
 # shared machine many times slower) and rendering without a display.
@@ -51,6 +52,21 @@ def background_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("cache")
     os.environ["W2F_CACHE"] = str(path)
     return path
+
+
+@pytest.fixture(autouse=True)
+def usual_signals() -> Iterator[None]:
+    """Signals as a terminal's shell leaves them, whatever started the tests or ran before.
+
+    nohup has SIGHUP ignored, a script's background Ctrl+C, and TorchRL handles two from its first
+    storage on disk on.
+    """
+    before = {signal.SIGINT: signal.signal(signal.SIGINT, signal.default_int_handler)}
+    for number in (signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        before[number] = signal.signal(number, signal.SIG_DFL)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,8 @@ def test_a_launchers_restart_is_recognised(run_dir, monkeypatch, name):
 
 
 def test_a_run_outside_submitit_just_ends(run_dir):
-    assert stop_signals() == (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+    names = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2", "SIGHUP")
+    assert stop_signals() == tuple(signal.Signals[name] for name in names)
     hand_over([signal.SIGTERM], run_dir, is_first=True)
     assert not is_restart(run_dir)
 

@@ -24,14 +24,6 @@ from w2f_torchrl.utils.stopping import StopRequested, check_stop, listen, may_be
 pytestmark = [pytest.mark.render, pytest.mark.usefixtures("no_curves")]
 
 
-@pytest.fixture(autouse=True)
-def _signals_are_not_ignored():
-    """As they are when the tests were started by nohup."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    yield
-    signal.signal(signal.SIGHUP, before)
-
-
 def send(number: int = signal.SIGTERM) -> None:
     os.kill(os.getpid(), number)
 
