@@ -18,8 +18,9 @@ code is the number of rows that failed.
 - equality: size1m split in each mode against eager, and eager against itself;
 - curves: World2Filter and DreamerV3 learn side by side until the time is up.
 
-By name only, for a second time: peers (TorchRL's parts and stepper and, with ``--r2dreamer``, that
-project's update) and masks (the student, SAM3 with random weights).
+By name only, for a second time: convolutions (the decoder's, done in two ways), peers (TorchRL's
+parts and stepper and, with ``--r2dreamer``, that project's update) and masks (the student, SAM3
+with random weights).
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ LIMITS = {
     "environment": 25,
     "smoke": 60,
     "learner": 120,
+    "convolutions": 15,
     "render": 15,
     "equality": 90,
     "curves": 260,
@@ -105,6 +107,7 @@ def supervise(names: list[str], args: argparse.Namespace) -> None:
         command = [sys.executable, str(Path(__file__).resolve()), "--worker", "--seconds", left]
         command += ["--out", str(args.out), "--stages", *names]
         command += ["--small"] if args.small else []
+        command += ["--limit", *args.limit] if args.limit else []
         command += ["--r2dreamer", str(args.r2dreamer)] if args.r2dreamer else []
         process = subprocess.Popen(command)
         ended = _watch(process, args, end)
@@ -141,7 +144,8 @@ def _watch(process: subprocess.Popen[bytes], args: argparse.Namespace, end: floa
 def limits_of(args: argparse.Namespace) -> dict[str, float]:
     """Seconds of each stage."""
     patience = PATIENCE if args.small else 1
-    return {name: float(seconds * patience) for name, seconds in LIMITS.items()}
+    named = {name: float(seconds) for name, seconds in (x.split("=") for x in args.limit)}
+    return {name: float(seconds * patience) for name, seconds in LIMITS.items()} | named
 
 
 def main() -> None:
@@ -151,6 +155,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of the results")
     parser.add_argument("--stages", nargs="+", default=list(DEFAULT_STAGES), choices=stages)
     parser.add_argument("--seconds", type=float, help=f"for all stages together: {SECONDS:.0f}")
+    parser.add_argument("--limit", nargs="*", default=[], help="of a stage, such as learner=90")
     parser.add_argument("--small", action="store_true", help="tiny, on the CPU")
     parser.add_argument("--r2dreamer", type=Path, help="a checkout, for the stage peers")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)

@@ -184,12 +184,12 @@ def learner(options: Options) -> dict[str, Any]:
         [("split", "eager")]
         if options.small
         else [
+            ("split", "cuda_graph_parallel"),
+            ("whole", "cuda_graph"),
             ("split", "cuda_graph"),
             ("split", "eager"),
-            ("whole", "cuda_graph"),
-            ("split", "cuda_graph_parallel"),
-            ("whole", "eager"),
             ("split", "compile"),
+            ("whole", "eager"),
             ("whole", "compile"),
         ]
     )
@@ -212,6 +212,7 @@ def _time_learner(options: Options, latent: str, mode: str) -> dict[str, Any]:
     from learner import ACTION_SIZE, make_sample
 
     from w2f_torchrl.modules import PRESETS
+    from w2f_torchrl.modules.packed_latents import INITIAL
     from w2f_torchrl.trainers import Learner
     from w2f_torchrl.trainers.config import OptimizerConfig
 
@@ -225,7 +226,24 @@ def _time_learner(options: Options, latent: str, mode: str) -> dict[str, Any]:
         optimizer=OptimizerConfig(precision=shape["precision"]),
     )
     sample = make_sample(shape["batch"], shape["length"], options.device)
+    sample[INITIAL] = zero_latents(made.world_model, sample)  # as a replay gives them
     return _time(options, made.update, sample, shape["rounds"] if mode != "eager" else 5)
+
+
+def zero_latents(world_model: Any, sample: Any) -> Any:
+    """Packed latents of zeros ``[B, T]``, as a sample of a replay that keeps latents has them."""
+    from tensordict import TensorDict
+
+    config, rows = world_model.config, tuple(sample.shape)
+    sizes = {"": (config.state_size, config.belief_size)}
+    if world_model.background_rollout is not None:
+        sizes["background_"] = (config.background_state_size, config.background_belief_size)
+    wide = {
+        ("next", f"{prefix}{name}"): torch.zeros(*rows, size, device=sample.device)
+        for prefix, both in sizes.items()
+        for name, size in zip(("state", "belief"), both, strict=True)
+    }
+    return world_model.pack_latents(TensorDict(wide, rows))
 
 
 def _time(
@@ -271,7 +289,7 @@ def _kernels(work: Callable[[], Any]) -> dict[str, Any]:
     spent: dict[str, list[float]] = {}
     for event in events:
         spent.setdefault(event.name[:80], []).append(event.device_time)
-    top = sorted(spent.items(), key=lambda item: -sum(item[1]))[:25]
+    top = sorted(spent.items(), key=lambda item: -sum(item[1]))[:45]
     return {
         "kernels": len(events),
         "kernel_milliseconds": round(sum(map(sum, spent.values())) / 1000, 3),
@@ -285,6 +303,38 @@ def _free_memory(options: Options) -> None:
     gc.collect()
     if options.device == "cuda":
         torch.cuda.empty_cache()
+
+
+def convolutions(options: Options) -> dict[str, Any]:
+    """Transposed convolutions of the decoder, forward and backward: cuDNN's, and on subpixels."""
+    from torch.nn import functional as F
+
+    from w2f_torchrl.modules.convolution import subpixel_convolution
+
+    def transposed(x: Any, weight: Any) -> Any:
+        return F.conv_transpose2d(x, weight, None, 2, 2)
+
+    rows = Rows(options)
+    pictures = 2 if options.small else 1024
+    for channels, out, side in ((128, 128, 4), (128, 96, 8), (96, 64, 16), (64, 4, 32)):
+        x = torch.randn(pictures, channels, side, side, device=options.device)
+        x = x.to(torch.bfloat16, memory_format=torch.channels_last).requires_grad_()
+        weight = torch.randn(channels, out, 6, 6, device=options.device, dtype=torch.bfloat16)
+        weight.requires_grad_()
+        for name, convolve in (("transposed", transposed), ("subpixels", subpixel_convolution)):
+
+            def both(convolve: Callable[..., Any] = convolve, x: Any = x, w: Any = weight) -> None:
+                y = convolve(x, w)
+                torch.autograd.grad(y, (x, w), torch.ones_like(y))
+
+            def once(work: Callable[[], Any] = both) -> dict[str, Any]:
+                for _ in range(3):
+                    work()
+                times = [_seconds(options, work) for _ in range(10)]
+                return {"milliseconds": round(1000 * statistics.median(times), 3)}
+
+            rows.add(f"{channels} to {out}, {side} x {side}, {name}", once)
+    return rows
 
 
 def render(options: Options) -> dict[str, Any]:
@@ -323,8 +373,8 @@ def equality(options: Options) -> dict[str, Any]:
     """Each mode against eager, update by update; eager against eager to judge by."""
     import execution_equality
 
-    shape: dict[str, Any] = {"model": "size1m", "batch_size": 8, "batch_length": 32, "updates": 12}
-    modes = ["eager", "cuda_graph", "cuda_graph_parallel", "compile"]
+    shape: dict[str, Any] = {"model": "size1m", "batch_size": 8, "batch_length": 32, "updates": 6}
+    modes = ["cuda_graph_parallel", "cuda_graph", "eager", "compile"]
     if options.small:
         shape, modes = {"updates": 2}, ["eager"]
 
@@ -338,6 +388,9 @@ def equality(options: Options) -> dict[str, Any]:
     rows = Rows(options)
     with _exact():
         for mode in modes:
+            if options.seconds_left() < 20:
+                rows[f"split, {mode}"] = {"left_out": "no time left"}
+                continue
             rows.add(f"split, {mode}", partial(compare, mode))
             _free_memory(options)
     return rows
@@ -368,7 +421,7 @@ ON_CUDA = [
     "training.prefill_steps=1024",
     "training.total_frames=4000000",
     "optimizer.lr=2e-4",
-    "evaluation.every_frames=40000",
+    "evaluation.every_frames=12000",
     "evaluation.episodes=4",
     "logging.every_updates=50",
     "logging.images_every_updates=500",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from contextlib import ExitStack
 from typing import Any
 from unittest import mock
@@ -20,13 +21,15 @@ from w2f_torchrl.trainers.config import OptimizerConfig
 fake = pytest.mark.skipif(why_not() is not None, reason=f"no fake CUDA: {why_not()}")
 
 BATCH, TIME = 2, 6
-#: Of an eager bfloat16 update of T = 6 steps (and 15 imagined ones): all kernels, and casts. A
-#: change that lowers them lowers these; one that raises them says why.
-BOUNDS = {"whole": (3080, 800), "split": (4230, 1045)}
+#: Of a bfloat16 update of T = 6 steps (and 15 imagined ones): kernels with compiled pieces, as it
+#: runs on CUDA, and eager, and eager's casts. A change that lowers them lowers these; one that
+#: raises them says why. (Eager rose by 4 and 5 % for the compiled ones' sake: what is part of
+#: another kernel there, sums in float32 and the order of subpixels, is one by itself here.)
+BOUNDS = {"whole": (1790, 3200, 840), "split": (2510, 4440, 1130)}
 #: Of one step of the recurrence, and of one step back.
-STEP_CASTS = (7, 7)
+STEP_CASTS = (11, 8)
 #: Of a call that is compiled, by torch 2.15's plan, and two more for another version's.
-PLANNED = {"step_forward": 24, "imagine_step": 31, "step_backward": 23}
+PLANNED = {"step_forward": 14, "imagine_step": 27, "step_backward": 14}
 
 
 def count(act: Any) -> Count:
@@ -80,12 +83,25 @@ def test_lists_are_cut_into_launches_as_torch_does():
     assert _launches([0, 0], depth=2) == 0
 
 
+@pytest.fixture(scope="module")
+def planned() -> dict[str, int]:
+    """Kernels of each compiled piece."""
+    return count_pieces("bfloat16")
+
+
+@fake
+def test_compiled_steps_launch_no_more_kernels_than_they_did(planned):
+    assert planned.keys() == PLANNED.keys()
+    assert all(planned[name] <= most for name, most in PLANNED.items()), planned
+
+
 @fake
 @pytest.mark.parametrize("latent", sorted(BOUNDS))
-def test_an_update_launches_no_more_kernels_than_it_did(latent):
+def test_an_update_launches_no_more_kernels_than_it_did(latent, planned):
     counted = count_ours(TINY, latent, "bfloat16", BATCH, TIME, SIZE)
     row = counted.row()
-    kernels, casts = BOUNDS[latent]
+    compiled, kernels, casts = BOUNDS[latent]
+    assert counted.compiled(planned) <= compiled, (planned, row["by_part"])
     assert row["kernels"] <= kernels, row["by_part"]
     assert row["casts"] <= casts, row["casts_by_part"]
     # A bound that is far off bounds nothing.
@@ -131,41 +147,63 @@ def test_casts_within_the_time_loops_are_those_of_activations():
     assert (forward, backward) == STEP_CASTS
 
 
-def test_weights_cast_anew_in_every_update_compile_nothing_anew():
+@pytest.mark.parametrize("on_gpu", [False, True])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("latent", ["whole", "split"])
+def test_each_step_is_compiled_once_for_all_steps_and_updates(
+    latent, precision, on_gpu, monkeypatch
+):
     """The steps get other tensors each time, which the compiler must know for the same kind."""
+    monkeypatch.setattr(scan, "_on_gpu", lambda x: on_gpu)
     torch.manual_seed(0)
     learner = Learner(
         TINY,
         action_size=2,
         image_size=SIZE,
-        latent="whole",
-        optimizer=OptimizerConfig(precision="bfloat16"),
+        latent=latent,
+        optimizer=OptimizerConfig(precision=precision),
     )
-    rollout, graphs = learner.world_model.rollout, []
-
-    def note(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
-        graphs.append(graph)
-        return graph.forward
+    graphs: Counter[str] = Counter()
 
     def compiled(step: Any) -> Any:
+        def note(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+            graphs[step.__name__] += 1
+            return graph.forward
+
         return torch.compile(step, dynamic=False, backend=note)
 
     torch._dynamo.reset()
-    rollout.steps = tuple(compiled(step) for step in rollout.steps)
+    for rollout in (learner.world_model.rollout, learner.world_model.background_rollout):
+        if rollout is not None:
+            rollout.steps = tuple(compiled(step) for step in rollout.steps)
     learner.loss.imagine_step = compiled(learner.loss.imagine_step)
-    numbers = []
     for _ in range(3):
         learner.update(make_sample())
-        numbers.append(len(graphs))
+        latents = 1 + (latent == "split")
+        once = {"step_forward": latents, "step_backward": latents, "imagine_step": 1}
+        assert graphs == once
     torch._dynamo.reset()
-    # The first update of a process may compile for its first step apart.
-    assert numbers[0] >= 3
-    assert numbers[0] == numbers[1] == numbers[2]
 
 
-@pytest.mark.slow
-def test_compiled_steps_cast_no_weight():
-    """Inductor's plan: 33, 55 and 31 kernels were planned where each call cast the weights."""
-    planned = count_pieces("bfloat16")
-    assert planned.keys() == PLANNED.keys()
-    assert all(planned[name] <= most for name, most in PLANNED.items()), planned
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_gpus_layout_of_the_recurrence_gives_a_cpus_update(precision, monkeypatch):
+    def update(on_gpu: bool) -> dict[str, torch.Tensor]:
+        monkeypatch.setattr(scan, "_on_gpu", lambda x: on_gpu)
+        torch.manual_seed(0)
+        learner = Learner(
+            TINY,
+            action_size=2,
+            image_size=SIZE,
+            latent="split",
+            optimizer=OptimizerConfig(precision=precision),
+        )
+        made = dict(learner.update(make_sample()).items())
+        named = learner.loss.named_parameters()
+        return made | {name: p.grad for name, p in named if p.grad is not None}
+
+    cpu, gpu = update(False), update(True)
+    assert len(cpu) > 100
+    exact = precision == "float32"
+    tolerance = {"rtol": 1e-4, "atol": 1e-5} if exact else {"rtol": 2e-2, "atol": 1e-2}
+    for name, value in cpu.items():
+        torch.testing.assert_close(gpu[name], value, **tolerance, msg=lambda m, n=name: f"{n}: {m}")

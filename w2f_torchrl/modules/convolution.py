@@ -201,6 +201,9 @@ def _double(x: Tensor, weight: Tensor, bias: Tensor, *, channels_last: bool = Tr
     if by_hand(x):
         return cast(Tensor, _Convolution.apply(x, weight, bias, True, channels_last))
     size = weight.shape[-1]
+    if x.is_cuda and size <= SUBPIXEL_KERNEL:
+        # Half of cuDNN's time, or less, also for wide ones (docs/performance.md).
+        return subpixel_convolution(x, weight, bias, channels_last=channels_last)
     return F.conv_transpose2d(x, weight, bias, 2, (size - 1) // 2, output_padding=size % 2)
 
 

@@ -6,6 +6,7 @@ Shape letters: B batch, T time, D belief, S = K x classes state, G blocks of the
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from torchrl.modules import RSSMPosteriorV3, RSSMPriorV3, RSSMRolloutV3
 
 from w2f_torchrl.modules.layers import (
+    Affine,
     activate,
     block_product,
     by_hand,
@@ -26,7 +28,9 @@ from w2f_torchrl.modules.layers import (
 )
 from w2f_torchrl.modules.scan import (
     ScanWeights,
+    drawn_classes,
     scan,
+    softmax_classes,
     step_backward,
     step_forward,
     thresholds,
@@ -169,20 +173,35 @@ class BlockGRUStep:
         gates = torch.bmm(hidden, self.gate_weight).add_(self.gate_bias)
         return _update_belief(grouped, gates).transpose(0, 1).flatten(1)
 
-    def imagine(self, state: Tensor, belief: Tensor, action: Tensor) -> Tensor:
-        """:meth:`__call__` without a gradient, for many rows: ``[N, D]``."""
+    def imagine(
+        self, state: Tensor, belief: Tensor, multiplied: Tensor, action: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """:meth:`__call__` without a gradient, for many rows.
+
+        Args:
+            state: ``[N, S]``.
+            belief: ``[N, D]``.
+            multiplied: The belief in the products' precision.
+            action: ``[N, A]``.
+
+        Returns:
+            The belief ``[N, D]``, and the same in the precision of ``multiplied``.
+        """
         projected = (
-            run_layers(self.belief_layers, belief),
+            run_layers(self.belief_layers, multiplied),
             run_layers(self.state_layers, state),
             self._project_action(action),
         )
         hidden = product(torch.cat(projected, -1), self.features.t(), self.bias)
-        hidden = activate(hidden.add_(block_product(belief, self.belief_weight)), self.rest[0])
+        hidden = hidden.add_(block_product(multiplied, self.belief_weight))
+        hidden = activate(hidden, self.rest[0])
         for layer in self.rest[2:]:  # more than one dynamics layer
             hidden = layer(hidden)
         gates = block_product(hidden, self.gate_weight, self.gate_bias.squeeze(1))
         gates = gates.unflatten(-1, (self.blocks, -1))
-        return _imagine_belief(belief.unflatten(-1, (self.blocks, -1)), gates).flatten(1)
+        belief = _imagine_belief(belief.unflatten(-1, (self.blocks, -1)), gates)
+        # Cast in the layout that it was computed in: a compiler makes both at once.
+        return belief.flatten(1), belief.to(multiplied.dtype).flatten(1)
 
 
 def _update_belief(belief: Tensor, gates: Tensor) -> Tensor:
@@ -301,11 +320,13 @@ class RSSMRollout(RSSMRolloutV3):
         batch, time = embedding.shape[:2]
         if action is None:
             action = embedding.new_zeros(batch, time, 1)
-        if state is None:
-            state = embedding.new_zeros(batch, prior.num_categoricals * prior.num_classes)
-        if belief is None:
-            belief = embedding.new_zeros(batch, prior.rnn_hidden_dim)
         step = BlockGRUStep(prior)
+        # In the parameters' precision: under autocast the embedding has the products'.
+        zeros = partial(step.bias.new_zeros, batch)
+        if state is None:
+            state = zeros(prior.num_categoricals * prior.num_classes)
+        if belief is None:
+            belief = zeros(prior.rnn_hidden_dim)
         action_input = step.action_input(torch.where(reset, 0, action))
         first = posterior.obs_rnn_to_post_projector[0]
         embedded = linear(embedding, first.weight[:, prior.rnn_hidden_dim :], first.bias)
@@ -402,9 +423,10 @@ class RSSMRollout(RSSMRolloutV3):
 
 
 class PriorHead:
-    """The prior's head as imagination needs it: its last layer gives the classes first.
+    """The prior's head as imagination needs it.
 
-    Built once per forward pass: it holds a copy of that layer, with the rows in another order.
+    Built once per forward pass: on a CPU it holds a copy of its last layer that gives the classes
+    first.
 
     Args:
         prior: The block-GRU prior.
@@ -415,8 +437,11 @@ class PriorHead:
         self.hidden: list[Any] = hidden
         self.sizes = (prior.num_classes, prior.num_categoricals)
         self.unimix = prior.unimix
-        self.weight = last.weight.unflatten(0, self.sizes[::-1]).transpose(0, 1).flatten(0, 1)
-        self.bias = last.bias.view(self.sizes[::-1]).t().flatten()
+        self.weight, self.bias = last.weight, last.bias
+        self.classes_first = last.weight.device.type == "cpu"
+        if self.classes_first:
+            self.weight = last.weight.unflatten(0, self.sizes[::-1]).transpose(0, 1).flatten(0, 1)
+            self.bias = last.bias.view(self.sizes[::-1]).t().flatten()
 
     def multiply_in(self, dtype: torch.dtype) -> None:
         """Cast what it multiplies by."""
@@ -425,9 +450,14 @@ class PriorHead:
 
     def draw(self, belief: Tensor, uniform: Tensor) -> Tensor:
         """Draw states without a gradient: ``[N, D], [N, K]`` to ``[N, S]``."""
-        hidden = run_layers(self.hidden, belief)
-        logits = product(hidden, self.weight, self.bias).unflatten(-1, self.sizes)
-        return _draw_one_hot(logits, self.unimix, uniform).flatten(-2)
+        logits = product(run_layers(self.hidden, belief), self.weight, self.bias)
+        if self.classes_first:
+            return _draw_one_hot(logits.unflatten(-1, self.sizes), self.unimix, uniform).flatten(-2)
+        classes = self.sizes[0]
+        probs = softmax_classes(logits, classes, uniform.dtype)
+        drawn = drawn_classes(probs, thresholds(uniform, self.unimix, classes))
+        every = torch.arange(classes, device=logits.device)
+        return (drawn.unsqueeze(-1) == every).to(logits.dtype).flatten(-2)
 
 
 class ActorInPrecision:
@@ -440,13 +470,15 @@ class ActorInPrecision:
 
     def __init__(self, actor: GaussianActor, dtype: torch.dtype):
         self.hidden = maps_in(dtype, actor.backbone.model)
-        self.mean, self.std = (maps_in(dtype, head.model) for head in (actor.mean, actor.std))
+        heads = [head.model[0] for head in (actor.mean, actor.std)]  # a linear layer each
+        weight, bias = (torch.cat([getattr(h, x) for h in heads]) for x in ("weight", "bias"))
+        self.heads = Affine(weight.to(dtype), bias.to(dtype))
         self.squash = actor.squash
 
     def from_features(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """As the actor's."""
-        hidden = run_layers(self.hidden, features)
-        return self.squash(run_layers(self.mean, hidden), run_layers(self.std, hidden))
+        mean, std = self.heads(run_layers(self.hidden, features)).chunk(2, -1)
+        return self.squash(mean, std)
 
 
 def imagine_step(
@@ -465,8 +497,8 @@ def imagine_step(
         step: The block GRU.
         prior: The prior's head.
         actor: The policy's network.
-        features: Belief and state side by side ``[N, D + S]``.
-        state: The state by itself ``[N, S]``.
+        features: Belief and state side by side ``[N, D + S]``, in the products' precision.
+        state: The state by itself ``[N, S]``, in the same.
         belief: The belief by itself ``[N, D]``.
         noise: Standard normal draws ``[N, A]``.
         uniform: Draws from U[0, 1) ``[N, K]``.
@@ -476,8 +508,11 @@ def imagine_step(
     """
     mean, std = actor.from_features(features)
     action = mean + std * noise
-    belief = step.imagine(state, belief, action)
-    return prior.draw(belief, uniform), belief, action
+    multiplied = belief
+    if features.dtype is not belief.dtype:
+        multiplied = features[:, : belief.shape[-1]]
+    belief, multiplied = step.imagine(state, belief, multiplied, action)
+    return prior.draw(multiplied, uniform), belief, action
 
 
 def imagine(
@@ -504,13 +539,14 @@ def imagine(
 
     Returns:
         Features of the latents, belief and state side by side ``[H + 1, N, D + S]``, the start
-        included, and the actions taken in the first H of them ``[H, N, A]``.
+        included and under autocast in its precision, and the actions taken in the first H of them
+        ``[H, N, A]``.
     """
     check_number("horizon", horizon, integer=True, minimum=1)
     with torch.no_grad():
         step, head = BlockGRUStep(prior), PriorHead(prior)
         acting: GaussianActor | ActorInPrecision = actor
-        device = belief.device.type
+        device, dtype = belief.device.type, belief.dtype
         if torch.is_autocast_enabled(device):
             # Once, and not at every step: autocast remembers parameters, not views of them, and
             # in a compiled step nothing.
@@ -522,7 +558,9 @@ def imagine(
         actions_shape = (horizon, len(state), *prior.action_shape)
         noise = torch.randn_like(belief.new_empty(actions_shape))
         size = belief.shape[-1] + state.shape[-1]
-        features = belief.new_empty(horizon + 1, len(state), size)
+        # What reads them multiplies them.
+        features = belief.new_empty(horizon + 1, len(state), size, dtype=dtype)
+        state = state.to(dtype)
         torch.cat((belief, state), -1, out=features[0])
         actions = []
         for t in range(horizon):

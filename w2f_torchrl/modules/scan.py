@@ -10,11 +10,13 @@ Shape letters: B batch, T time, D belief, S state, H hidden, G blocks, w = D / G
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 from w2f_torchrl.modules.layers import (
     ONEDNN_MULTIPLICATIONS,
@@ -75,16 +77,32 @@ MULTIPLIED = (
 )
 
 
+class Latent(NamedTuple):
+    """What a step starts from: zero where an episode starts."""
+
+    state: Tensor
+    """``[B, S]``, in the products' precision."""
+    belief: Tensor
+    """``[B, D]``."""
+    lower: Tensor | None
+    """The belief in the products' precision; None where it has that."""
+
+    @property
+    def multiplied(self) -> Tensor:
+        """The belief as products take it."""
+        return self.belief if self.lower is None else self.lower
+
+
 class _Saved(NamedTuple):
     """What one step keeps for the backward pass."""
 
-    belief_in: Tensor
-    state_in: Tensor
+    latent: Latent
     by_input: Normed
     features: Tensor
     hidden: Tensor
     by_hidden: Normed
-    opened: Tensor
+    reset: Tensor
+    update: Tensor
     candidate_input: Tensor
     candidate: Tensor
     belief: Tensor
@@ -93,11 +111,28 @@ class _Saved(NamedTuple):
     probs: Tensor
 
 
-class _Gradients(NamedTuple):
-    """Gradients of one step: to the step before, and of what its weights gave."""
+class Carried(NamedTuple):
+    """A latent's gradient in the parts that the step after gives; the step before adds them up."""
 
     state: Tensor
+    """``[B, S]``."""
     belief: Tensor
+    """Through the belief's projection ``[B, D]``."""
+    blocks: Tensor
+    """Through the blocks' weights ``[G, B, w]``."""
+    kept: Tensor
+    """Through the update gate ``[B, D]``."""
+    keep: Tensor
+    """0 where the step after starts an episode, else 1 ``[B, 1]``."""
+
+    def sums(self) -> tuple[Tensor, Tensor]:
+        """Gradients of state and belief."""
+        return self.state * self.keep, (self.kept + _flat(self.blocks) + self.belief) * self.keep
+
+
+class _Gradients(NamedTuple):
+    """Gradients of what one step's weights gave."""
+
     logits: Tensor
     posterior_input: Tensor
     posterior_scaled: Tensor
@@ -129,7 +164,7 @@ def scan(
         keep: 0 where an episode starts, else 1 ``[B, T, 1]``.
         action_input: The action's share of the hidden layer, bias included ``[B, T, D]``.
         embedded: The embedding's share of the posterior's first layer ``[B, T, H]``.
-        threshold: What decides the draws ``[T, B, K, classes - 1]``: see :func:`thresholds`.
+        threshold: What decides the draws ``[T, B, K, classes]``: see :func:`thresholds`.
         unimix: Share of the uniform distribution in the posterior, below 1.
         eps: Of the norms.
         steps: :func:`step_forward` and :func:`step_backward`, or the same compiled.
@@ -179,14 +214,17 @@ class _Scan(torch.autograd.Function):
         dtype = ctx.autocast[1] if ctx.autocast[2] else belief.dtype
         weights = _multiplied_in(dtype, ScanWeights(*tensors))
         # Draws and resets are zeros and ones, exact in any precision.
-        state, classes = state.to(dtype), threshold.shape[-1] + 1
+        state, classes = state.to(dtype), threshold.shape[-1]
         one_hots = torch.eye(classes, dtype=dtype, device=belief.device)
+        keep = F.pad(keep, (0, 0, 0, 1), value=1)  # after the last step nothing starts
+        kept, *inputs = (x.to(dtype).unbind(1) for x in (keep, action_input, embedded))
+        latent = _start(state, belief, kept[0])
         steps, states, logits = [], [], []
-        inputs = (x.to(dtype).unbind(1) for x in (keep, action_input, embedded))
-        rows = zip(*inputs, threshold, strict=True)
-        for kept, action_t, embedded_t, threshold_t in rows:
-            state, belief, logit, saved = forward_one(
-                weights, state, belief, kept, action_t, embedded_t, threshold_t, one_hots, eps
+        # Each step makes what the next one starts from: a compiler then fuses the two.
+        rows = zip(kept[1:], *inputs, threshold, strict=True)
+        for keep_next, action_t, embedded_t, threshold_t in rows:
+            latent, state, logit, saved = forward_one(
+                weights, latent, keep_next, action_t, embedded_t, threshold_t, one_hots, eps
             )
             steps.append(saved)
             states.append(state)
@@ -204,22 +242,55 @@ class _Scan(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         keep, *tensors = ctx.saved_tensors
         weights, steps = ScanWeights(*tensors), ctx.steps
-        state, belief = torch.zeros_like(grad_states[:, 0]), torch.zeros_like(grad_beliefs[:, 0])
+        projections = _side_by_side(weights)
+        carried = _nothing(weights, grad_beliefs[:, 0], keep[:, -1])
         outer = [g.unbind(1) for g in (grad_states, grad_beliefs, grad_logits, keep)]
         grads: list[_Gradients] = []
         device, dtype, mixed = ctx.autocast
         with torch.autocast(device, dtype, enabled=mixed):
             for t in reversed(range(len(steps))):
                 gs, gb, gl, kept = (g[t] for g in outer)
-                grads.append(
-                    ctx.backward_one(weights, steps[t], state, belief, gs, gb, gl, kept, ctx.unimix)
+                gradients, carried = ctx.backward_one(
+                    weights, projections, steps[t], carried, gs, gb, gl, kept, ctx.unimix
                 )
-                state, belief = grads[-1].state, grads[-1].belief
+                grads.append(gradients)
+            state, belief = carried.sums()
             grads.reverse()
             of_weights = _weight_gradients(weights, steps, grads)
         action_input = torch.stack([g.hidden_input for g in grads], 1)
         embedded = torch.stack([g.posterior_input for g in grads], 1)
         return (state, belief, None, action_input, embedded, None, None, None, None, *of_weights)
+
+
+def _start(state: Tensor, belief: Tensor, keep: Tensor) -> Latent:
+    """What a step starts from; ``state`` and ``keep`` have the products' precision."""
+    belief = belief * keep
+    lower = None if state.dtype is belief.dtype else belief.to(state.dtype)
+    return Latent(state * keep, belief, lower)
+
+
+def _nothing(weights: ScanWeights, belief: Tensor, keep: Tensor) -> Carried:
+    """Zeros for the last step, in the precisions, and with the strides, of the others.
+
+    A compiled step is then the same one for all.
+    """
+    dtype, (rows, width) = weights.belief.dtype, belief.shape
+    sizes = (width, weights.state.shape[1])
+    zeros = partial(belief.new_zeros, dtype=dtype)
+    if _on_gpu(belief):
+        of_belief, of_state = zeros(rows, sum(sizes)).split(sizes, -1)
+    else:
+        of_belief, of_state = (zeros(rows, size) for size in sizes)
+    blocks = zeros(len(weights.blocks), rows, width // len(weights.blocks))
+    return Carried(of_state, of_belief, blocks, torch.zeros_like(belief), keep)
+
+
+def _side_by_side(weights: ScanWeights) -> Tensor | None:
+    """Projections of belief and state as one matrix ``[2 H, D + S]``, of which half is zeros.
+
+    A GPU takes less time for the one product than for two; a CPU takes the two.
+    """
+    return torch.block_diag(weights.belief, weights.state) if _on_gpu(weights.belief) else None
 
 
 def _multiplied_in(dtype: torch.dtype, weights: ScanWeights) -> ScanWeights:
@@ -229,54 +300,49 @@ def _multiplied_in(dtype: torch.dtype, weights: ScanWeights) -> ScanWeights:
 
 def step_forward(
     weights: ScanWeights,
-    state: Tensor,
-    belief: Tensor,
-    keep: Tensor,
+    latent: Latent,
+    keep_next: Tensor,
     action_input: Tensor,
     embedded: Tensor,
     threshold: Tensor,
     one_hots: Tensor,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor, _Saved]:
-    """One step: state ``[B, S]``, belief ``[B, D]``, logits ``[B, S]``, what backward needs.
+) -> tuple[Latent, Tensor, Tensor, _Saved]:
+    """One step: what the next one starts from, state and logits ``[B, S]``, what backward needs.
 
-    State, logits, ``keep``, inputs and the weights of products have the products' precision, which
-    is lower under autocast; belief, norms, gates and probabilities have their own.
+    State, logits, ``keep_next``, inputs and the weights of products have the products' precision,
+    which is lower under autocast; belief, norms, gates and probabilities have their own.
     """
-    state_in, belief_in = state * keep, belief * keep
-    multiplied = belief_in.to(weights.belief.dtype)
-    first = torch.addmm(weights.belief_bias, multiplied, weights.belief.t())
-    second = torch.addmm(weights.state_bias, state_in, weights.state.t())
+    dtype = latent.belief.dtype
+    first = torch.addmm(weights.belief_bias, latent.multiplied, weights.belief.t())
+    second = torch.addmm(weights.state_bias, latent.state, weights.state.t())
     projected = torch.cat((first, second), -1).unflatten(-1, (2, -1))  # [B, 2, H]
     by_input, features = norm(projected, weights.input_norm, eps)
     features = features.flatten(1)
 
-    grouped = _blocks(belief_in, weights)  # [G, B, w]
-    shared = torch.addmm(action_input, features, weights.features)
-    hidden = torch.baddbmm(_blocks(shared, weights), _blocks(multiplied, weights), weights.blocks)
+    hidden = _add_product(action_input, features, weights.features, dtype)
+    own = _blocks(latent.multiplied, weights)
+    hidden = _add_product(_blocks(hidden, weights), own, weights.blocks, dtype)
     by_hidden, hidden = norm(_flat(hidden), weights.hidden_norm, eps)
-    gates = torch.baddbmm(weights.gates_bias, _blocks(hidden, weights), weights.gates)
-    if gates.dtype is not belief.dtype:
-        gates = gates.to(belief.dtype)
-    opening, candidate_input = gates.tensor_split((2 * grouped.shape[-1],), -1)
-    opened = opening.sigmoid()
-    reset, update = opened.chunk(2, -1)
+    reset, update, candidate_input = _open(_blocks(hidden, weights), weights, dtype)
     candidate = torch.tanh(reset * candidate_input)
-    belief = _flat(torch.lerp(grouped, candidate, update))
+    apart = torch.lerp(_apart(latent.belief, weights), candidate, update)
+    belief, lower = _together(apart), weights.posterior.dtype
 
-    projected = torch.addmm(embedded, belief, weights.posterior.t())
+    multiplied = belief if lower is dtype else _together(apart.to(lower))
+    projected = _add_product(embedded, multiplied, weights.posterior.t(), dtype)
     by_posterior, posterior = norm(projected, weights.posterior_norm, eps)
     logits = torch.addmm(weights.logits_bias, posterior, weights.logits.t())
-    probs = softmax_classes(logits, len(one_hots), belief.dtype)
-    state = draw(probs, threshold, one_hots).view_as(logits)
+    probs = softmax_classes(logits, len(one_hots), dtype)
+    state = _draw(probs, threshold, one_hots).view_as(logits)
     saved = _Saved(
-        belief_in,
-        state_in,
+        latent,
         by_input,
         features,
         hidden,
         by_hidden,
-        opened,
+        reset,
+        update,
         candidate_input,
         candidate,
         belief,
@@ -284,7 +350,41 @@ def step_forward(
         posterior,
         probs,
     )
-    return state, belief, logits, saved
+    following = _start(state, belief, keep_next)
+    if _on_gpu(belief):  # from where the belief's kernel has it, so that it makes these too
+        kept = apart * keep_next.unsqueeze(-1)
+        cast = None if following.lower is None else kept.to(state.dtype).flatten(1)
+        following = Latent(following.state, kept.flatten(1), cast)
+    return following, state, logits, saved
+
+
+def _add_product(summand: Tensor, x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """``summand + x @ weight``, for 2-dimensional or batched products.
+
+    On a GPU a product's summand is copied first, unless it is a row. A compiler makes it part of
+    the next kernel, if it is added in the belief's precision, which under autocast isn't the
+    product's.
+    """
+    if not torch.compiler.is_compiling():
+        add = torch.addmm if x.ndim == 2 else torch.baddbmm
+        return add(summand, x, weight)
+    return summand.to(dtype) + x @ weight
+
+
+def _open(
+    hidden: Tensor, weights: ScanWeights, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Reset and update gate and the candidate's input, each laid out as :func:`_apart` has it."""
+    width = hidden.shape[-1]
+    if not torch.compiler.is_compiling():  # the two sigmoids at once
+        gates = torch.baddbmm(weights.gates_bias, hidden, weights.gates).to(dtype)
+        opening, candidate_input = _turned(gates).tensor_split((2 * width,), -1)
+        reset, update = opening.sigmoid().chunk(2, -1)
+        return reset, update, candidate_input
+    products = _turned(hidden @ weights.gates).split(width, -1)
+    biases = _turned(weights.gates_bias.to(dtype)).split(width, -1)
+    reset, update, candidate = (x + y for x, y in zip(products, biases, strict=True))
+    return reset.sigmoid(), update.sigmoid(), candidate
 
 
 def softmax_classes(logits: Tensor, classes: int, dtype: torch.dtype) -> Tensor:
@@ -310,41 +410,51 @@ def thresholds(uniform: Tensor, unimix: float, classes: int) -> Tensor:
         classes: Classes of a categorical.
 
     Returns:
-        ``[..., K, classes - 1]``: class c or a later one is taken above F_c.
+        ``[..., K, classes]``: a class after c is taken above F_c. Above the last one there is none:
+        its threshold is negative, since rounding can leave its cumulative probability below 1.
     """
-    share = torch.arange(1, classes, dtype=uniform.dtype, device=uniform.device)
-    return (uniform.unsqueeze(-1) - share * (unimix / classes)) / (1 - unimix)
+    share = torch.arange(1, classes + 1, dtype=uniform.dtype, device=uniform.device)
+    threshold = (uniform.unsqueeze(-1) - share * (unimix / classes)) / (1 - unimix)
+    threshold[..., -1] = -1
+    return threshold
 
 
-def draw(probs: Tensor, threshold: Tensor, one_hots: Tensor) -> Tensor:
-    """One-hot draws ``[..., K, C]`` from probabilities, inverting their cumulative sum.
+def drawn_classes(probs: Tensor, threshold: Tensor) -> Tensor:
+    """Draw classes ``[..., K]`` by inverting the cumulative sum of their probabilities.
 
     Args:
         probs: Without the uniform share ``[..., K, C]``.
-        threshold: From :func:`thresholds`. It has no last class: rounding can leave the last
-            cumulative probability below 1, so it is not asked.
-        one_hots: The identity ``[C, C]``.
+        threshold: From :func:`thresholds`.
     """
-    index = (threshold > probs.cumsum(-1)[..., :-1]).sum(-1)
-    return one_hots.index_select(0, index.flatten()).view(probs.shape)
+    return (threshold > probs.cumsum(-1)).sum(-1)
+
+
+def _draw(probs: Tensor, threshold: Tensor, one_hots: Tensor) -> Tensor:
+    """One-hot draws ``[..., K, C]``; ``one_hots`` is the identity ``[C, C]``."""
+    drawn = drawn_classes(probs, threshold)
+    if not torch.compiler.is_compiling():
+        return one_hots.index_select(0, drawn.flatten()).view(probs.shape)
+    every = torch.arange(probs.shape[-1], device=probs.device)
+    return (drawn.unsqueeze(-1) == every).to(one_hots.dtype)
 
 
 def step_backward(
     weights: ScanWeights,
+    projections: Tensor | None,
     saved: _Saved,
-    state: Tensor,
-    belief: Tensor,
+    carried: Carried,
     grad_state: Tensor,
     grad_belief: Tensor,
     grad_logits: Tensor,
     keep: Tensor,
     unimix: float,
-) -> _Gradients:
-    """One step back: gradients from the step after and from outside, to the step before."""
+) -> tuple[_Gradients, Carried]:
+    """One step back, from the gradients of the step after and those from outside."""
+    state, belief = carried.sums()
     # The sample's gradient is that of its probabilities (straight-through).
     sample = (state + grad_state).view(saved.probs.shape).mul_(1 - unimix)
     inner = (sample * saved.probs).sum(-1, keepdim=True)
-    logits = grad_logits + ((sample - inner) * saved.probs).flatten(-2)
+    logits = torch.addcmul(grad_logits.view_as(sample), sample - inner, saved.probs).flatten(-2)
     grad = logits @ weights.logits
     posterior_input, posterior_scaled = norm_backward(
         grad, saved.by_posterior, weights.posterior_norm
@@ -352,32 +462,28 @@ def step_backward(
     # Sums outside the products: under autocast they stay in float32.
     belief = belief + grad_belief + posterior_input @ weights.posterior
 
-    grouped = _blocks(belief, weights)
-    reset, update = saved.opened.chunk(2, -1)
-    through = grouped * update
+    grouped = _apart(belief, weights)
+    through = grouped * saved.update
     candidate: Tensor = torch.ops.aten.tanh_backward(through, saved.candidate)
-    opening = torch.cat(
-        (
-            candidate * saved.candidate_input,
-            grouped * (saved.candidate - _blocks(saved.belief_in, weights)),
-        ),
-        -1,
+    reset = torch.ops.aten.sigmoid_backward(candidate * saved.candidate_input, saved.reset)
+    update = torch.ops.aten.sigmoid_backward(
+        grouped * (saved.candidate - _apart(saved.latent.belief, weights)), saved.update
     )
-    opening = torch.ops.aten.sigmoid_backward(opening, saved.opened)
-    gates = torch.cat((opening, candidate * reset), -1)  # [G, B, 3 w]
+    gates = _turned(torch.cat((reset, update, candidate * saved.reset), -1))  # [G, B, 3 w]
     grad = _flat(torch.bmm(gates, weights.gates.transpose(1, 2)))
     hidden_input, hidden_scaled = norm_backward(grad, saved.by_hidden, weights.hidden_norm)
     multiplied = hidden_input.to(weights.blocks.dtype)
-    direct = torch.bmm(_blocks(multiplied, weights), weights.blocks.transpose(1, 2))
-    direct = grouped - through + direct
+    blocks = torch.bmm(_blocks(multiplied, weights), weights.blocks.transpose(1, 2))
     features = (multiplied @ weights.features.t()).unflatten(-1, (2, -1))
     inputs, inputs_scaled = norm_backward(features, saved.by_input, weights.input_norm)
-    by_belief, by_state = inputs.to(weights.belief.dtype).unbind(1)
-    belief = (_flat(direct) + by_belief @ weights.belief) * keep
-    state = (by_state @ weights.state) * keep
-    return _Gradients(
-        state,
-        belief,
+    projected = inputs.to(weights.belief.dtype)
+    if projections is None:
+        by_belief, by_state = projected.unbind(1)
+        of_belief, of_state = by_belief @ weights.belief, by_state @ weights.state
+    else:
+        sizes = (belief.shape[-1], state.shape[-1])
+        of_belief, of_state = (projected.flatten(1) @ projections).split(sizes, -1)
+    gradients = _Gradients(
         logits,
         posterior_input,
         posterior_scaled,
@@ -387,6 +493,7 @@ def step_backward(
         inputs,
         inputs_scaled,
     )
+    return gradients, Carried(of_state, of_belief, blocks, _together(grouped - through), keep)
 
 
 def _weight_gradients(
@@ -400,7 +507,7 @@ def _weight_gradients(
     def gain(normed: Iterable[Tensor], scaled: Iterable[Tensor]) -> Tensor:
         return (all_steps(normed) * all_steps(scaled)).sum(0)
 
-    belief_in = all_steps(s.belief_in for s in steps)
+    belief_in = all_steps(s.latent.belief for s in steps)
     hidden_input = all_steps(g.hidden_input for g in grads)
     by_belief, by_state = all_steps(g.inputs for g in grads).unbind(1)
     logits = all_steps(g.logits for g in grads)
@@ -410,7 +517,7 @@ def _weight_gradients(
     return ScanWeights(
         belief=_outer(by_belief, belief_in),
         belief_bias=by_belief.sum(0),
-        state=_outer(by_state, all_steps(s.state_in for s in steps)),
+        state=_outer(by_state, all_steps(s.latent.state for s in steps)),
         state_bias=by_state.sum(0),
         input_norm=gain((s.by_input.normed for s in steps), (g.inputs_scaled for g in grads)),
         features=_outer(all_steps(s.features for s in steps), hidden_input),
@@ -443,6 +550,29 @@ def _blocks(x: Tensor, weights: ScanWeights) -> Tensor:
     """``[N, D]`` to ``[G, N, w]``."""
     grouped: Tensor = x.unflatten(-1, (len(weights.blocks), -1)).transpose(0, 1)
     return grouped
+
+
+def _on_gpu(x: Tensor) -> bool:
+    return x.is_cuda
+
+
+def _apart(x: Tensor, weights: ScanWeights) -> Tensor:
+    """``[N, D]`` to blocks for what is done by element: ``[N, G, w]``, on a CPU ``[G, N, w]``.
+
+    The first needs no copy from and to ``[N, D]``, but reads what block products give in strides,
+    which costs a compiled kernel nothing.
+    """
+    return x.unflatten(-1, (len(weights.blocks), -1)) if _on_gpu(x) else _blocks(x, weights)
+
+
+def _turned(x: Tensor) -> Tensor:
+    """From the layout of block products to that of :func:`_apart`, or back."""
+    return x.transpose(0, 1) if _on_gpu(x) else x
+
+
+def _together(x: Tensor) -> Tensor:
+    """Undo :func:`_apart`."""
+    return x.flatten(1) if _on_gpu(x) else _flat(x)
 
 
 def _flat(x: Tensor) -> Tensor:

@@ -18,8 +18,9 @@ from w2f_torchrl.trainers.config import EXECUTIONS
 #: ``compile_all``: losses and the whole time loop as one graph; ``cuda_graph``: ``compile``, and
 #: the whole update captured once and replayed, which leaves no launch to the host;
 #: ``cuda_graph_parallel``: the graph has two branches where the two latents of ``split`` don't
-#: depend on each other; ``auto``: eager on a CPU, on CUDA the first of ``cuda_graph``, ``compile``
-#: and ``eager`` that works and gives eager's update (:mod:`~w2f_torchrl.trainers.auto_execution`).
+#: depend on each other; ``auto``: eager on a CPU, on CUDA the first of ``cuda_graph_parallel`` (for
+#: ``split``), ``cuda_graph``, ``compile`` and ``eager`` that works and gives eager's update
+#: (:mod:`~w2f_torchrl.trainers.auto_execution`).
 MODES = EXECUTIONS
 
 #: What ``compile`` compiles: a step of each recurrence and a step back; an imagined step; encoders
@@ -64,8 +65,9 @@ def compile_core(loss: World2FilterLoss, pieces: Collection[str]) -> None:
 
 
 def undo_compilation(loss: World2FilterLoss) -> None:
-    """Take back what :func:`compile_core` did."""
+    """Take back what :func:`compile_core` did, and the second branch of a graph."""
     world_model = loss.world_model
+    world_model.side_stream = None
     world_model.compiled.clear()
     for module in world_model.decoder.modules():
         if isinstance(module, ImageDecoder):

@@ -151,7 +151,11 @@ class Learner(nn.Module):
         if self.execution != "auto":
             return self._make_update(self.execution)
         # DistributedDataParallel hooks into the backward pass, which a graph replays without it.
-        modes = ("compile",) if gradients == "ddp" else ("cuda_graph", "compile")
+        modes = ["compile"]
+        if gradients != "ddp":
+            modes.insert(0, "cuda_graph")
+            if self.world_model.background_rollout is not None:
+                modes.insert(0, "cuda_graph_parallel")
         return AutoUpdate(
             {mode: partial(self._make_update, mode) for mode in modes},
             eager=self._eager_update,
