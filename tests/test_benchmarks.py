@@ -67,7 +67,7 @@ def supervised(tmp_path: Path, monkeypatch, bodies: dict[str, str], **limits: fl
     monkeypatch.setattr(gpu_acceptance, "PATIENCE", 1)
     out = tmp_path / "out"
     out.mkdir()
-    args = argparse.Namespace(small=True, seconds=300.0, out=out, r2dreamer=None)
+    args = argparse.Namespace(small=True, seconds=300.0, out=out, r2dreamer=None, limit=[])
     gpu_acceptance.supervise(list(bodies), args)
     return json.loads((out / gpu_acceptance.RESULTS).read_text())["stages"]
 

@@ -202,8 +202,8 @@ class TrainingConfig:
     """When gradients are not finite: stop before the weights are spoiled, with the batch and the
     state saved; or skip that update."""
     execution: str = "auto"
-    """auto: eager on a CPU; on CUDA the first of cuda_graph, compile and eager that works and whose
-    first update equals eager's up to rounding. Or by name: eager; compile (the core's pieces);
+    """auto: eager on a CPU; on CUDA the first of cuda_graph_parallel (split), cuda_graph, compile and
+    eager that works and whose first update equals eager's up to rounding. Or by name: eager; compile (the core's pieces);
     compile_all (losses and time loop as one graph, slow to compile); cuda_graph (compile, and the
     whole update replayed as one graph; CUDA only); cuda_graph_parallel (in that graph the
     background's latent beside the foreground's; algo.latent=split only)."""
