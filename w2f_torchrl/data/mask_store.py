@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from w2f_torchrl.data.masks import pack_mask, unpack_mask
 from w2f_torchrl.utils.checks import check_number
+from w2f_torchrl.utils.files import write_text
 from w2f_torchrl.utils.tensors import check_tensor
 
 MASKS_FILE = "masks.npy"
@@ -87,9 +87,7 @@ class MaskStore:
         self._record["done"] = saved["done"]
 
     def _write_record(self) -> None:
-        temporary = self.folder / f".{RECORD_FILE}.tmp"
-        temporary.write_text(json.dumps(self._record, indent=2) + "\n")
-        os.replace(temporary, self.folder / RECORD_FILE)
+        write_text(self.folder / RECORD_FILE, json.dumps(self._record, indent=2) + "\n")
 
 
 def load_masks(folder: str | Path) -> tuple[Tensor, dict[str, Any]]:

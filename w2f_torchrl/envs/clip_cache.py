@@ -9,13 +9,14 @@ import json
 import logging
 import math
 import os
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
+
+from w2f_torchrl.utils.files import atomic_path
 
 logger = logging.getLogger(__name__)
 
@@ -115,16 +116,10 @@ def _map(path: Path, size: int) -> UInt8Array | None:
 
 
 def _write(path: Path, frames: UInt8Array) -> None:
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".tmp")
-    try:
-        with os.fdopen(descriptor, "wb") as stream:
-            np.save(stream, frames, allow_pickle=False)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with atomic_path(path, unique=True) as temporary, temporary.open("wb") as stream:
+        np.save(stream, frames, allow_pickle=False)
+        stream.flush()
+        os.fsync(stream.fileno())
 
 
 @contextlib.contextmanager

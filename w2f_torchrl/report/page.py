@@ -16,6 +16,7 @@ from markupsafe import Markup
 import w2f_torchrl
 from w2f_torchrl.report.charts import chart_data
 from w2f_torchrl.report.runs import Media, Run, load_runs, newest
+from w2f_torchrl.utils.files import write_text
 from w2f_torchrl.utils.progress import format_duration
 
 BROWSER_CODECS = ("h264", "vp8", "vp9", "av1")
@@ -52,12 +53,7 @@ def write_report(run_dirs: Sequence[str | os.PathLike[str]], out: str | os.PathL
     page = render([*map(Path, run_dirs)])
     path = Path(out)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        temporary.write_text(page, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_text(path, page)
     return path
 
 

@@ -25,6 +25,7 @@ import torch
 
 from w2f_torchrl.data.record_files import MissingRecordsError, RecordsError
 from w2f_torchrl.data.replay_files import Manifest, describe_damage, find_damage
+from w2f_torchrl.utils.files import atomic_path
 
 logger = logging.getLogger(__name__)
 
@@ -116,7 +117,6 @@ def save_checkpoint(
     directory.mkdir(parents=True, exist_ok=True)
     _remove_temporaries(directory)
     path = checkpoint_path(directory, updates) if name is None else directory / name
-    temporary = directory / f".{path.name}.tmp"
     document = {
         "format": FORMAT_NAME,
         "format_version": FORMAT_VERSION,
@@ -125,12 +125,8 @@ def save_checkpoint(
         "frames": int(frames),
         "payload": payload,
     }
-    try:
-        with temporary.open("wb") as stream:
-            _write(document, stream)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with atomic_path(path) as temporary, temporary.open("wb") as stream:
+        _write(document, stream)
     _sync_directory(directory)
     if name is not None:
         return path

@@ -31,6 +31,7 @@ from w2f_torchrl.modules.config import LATENTS, ModelConfig
 from w2f_torchrl.objectives.config import LossConfig
 from w2f_torchrl.segmenters.sam3_requirements import missing_requirement
 from w2f_torchrl.utils.checks import check_fields, check_number
+from w2f_torchrl.utils.files import atomic_path
 
 if TYPE_CHECKING:
     import torch
@@ -202,11 +203,12 @@ class TrainingConfig:
     """When gradients are not finite: stop before the weights are spoiled, with the batch and the
     state saved; or skip that update."""
     execution: str = "auto"
-    """auto: eager on a CPU; on CUDA the first of cuda_graph_parallel (split), cuda_graph, compile and
-    eager that works and whose first update equals eager's up to rounding. Or by name: eager; compile (the core's pieces);
-    compile_all (losses and time loop as one graph, slow to compile); cuda_graph (compile, and the
-    whole update replayed as one graph; CUDA only); cuda_graph_parallel (in that graph the
-    background's latent beside the foreground's; algo.latent=split only)."""
+    """auto: eager on a CPU; on CUDA the first of cuda_graph_parallel (split only), cuda_graph,
+    compile and eager that works and whose first update equals eager's up to rounding. Or by name: eager;
+    compile (the core's pieces); compile_all (losses and time loop as one graph, slow to compile);
+    cuda_graph (compile, and the whole update replayed as one graph; CUDA only);
+    cuda_graph_parallel (in that graph the background's latent runs in parallel with the
+    foreground's; algo.latent=split only)."""
 
 
 @dataclass
@@ -769,8 +771,5 @@ def config_to_dict(config: RunConfig) -> dict[str, Any]:
 
 def save_config(config: RunConfig, path: str | Path) -> None:
     """Write the configuration as YAML; what had the name before is replaced, not written to."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.unlink(missing_ok=True)
-    OmegaConf.save(OmegaConf.structured(config), temporary)
-    os.replace(temporary, path)
+    with atomic_path(path) as temporary:
+        OmegaConf.save(OmegaConf.structured(config), temporary)

@@ -12,6 +12,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from w2f_torchrl.utils.files import write_text
+
 if TYPE_CHECKING:
     import torch
 
@@ -76,9 +78,7 @@ def note_environment(path: Path, frames: int, device: torch.device | str) -> Non
     started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     entry = {"started": started, "frames": str(frames), **describe_environment(device)}
     entries = [*read_environment(path), entry]
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(entries, indent=1) + "\n")
-    os.replace(temporary, path)
+    write_text(path, json.dumps(entries, indent=1) + "\n")
 
 
 def read_environment(path: Path) -> list[dict[str, str]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import io
-import os
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,8 @@ from PIL import Image
 from torch import Tensor
 from torchrl.record.loggers.csv import CSVLogger
 from torchrl.record.loggers.tensorboard import TensorboardLogger
+
+from w2f_torchrl.utils.files import write_text
 
 GIF_PICTURES = 100
 """Most pictures of a video in TensorBoard, which keeps videos as GIF."""
@@ -85,9 +86,7 @@ class RunCSVLogger(CSVLogger):
         for path in Path(self.experiment.log_dir, "scalars").rglob("*.csv"):
             lines = path.read_text().splitlines(keepends=True)
             kept = [line for line in lines if line.endswith("\n") and _step(line) <= frames]
-            temporary = path.with_name(f".{path.name}.tmp")
-            temporary.write_text("".join(kept))
-            os.replace(temporary, path)
+            write_text(path, "".join(kept))
 
 
 def make_tensorboard_logger(run_dir: Path) -> RunTensorboardLogger:

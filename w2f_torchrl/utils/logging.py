@@ -19,6 +19,7 @@ from torchrl.record.loggers.common import Logger
 
 from w2f_torchrl.utils.background_worker import BackgroundWorker
 from w2f_torchrl.utils.closing import Closing
+from w2f_torchrl.utils.files import atomic_path
 from w2f_torchrl.utils.metrics_file import last_counters, read_metrics, read_records, repair
 from w2f_torchrl.utils.progress import ProgressBar
 from w2f_torchrl.utils.sinks import Sinks
@@ -243,12 +244,10 @@ class MetricsLogger(Closing):
             if not late:
                 kept.append(json.dumps(record, allow_nan=False).encode() + b"\n")
         self._file.close()
-        temporary = self.path.with_name(f".{self.path.name}.tmp")
-        with temporary.open("wb") as stream:
+        with atomic_path(self.path) as temporary, temporary.open("wb") as stream:
             stream.writelines(kept)
             stream.flush()
             os.fsync(stream.fileno())
-        os.replace(temporary, self.path)
         self._start = last_counters(self.path)
         self._file = self.path.open("ab", buffering=0)
         self.sinks.truncate_after(frames)

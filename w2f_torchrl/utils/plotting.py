@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 from numpy.typing import NDArray
 
+from w2f_torchrl.utils.files import atomic_path
 from w2f_torchrl.utils.logging import read_metrics
 from w2f_torchrl.utils.metric_names import is_own_loss
 
@@ -173,13 +174,9 @@ def save_figure(figure: Figure, path: str | os.PathLike[str], dpi: int = 120) ->
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        FigureCanvasAgg(figure)
+    FigureCanvasAgg(figure)
+    with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png", dpi=dpi)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
     return path
 
 

@@ -16,6 +16,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from w2f_torchrl.utils.files import atomic_path
+
 _MARGIN = 4  # pixels between columns
 _TITLE = 14  # pixels above the pictures for a label
 
@@ -81,12 +83,8 @@ def write_video(
         raise ValueError(f"fps and scale must be positive, got fps={fps} and scale={scale}.")
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
+    with atomic_path(path) as temporary:
         _encode(temporary, frames.permute(0, 2, 3, 1).cpu().numpy(), fps, scale)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
     return path
 
 
@@ -109,13 +107,9 @@ def write_image(path: str | os.PathLike[str], picture: Tensor) -> Path:
         )
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        pixels = picture.permute(1, 2, 0).contiguous().cpu().numpy()
+    pixels = picture.permute(1, 2, 0).contiguous().cpu().numpy()
+    with atomic_path(path) as temporary:
         Image.fromarray(pixels).save(temporary, format="PNG")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
     return path
 
 

@@ -16,6 +16,8 @@ from typing import Any, Literal, get_args
 from torch import Tensor
 from torchrl.record.loggers.wandb import WandbLogger
 
+from w2f_torchrl.utils.files import write_text
+
 WandbMode = Literal["auto", "online", "offline"]
 INIT_SECONDS = 60.0
 """How long a run waits at its start for wandb's server."""
@@ -237,9 +239,7 @@ def _read_state(path: Path) -> dict[str, Any]:
 
 
 def _write_state(path: Path, state: dict[str, Any]) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(state))
-    os.replace(temporary, path)
+    write_text(path, json.dumps(state))
 
 
 def _refuse_secrets(config: Mapping[str, Any], place: str) -> None:
