@@ -13,10 +13,15 @@ from w2f_torchrl.utils.files import atomic_path, write_text
 def test_a_file_is_replaced_as_a_whole_or_not_at_all(tmp_path, unique):
     path = tmp_path / "state.json"
     path.write_text("old")
-    with pytest.raises(KeyError), atomic_path(path, unique=unique) as temporary:
-        temporary.write_text("ne")
-        assert path.read_text() == "old"
-        raise KeyError
+
+    def fail_half_way() -> None:
+        with atomic_path(path, unique=unique) as temporary:
+            temporary.write_text("ne")
+            assert path.read_text() == "old"
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail_half_way()
     assert path.read_text() == "old"
     with atomic_path(path, unique=unique) as temporary:
         assert temporary.parent == tmp_path

@@ -16,9 +16,9 @@ from test_sam3 import needs_sam3
 from test_trainers import tiny_run
 from torchrl.data import Bounded, Composite, Unbounded
 
-from w2f_torchrl.data.replay import MASK_KEY
 from w2f_torchrl.envs import make_env, register_env
 from w2f_torchrl.envs import tasks as tasks_module
+from w2f_torchrl.keys import NEXT_MASK
 from w2f_torchrl.segmenters import StudentSegmenter, mask_iou
 from w2f_torchrl.trainers import ConfigError, Trainer
 from w2f_torchrl.trainers import config as config_module
@@ -51,9 +51,9 @@ def test_a_source_segments_each_record_once_and_compares():
     segmenter = BrightSegmenter()
     source = SegmentedSource("sam3", segmenter)
     records = make_records(6)
-    records[MASK_KEY][:3].logical_not_()  # the simulator says otherwise on half of them
+    records[NEXT_MASK][:3].logical_not_()  # the simulator says otherwise on half of them
     labelled = source.label(records)
-    assert torch.equal(labelled[MASK_KEY], bright(records["next", "pixels"]))
+    assert torch.equal(labelled[NEXT_MASK], bright(records["next", "pixels"]))
     assert segmenter.calls == [6]
     metrics = source.metrics()
     assert metrics["segmentation/iou"] == pytest.approx(0.5)
@@ -72,17 +72,17 @@ def test_lost_masks_are_the_share_asked_for_and_depend_on_the_frames_number_only
 
     records = make_records(400)
     source, whole = labelled([400])
-    before = records[MASK_KEY].clone()
-    lost = ~whole[MASK_KEY].flatten(1).any(1)
-    assert records[MASK_KEY].flatten(1).any(1).all()
+    before = records[NEXT_MASK].clone()
+    lost = ~whole[NEXT_MASK].flatten(1).any(1)
+    assert records[NEXT_MASK].flatten(1).any(1).all()
     assert 0.3 < lost.float().mean() < 0.5
-    assert torch.equal(whole[MASK_KEY][~lost], records[MASK_KEY][~lost])
+    assert torch.equal(whole[NEXT_MASK][~lost], records[NEXT_MASK][~lost])
     assert source.metrics()["segmentation/iou"] == pytest.approx(1 - float(lost.float().mean()))
     _, in_parts = labelled([7, 130, 1, 262])  # as a run that stops between them has it
-    assert torch.equal(in_parts[MASK_KEY], whole[MASK_KEY])
-    assert not torch.equal(labelled([400], seed=8)[1][MASK_KEY], whole[MASK_KEY])
+    assert torch.equal(in_parts[NEXT_MASK], whole[NEXT_MASK])
+    assert not torch.equal(labelled([400], seed=8)[1][NEXT_MASK], whole[NEXT_MASK])
     MaskSource("simulator", lost=0.9).label(records)
-    assert torch.equal(records[MASK_KEY], before)  # the caller's stay as they are
+    assert torch.equal(records[NEXT_MASK], before)  # the caller's stay as they are
     assert source.segment(records) is records  # an evaluation's too
 
 
@@ -109,7 +109,7 @@ def test_the_teacher_labels_every_kth_frame_of_the_run():
     for seed, count in enumerate((3, 6, 1, 10)):  # frames 0..19: 0, 4, 8, 12, 16 are asked
         records = make_records(count, seed, masks=False)
         labelled = source.label(records)
-        assert torch.equal(labelled[MASK_KEY], student(records["next", "pixels"]))
+        assert torch.equal(labelled[NEXT_MASK], student(records["next", "pixels"]))
     assert sum(teacher.calls) == source.taught == 5
     metrics = source.metrics()
     assert metrics["segmentation/teacher_share"] == pytest.approx(5 / 20)

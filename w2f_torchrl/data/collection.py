@@ -21,6 +21,7 @@ from torchrl.envs.utils import ExplorationType
 from w2f_torchrl.data.overlap import OverlappedCollector
 from w2f_torchrl.data.resumable import ResumableCollector
 from w2f_torchrl.data.workers import TIMEOUT_SECONDS, SyncCollector, begin_worker
+from w2f_torchrl.keys import MASK, NEXT_MASK
 from w2f_torchrl.utils.main_guard import require_main_guard
 from w2f_torchrl.utils.seeding import derive_seed
 
@@ -37,8 +38,8 @@ REQUIRED_KEYS: tuple[NestedKey, ...] = (
     ("next", "done"),
 )
 OPTIONAL_KEYS: tuple[NestedKey, ...] = (
-    "foreground_mask",
-    ("next", "foreground_mask"),
+    MASK,
+    NEXT_MASK,
     ("next", "truncated"),
     ("next", "episode_reward"),
     ("next", "step_count"),

@@ -9,10 +9,11 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
 from w2f_torchrl.data.latents import PREVIOUS
+from w2f_torchrl.keys import MASK, PIXELS
 from w2f_torchrl.modules.packed_latents import pack_belief, pack_state
 from w2f_torchrl.utils.tensors import check_tensor
 
-OBSERVATION_KEYS = ("pixels", "foreground_mask")
+OBSERVATION_KEYS = (PIXELS, MASK)
 
 
 def records_from_rollout(

@@ -18,10 +18,10 @@ from w2f_torchrl.data.record_files import Fields, RecordFiles, fields_of
 from w2f_torchrl.data.sampler import StreamSampler
 from w2f_torchrl.data.streams import StreamCheckpointer, StreamHeads, StreamWriter
 from w2f_torchrl.data.write_back import LatentWriteBack
+from w2f_torchrl.keys import NEXT_MASK
 from w2f_torchrl.modules.packed_latents import INITIAL
 from w2f_torchrl.utils.checks import check_number
 
-MASK_KEY = ("next", "foreground_mask")
 LATENTS_FILE = "latents.pt"
 ALLOCATED_ROWS = 1024
 """Rows that disk space is set aside for at a time."""
@@ -115,8 +115,8 @@ class StreamReplayBuffer(TensorDictReplayBuffer):
         # Batches that are being drawn ahead see the replay as it is now.
         self.synchronize()
         records = self._transform.inv(records)
-        if MASK_KEY in records.keys(include_nested=True):
-            records = records.copy().set(MASK_KEY, pack_mask(records[MASK_KEY]))
+        if NEXT_MASK in records.keys(include_nested=True):
+            records = records.copy().set(NEXT_MASK, pack_mask(records[NEXT_MASK]))
         self._check_records(records)
         if self.latents is not None and PREVIOUS in records.keys():
             self.latents.check(dict(records[PREVIOUS].items()), len(records))
@@ -247,8 +247,8 @@ class StreamReplayBuffer(TensorDictReplayBuffer):
         data = self._gather(slots.cpu())
         if self._cuts:
             self._mark_cuts(data, slots.cpu())
-        if MASK_KEY in data.keys(include_nested=True):
-            data.set(MASK_KEY, unpack_mask(data[MASK_KEY]))
+        if NEXT_MASK in data.keys(include_nested=True):
+            data.set(NEXT_MASK, unpack_mask(data[NEXT_MASK]))
         if self.latents is not None:
             data.set(INITIAL, self.latents.before(slots.cpu()))
         return data
@@ -326,8 +326,8 @@ class StreamReplayBuffer(TensorDictReplayBuffer):
                 self._mark_cuts(data, index)
             if self.latents is not None:
                 data.set(INITIAL, self.latents.before(index, pin_memory=self._pin_memory))
-        if MASK_KEY in data.keys(include_nested=True):
-            data.set(MASK_KEY, unpack_mask(data[MASK_KEY], pin_memory=self._pin_memory))
+        if NEXT_MASK in data.keys(include_nested=True):
+            data.set(NEXT_MASK, unpack_mask(data[NEXT_MASK], pin_memory=self._pin_memory))
         data = self._transform(data)
         info["index"] = index.to(data.device)
         return data, info

@@ -33,6 +33,7 @@ from w2f_torchrl.envs.tasks import (
     validate_pixel_settings,
     validate_task,
 )
+from w2f_torchrl.keys import MASK
 
 # MuJoCo writes +-1e10 where an actuator has no limit.
 _UNLIMITED = 1e9
@@ -186,7 +187,7 @@ class PixelDMControlEnv(DMControlEnv):
             device=device,
         )
         if self._renderer.foreground_mask:
-            observation["foreground_mask"] = Categorical(
+            observation[MASK] = Categorical(
                 2, shape=(1, size, size), dtype=torch.bool, device=device
             )
         if self._state_observations:
@@ -284,7 +285,7 @@ class PixelDMControlEnv(DMControlEnv):
         pixels, mask = self._renderer.draw()
         observation = {"pixels": torch.from_numpy(pixels)}
         if mask is not None:
-            observation["foreground_mask"] = torch.from_numpy(mask)
+            observation[MASK] = torch.from_numpy(mask)
         if self._state_observations:
             observation.update(_as_tensors(time_step.observation))
         return observation

@@ -8,7 +8,8 @@ from torch import Tensor
 from torchrl.data import TensorSpec
 from torchrl.envs import EnvBase
 
-MASK = "foreground_mask"
+from w2f_torchrl.keys import MASK
+
 FLAGS = ("done", "terminated")
 
 

@@ -14,6 +14,7 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from w2f_torchrl.envs import PixelDMControlEnv
+from w2f_torchrl.keys import MASK, PIXELS
 from w2f_torchrl.utils.seeding import derive_seed
 from w2f_torchrl.utils.stopping import check_stop
 
@@ -63,7 +64,7 @@ class Episode:
         """What the world model and the losses read, ``[1, T]``."""
         is_init = torch.zeros(1, len(self), 1, dtype=torch.bool)
         is_init[:, 0] = True
-        following = {"pixels": self.pixels[None], "foreground_mask": self.masks[None]}
+        following = {PIXELS: self.pixels[None], MASK: self.masks[None]}
         return TensorDict(
             {
                 "action": self.actions[None],
@@ -213,7 +214,7 @@ def _row(env: PixelDMControlEnv, data: TensorDict, action: Tensor) -> _Row:
     scenery = {} if env.distractor is None else env.distractor.labels()
     return (
         data["pixels"],
-        data["foreground_mask"],
+        data[MASK],
         action,
         agent,
         scenery,

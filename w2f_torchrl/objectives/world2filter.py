@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torchrl.modules import DreamerV3MLP
 from torchrl.objectives import LossModule, categorical_kl_terms
 
+from w2f_torchrl.keys import MASK, NEXT_MASK
 from w2f_torchrl.modules import (
     GaussianActor,
     WorldModel,
@@ -116,7 +117,7 @@ class World2FilterLoss(LossModule):
         self.critic = critic
         self.slow_critic = copy.deepcopy(critic).requires_grad_(False)
         self.return_norm = ReturnNorm(rate=self.config.return_rate)
-        masks = [] if world_model.latent == "whole" else [("next", "foreground_mask")]
+        masks = [] if world_model.latent == "whole" else [NEXT_MASK]
         names = ("reward", "terminated", "done")
         self.in_keys = [*world_model.in_keys, *(("next", name) for name in names), *masks]
         self.out_keys = self.loss_names()
@@ -248,7 +249,7 @@ class World2FilterLoss(LossModule):
         pixels = td.get("pixels")
         if self.world_model.latent == "whole":
             return {"image": reconstruction.image_loss(td.get("reconstructed_pixels"), pixels)}, {}
-        mask, logits = td.get("foreground_mask"), td.get("mask_logits")
+        mask, logits = td.get(MASK), td.get("mask_logits")
         kind: ForegroundTarget = self.config.foreground_target  # type: ignore[assignment]
         scale: ForegroundScale = self.config.foreground_scale  # type: ignore[assignment]
         threshold = self.config.selective

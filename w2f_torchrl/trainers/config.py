@@ -204,9 +204,9 @@ class TrainingConfig:
     state saved; or skip that update."""
     execution: str = "auto"
     """auto: eager on a CPU; on CUDA the first of cuda_graph_parallel (split only), cuda_graph,
-    compile and eager that works and whose first update equals eager's up to rounding. Or by name: eager;
-    compile (the core's pieces); compile_all (losses and time loop as one graph, slow to compile);
-    cuda_graph (compile, and the whole update replayed as one graph; CUDA only);
+    compile and eager that works and whose first update equals eager's up to rounding. Or by name:
+    eager; compile (the core's pieces); compile_all (losses and time loop as one graph, slow to
+    compile); cuda_graph (compile, and the whole update replayed as one graph; CUDA only);
     cuda_graph_parallel (in that graph the background's latent runs in parallel with the
     foreground's; algo.latent=split only)."""
 

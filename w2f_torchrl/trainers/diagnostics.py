@@ -15,6 +15,7 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor, nn
 
+from w2f_torchrl.keys import MASK
 from w2f_torchrl.modules.packed_latents import initial_keys
 from w2f_torchrl.trainers.config import RunConfig
 from w2f_torchrl.trainers.evaluator import Evaluation
@@ -101,7 +102,7 @@ class Diagnostics:
         pixels = shown["pixels"]
         images = {"train/original": pixels, "train/reconstructed": made["imagined"]}
         if "mask" in made:
-            mask = shown["foreground_mask"]
+            mask = shown[MASK]
             mask = mask if mask.dtype is torch.bool else mask > 0.5
             images["segmentation/mask"] = overlay(pixels, mask)
             images["segmentation/predicted_mask"] = overlay(pixels, made["mask"] > 0.5)

@@ -14,6 +14,7 @@ from w2f_torchrl.envs import EvaluationSet, evaluation_sets, make_env
 from w2f_torchrl.envs.distractions import shows_video
 from w2f_torchrl.envs.specs import check_env
 from w2f_torchrl.envs.tasks import registered_factory
+from w2f_torchrl.keys import MASK
 from w2f_torchrl.trainers.config import ConfigError, EnvironmentConfig, RunConfig
 
 
@@ -43,7 +44,7 @@ def probe_env(config: RunConfig) -> EnvFacts:
             build_env(environment, 0, evaluation_set=evaluation_sets()[name]).close()
         except ValueError as error:
             raise ConfigError(f"evaluation.sets={name}: {error}") from error
-    has_mask = "foreground_mask" in env.observation_spec.keys()
+    has_mask = MASK in env.observation_spec.keys()
     facts = EnvFacts(int(env.action_spec.shape[-1]), has_mask)
     env.close()
     return facts

@@ -16,6 +16,7 @@ from torchrl.envs.utils import ExplorationType, set_exploration_type, step_mdp
 
 from w2f_torchrl.data import records_from_rollout
 from w2f_torchrl.envs import EvaluationSet, evaluation_sets
+from w2f_torchrl.keys import MASK, NEXT_MASK
 from w2f_torchrl.modules import WorldModel, compose, latent_sizes
 from w2f_torchrl.segmenters import mask_iou
 from w2f_torchrl.trainers.checkpointing import load_checkpoint, malformed_is_an_error
@@ -238,7 +239,7 @@ class Evaluator:
             returns.append(total)
             lengths.append(float(length))
             made = records_from_rollout(episode.unsqueeze(0))
-            if self.segment is not None and "foreground_mask" not in made["next"].keys():
+            if self.segment is not None and MASK not in made["next"].keys():
                 made = self.segment(made)
             records = made.unsqueeze(0).to(self.device)
             columns, iou = reconstruct(world_model, records)
@@ -317,7 +318,7 @@ def reconstruct(
     frame = records["next", "pixels"][0].cpu()
     if world_model.latent == "whole":
         return {"frame": frame, "reconstruction": out["reconstructed_pixels"].clamp(0, 1)}, None
-    true_mask = records["next", "foreground_mask"][0].cpu()
+    true_mask = records[NEXT_MASK][0].cpu()
     predicted = out["mask_logits"] > 0
     columns = {"frame": frame, "true mask": true_mask, "mask": predicted}
     foreground, soft = out["foreground_pixels"].clamp(0, 1), out["mask_logits"].sigmoid()

@@ -12,6 +12,7 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
+from w2f_torchrl.keys import NEXT_MASK
 from w2f_torchrl.modules import GaussianActor, WorldModel, compose
 from w2f_torchrl.modules.rssm import RSSMRollout
 from w2f_torchrl.segmenters import mask_iou
@@ -163,7 +164,7 @@ def imagine_windows(
     truth = windows["next", "pixels"].cpu().float() / 255
     true_mask = None
     if "mask" in taken:
-        true_mask = windows["next", "foreground_mask"].cpu()
+        true_mask = windows[NEXT_MASK].cpu()
         if "background" not in taken:  # the model makes the foreground only
             truth = truth * true_mask
     error = (taken["imagined"] - truth).abs()

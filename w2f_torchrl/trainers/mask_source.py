@@ -13,6 +13,7 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
+from w2f_torchrl.keys import NEXT_MASK
 from w2f_torchrl.segmenters import (
     MedianSegmenter,
     Segmenter,
@@ -25,7 +26,6 @@ from w2f_torchrl.transforms import ForegroundMaskTransform
 logger = logging.getLogger(__name__)
 
 PIXELS = ("next", "pixels")
-MASK = ("next", "foreground_mask")
 REFIT_FRAMES = 200
 
 
@@ -95,11 +95,11 @@ class MaskSource:
         # same ones. The counter of Philox steps over four numbers at a time.
         numbers = np.random.Philox(key=self.seed).advance(self.frames)
         draws = np.random.Generator(numbers).random((len(records), 4))[:, 0]
-        kept = torch.from_numpy(draws >= self.lost).to(records[MASK].device)
-        true_masks = records[MASK]
+        kept = torch.from_numpy(draws >= self.lost).to(records[NEXT_MASK].device)
+        true_masks = records[NEXT_MASK]
         records = records.copy()
-        records[MASK] = true_masks & kept[:, None, None, None]
-        self._note("iou", float(mask_iou(records[MASK], true_masks).sum()), len(records))
+        records[NEXT_MASK] = true_masks & kept[:, None, None, None]
+        self._note("iou", float(mask_iou(records[NEXT_MASK], true_masks).sum()), len(records))
         return records
 
     def _note(self, name: str, total: float, count: int) -> None:
@@ -123,12 +123,12 @@ class SegmentedSource(MaskSource):
 
     def label(self, records: TensorDictBase) -> TensorDictBase:
         """Segment all records in one call, and compare with the simulator's masks."""
-        true_masks = records.get(MASK, None)
+        true_masks = records.get(NEXT_MASK, None)
         start = time.perf_counter()
         records = self.segment(records)
         self._note("milliseconds", 1e3 * (time.perf_counter() - start), len(records))
         if true_masks is not None:
-            self._note("iou", float(mask_iou(records[MASK], true_masks).sum()), len(records))
+            self._note("iou", float(mask_iou(records[NEXT_MASK], true_masks).sum()), len(records))
         return super().label(records)
 
     def segment(self, records: TensorDictBase) -> TensorDictBase:
@@ -191,7 +191,7 @@ class TaughtSource(SegmentedSource):
 
     def label(self, records: TensorDictBase) -> TensorDictBase:
         """Segment all records with the student, and let the teacher label every k-th."""
-        true_masks = records.get(MASK, None)
+        true_masks = records.get(NEXT_MASK, None)
         chosen = torch.zeros(0, dtype=torch.int64)
         if self.every:  # of the frames of this call those whose number in the run divides by k
             first = -self.frames % self.every
@@ -202,7 +202,7 @@ class TaughtSource(SegmentedSource):
             start = time.perf_counter()
             taught = true_masks[chosen] if self.teacher is None else self.teacher(frames)
             self._note("teacher_milliseconds", 1e3 * (time.perf_counter() - start), len(chosen))
-            agreement = mask_iou(records[MASK][chosen], taught)
+            agreement = mask_iou(records[NEXT_MASK][chosen], taught)
             self._note("agreement", float(agreement.sum()), len(chosen))
             self._learn(frames, taught)
         return records

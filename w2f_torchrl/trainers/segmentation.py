@@ -18,6 +18,7 @@ from torchrl.envs import EnvBase
 
 from w2f_torchrl.envs import BackgroundError
 from w2f_torchrl.envs.backgrounds import load_clips
+from w2f_torchrl.keys import MASK, PIXELS
 from w2f_torchrl.segmenters import (
     MedianSegmenter,
     Sam3Segmenter,
@@ -197,7 +198,7 @@ def collect_frames(env: EnvBase, count: int, seed: int, every: int = 2) -> Tenso
         data["action"] = action.to(spec.dtype)
         transition, data = env.step_and_maybe_reset(data)
         if step % every == every - 1:
-            keys = {"pixels", "foreground_mask"} & set(transition["next"].keys())
+            keys = {PIXELS, MASK} & set(transition["next"].keys())
             frames.append(transition["next"].select(*keys).clone())
         if step % EPISODE == EPISODE - 1:
             data = env.reset()
@@ -313,7 +314,7 @@ def _ask_teacher(
     frames = collect_frames(env, 2 * settings.teacher_frames, seed)
     frames = frames[choose_diverse(frames["pixels"], settings.teacher_frames)]
     pixels = frames["pixels"]
-    return pixels, frames["foreground_mask"] if teacher is None else teacher(pixels)
+    return pixels, frames[MASK] if teacher is None else teacher(pixels)
 
 
 def _new_student(config: RunConfig) -> StudentSegmenter:

@@ -14,11 +14,10 @@ from torchrl.envs import EnvBase, ObservationTransform
 from torchrl.envs.transforms.transforms import _apply_to_composite
 from torchrl.envs.transforms.utils import _set_missing_tolerance
 
+from w2f_torchrl.keys import MASK
 from w2f_torchrl.segmenters import Sam3Segmenter, Segmenter
 from w2f_torchrl.segmenters.base import check_masks
 from w2f_torchrl.utils.tensors import check_tensor
-
-MASK_NAME = "foreground_mask"
 
 
 class ForegroundMaskTransform(ObservationTransform):
@@ -246,9 +245,9 @@ class SAM3MaskTransform(ForegroundMaskTransform):
 
 
 def _beside(key: NestedKey) -> NestedKey:
-    """The mask's key next to a picture's: ``("next", "pixels")`` to ``("next", MASK_NAME)``."""
+    """The mask's key next to a picture's: ``("next", "pixels")`` to ``("next", MASK)``."""
     key = unravel_key(key)
-    return MASK_NAME if isinstance(key, str) else (*key[:-1], MASK_NAME)
+    return MASK if isinstance(key, str) else (*key[:-1], MASK)
 
 
 def _distinct(frames: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,12 @@
+"""Keys of the entries that several parts read and write."""
+
+from __future__ import annotations
+
+PIXELS = "pixels"
+"""An observation: uint8 ``[..., 3, H, W]``."""
+MASK = "foreground_mask"
+"""Which of its pixels show the agent and the task: bool ``[..., 1, H, W]``."""
+NEXT_PIXELS = ("next", PIXELS)
+"""The observation in records ``[B, T]`` and transitions."""
+NEXT_MASK = ("next", MASK)
+"""Its mask."""
