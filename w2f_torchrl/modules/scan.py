@@ -454,7 +454,7 @@ def step_backward(
     # The sample's gradient is that of its probabilities (straight-through).
     sample = (state + grad_state).view(saved.probs.shape).mul_(1 - unimix)
     inner = (sample * saved.probs).sum(-1, keepdim=True)
-    logits = torch.addcmul(grad_logits.view_as(sample), sample - inner, saved.probs).flatten(-2)
+    logits = (grad_logits.view_as(sample) + (sample - inner) * saved.probs).flatten(-2)
     grad = logits @ weights.logits
     posterior_input, posterior_scaled = norm_backward(
         grad, saved.by_posterior, weights.posterior_norm
