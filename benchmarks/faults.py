@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fault_runs import flip_bit, fork, leave_curves_out, rows, small_run, wait_for
+from fault_runs import flip_bit, fork, has_ended, leave_curves_out, rows, small_run, wait_for
 from results_file import write_results
 from wandb_stub import wandb_stub
 
@@ -243,7 +243,8 @@ def workers_lost_for_good(root: Path) -> Row:
     attempt = Attempt(root, collection={"num_workers": 2, "max_restarts": 1})
     attempt.reaches(5)
     start = time.monotonic()
-    while attempt.log.count("was killed by SIGKILL") < 2:
+    # A worker that dies while it starts is reported in other words.
+    while attempt.log.count("was killed by SIGKILL") < 2 and not has_ended(attempt.child):
         for worker in children_of(attempt.child, "spawn_main"):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(worker, signal.SIGKILL)
