@@ -558,7 +558,7 @@ def imagine(
         actions_shape = (horizon, len(state), *prior.action_shape)
         noise = torch.randn_like(belief.new_empty(actions_shape))
         size = belief.shape[-1] + state.shape[-1]
-        # What reads them multiplies them.
+        # Their readers only multiply by weights, so the products' precision is enough.
         features = belief.new_empty(horizon + 1, len(state), size, dtype=dtype)
         state = state.to(dtype)
         torch.cat((belief, state), -1, out=features[0])

@@ -78,7 +78,7 @@ MULTIPLIED = (
 
 
 class Latent(NamedTuple):
-    """What a step starts from: zero where an episode starts."""
+    """The latent before a step, zeroed where an episode starts."""
 
     state: Tensor
     """``[B, S]``, in the products' precision."""
@@ -112,7 +112,10 @@ class _Saved(NamedTuple):
 
 
 class Carried(NamedTuple):
-    """A latent's gradient in the parts that the step after gives; the step before adds them up."""
+    """The gradient of a latent as separate summands from the later step.
+
+    The earlier step adds them up, so that a compiler can fuse the sum with its first kernel.
+    """
 
     state: Tensor
     """``[B, S]``."""
@@ -131,7 +134,7 @@ class Carried(NamedTuple):
 
 
 class _Gradients(NamedTuple):
-    """Gradients of what one step's weights gave."""
+    """Gradients of the outputs of one step's weights."""
 
     logits: Tensor
     posterior_input: Tensor
@@ -216,11 +219,11 @@ class _Scan(torch.autograd.Function):
         # Draws and resets are zeros and ones, exact in any precision.
         state, classes = state.to(dtype), threshold.shape[-1]
         one_hots = torch.eye(classes, dtype=dtype, device=belief.device)
-        keep = F.pad(keep, (0, 0, 0, 1), value=1)  # after the last step nothing starts
+        keep = F.pad(keep, (0, 0, 0, 1), value=1)  # no episode starts after the last step
         kept, *inputs = (x.to(dtype).unbind(1) for x in (keep, action_input, embedded))
         latent = _start(state, belief, kept[0])
         steps, states, logits = [], [], []
-        # Each step makes what the next one starts from: a compiler then fuses the two.
+        # Each step prepares the next one's latent, so that a compiler can fuse the masking.
         rows = zip(kept[1:], *inputs, threshold, strict=True)
         for keep_next, action_t, embedded_t, threshold_t in rows:
             latent, state, logit, saved = forward_one(
@@ -263,16 +266,16 @@ class _Scan(torch.autograd.Function):
 
 
 def _start(state: Tensor, belief: Tensor, keep: Tensor) -> Latent:
-    """What a step starts from; ``state`` and ``keep`` have the products' precision."""
+    """Build the latent before a step; ``state`` and ``keep`` have the products' precision."""
     belief = belief * keep
     lower = None if state.dtype is belief.dtype else belief.to(state.dtype)
     return Latent(state * keep, belief, lower)
 
 
 def _nothing(weights: ScanWeights, belief: Tensor, keep: Tensor) -> Carried:
-    """Zeros for the last step, in the precisions, and with the strides, of the others.
+    """Zeros for the last step, with the dtypes and strides of the other steps' gradients.
 
-    A compiled step is then the same one for all.
+    Otherwise the last step would be compiled separately.
     """
     dtype, (rows, width) = weights.belief.dtype, belief.shape
     sizes = (width, weights.state.shape[1])
@@ -286,9 +289,9 @@ def _nothing(weights: ScanWeights, belief: Tensor, keep: Tensor) -> Carried:
 
 
 def _side_by_side(weights: ScanWeights) -> Tensor | None:
-    """Projections of belief and state as one matrix ``[2 H, D + S]``, of which half is zeros.
+    """Projections of belief and state as one block-diagonal matrix ``[2 H, D + S]``.
 
-    A GPU takes less time for the one product than for two; a CPU takes the two.
+    On a GPU one product with it is faster than two; None on a CPU.
     """
     return torch.block_diag(weights.belief, weights.state) if _on_gpu(weights.belief) else None
 
@@ -308,7 +311,7 @@ def step_forward(
     one_hots: Tensor,
     eps: float,
 ) -> tuple[Latent, Tensor, Tensor, _Saved]:
-    """One step: what the next one starts from, state and logits ``[B, S]``, what backward needs.
+    """Run one step: the next step's latent, state and logits ``[B, S]``, tensors for backward.
 
     State, logits, ``keep_next``, inputs and the weights of products have the products' precision,
     which is lower under autocast; belief, norms, gates and probabilities have their own.
@@ -351,7 +354,7 @@ def step_forward(
         probs,
     )
     following = _start(state, belief, keep_next)
-    if _on_gpu(belief):  # from where the belief's kernel has it, so that it makes these too
+    if _on_gpu(belief):  # in the layout of the belief's kernel, so that both are fused
         kept = apart * keep_next.unsqueeze(-1)
         cast = None if following.lower is None else kept.to(state.dtype).flatten(1)
         following = Latent(following.state, kept.flatten(1), cast)
@@ -361,9 +364,9 @@ def step_forward(
 def _add_product(summand: Tensor, x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     """``summand + x @ weight``, for 2-dimensional or batched products.
 
-    On a GPU a product's summand is copied first, unless it is a row. A compiler makes it part of
-    the next kernel, if it is added in the belief's precision, which under autocast isn't the
-    product's.
+    On a GPU ``addmm`` first copies its summand, unless that is a row. A compiler fuses the sum with
+    the next kernel instead if it is in the belief's precision, which under autocast differs from
+    the product's.
     """
     if not torch.compiler.is_compiling():
         add = torch.addmm if x.ndim == 2 else torch.baddbmm
@@ -374,7 +377,7 @@ def _add_product(summand: Tensor, x: Tensor, weight: Tensor, dtype: torch.dtype)
 def _open(
     hidden: Tensor, weights: ScanWeights, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Reset and update gate and the candidate's input, each laid out as :func:`_apart` has it."""
+    """Reset gate, update gate and the candidate's input, each in the layout of :func:`_apart`."""
     width = hidden.shape[-1]
     if not torch.compiler.is_compiling():  # the two sigmoids at once
         gates = torch.baddbmm(weights.gates_bias, hidden, weights.gates).to(dtype)
@@ -557,16 +560,17 @@ def _on_gpu(x: Tensor) -> bool:
 
 
 def _apart(x: Tensor, weights: ScanWeights) -> Tensor:
-    """``[N, D]`` to blocks for what is done by element: ``[N, G, w]``, on a CPU ``[G, N, w]``.
+    """Split ``[N, D]`` into blocks for elementwise operations.
 
-    The first needs no copy from and to ``[N, D]``, but reads what block products give in strides,
-    which costs a compiled kernel nothing.
+    On a GPU to ``[N, G, w]``: no copies from and to ``[N, D]``; the outputs of block products are
+    read with strides, which is free in a compiled kernel. On a CPU to ``[G, N, w]``, the layout of
+    those outputs.
     """
     return x.unflatten(-1, (len(weights.blocks), -1)) if _on_gpu(x) else _blocks(x, weights)
 
 
 def _turned(x: Tensor) -> Tensor:
-    """From the layout of block products to that of :func:`_apart`, or back."""
+    """Convert between the layouts of block products and of :func:`_apart`."""
     return x.transpose(0, 1) if _on_gpu(x) else x
 
 

@@ -65,7 +65,7 @@ def compile_core(loss: World2FilterLoss, pieces: Collection[str]) -> None:
 
 
 def undo_compilation(loss: World2FilterLoss) -> None:
-    """Take back what :func:`compile_core` did, and the second branch of a graph."""
+    """Undo :func:`compile_core` and remove the second branch of the graph."""
     world_model = loss.world_model
     world_model.side_stream = None
     world_model.compiled.clear()

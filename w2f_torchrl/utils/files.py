@@ -14,12 +14,12 @@ def atomic_path(path: str | os.PathLike[str], *, unique: bool = False) -> Iterat
     """Yield a temporary path that replaces ``path`` when the block ends without an error.
 
     ``path`` then holds either its previous content or the new one, never a part. On an error the
-    temporary file is removed. It lies in the same folder and is called ``.NAME.tmp``; whatever had
-    that name, such as a symbolic link in somebody else's folder, is removed and not written to.
+    temporary file is removed. It is ``.NAME.tmp`` in the same folder; an existing file of that
+    name, such as a symbolic link in a foreign folder, is removed instead of written to.
 
     Args:
         path: The file to write; its folder must exist.
-        unique: Give the temporary file a name of its own, for several processes that may write the
+        unique: Use a unique name for the temporary file, because several processes may write the
             same file at the same time.
     """
     path = Path(path)
