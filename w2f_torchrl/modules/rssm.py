@@ -330,7 +330,7 @@ class RSSMRollout(RSSMRolloutV3):
         action_input = step.action_input(torch.where(reset, 0, action))
         first = posterior.obs_rnn_to_post_projector[0]
         embedded = linear(embedding, first.weight[:, prior.rnn_hidden_dim :], first.bias)
-        keep = (~reset).to(embedding.dtype)
+        keep = (~reset).to(step.bias.dtype)
         # TorchRL draws the prior's uniforms too; drawing them in the same call costs nothing and
         # keeps the random stream equal to its rollout's.
         uniform = torch.rand(time, 2, batch, prior.num_categoricals, device=embedding.device)[:, 1]

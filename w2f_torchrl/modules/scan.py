@@ -219,8 +219,11 @@ class _Scan(torch.autograd.Function):
         # Draws and resets are zeros and ones, exact in any precision.
         state, classes = state.to(dtype), threshold.shape[-1]
         one_hots = torch.eye(classes, dtype=dtype, device=belief.device)
-        keep = F.pad(keep, (0, 0, 0, 1), value=1)  # no episode starts after the last step
-        kept, *inputs = (x.to(dtype).unbind(1) for x in (keep, action_input, embedded))
+        # Time first and in float32: rows start at addresses that are multiples of 16 bytes for
+        # batches of 4 and more. Compiled code copies every other input before it reads it.
+        keep = F.pad(keep, (0, 0, 0, 1), value=1).transpose(0, 1).contiguous()
+        kept = keep.unbind()  # no episode starts after the last step
+        inputs = [x.to(dtype).unbind(1) for x in (action_input, embedded)]
         latent = _start(state, belief, kept[0])
         steps, states, logits = [], [], []
         # Each step prepares the next one's latent, so that a compiler can fuse the masking.
@@ -246,15 +249,15 @@ class _Scan(torch.autograd.Function):
         keep, *tensors = ctx.saved_tensors
         weights, steps = ScanWeights(*tensors), ctx.steps
         projections = _side_by_side(weights)
-        carried = _nothing(weights, grad_beliefs[:, 0], keep[:, -1])
-        outer = [g.unbind(1) for g in (grad_states, grad_beliefs, grad_logits, keep)]
+        carried = _nothing(weights, grad_beliefs[:, 0], keep[-1])
+        outer = [g.unbind(1) for g in (grad_states, grad_beliefs, grad_logits)]
         grads: list[_Gradients] = []
         device, dtype, mixed = ctx.autocast
         with torch.autocast(device, dtype, enabled=mixed):
             for t in reversed(range(len(steps))):
-                gs, gb, gl, kept = (g[t] for g in outer)
+                gs, gb, gl = (g[t] for g in outer)
                 gradients, carried = ctx.backward_one(
-                    weights, projections, steps[t], carried, gs, gb, gl, kept, ctx.unimix
+                    weights, projections, steps[t], carried, gs, gb, gl, keep[t], ctx.unimix
                 )
                 grads.append(gradients)
             state, belief = carried.sums()
@@ -266,10 +269,10 @@ class _Scan(torch.autograd.Function):
 
 
 def _start(state: Tensor, belief: Tensor, keep: Tensor) -> Latent:
-    """Build the latent before a step; ``state`` and ``keep`` have the products' precision."""
+    """Build the latent before a step; ``state`` has the products' precision."""
     belief = belief * keep
     lower = None if state.dtype is belief.dtype else belief.to(state.dtype)
-    return Latent(state * keep, belief, lower)
+    return Latent(state * keep.to(state.dtype), belief, lower)
 
 
 def _nothing(weights: ScanWeights, belief: Tensor, keep: Tensor) -> Carried:
@@ -313,13 +316,11 @@ def step_forward(
 ) -> tuple[Latent, Tensor, Tensor, _Saved]:
     """Run one step: the next step's latent, state and logits ``[B, S]``, tensors for backward.
 
-    State, logits, ``keep_next``, inputs and the weights of products have the products' precision,
-    which is lower under autocast; belief, norms, gates and probabilities have their own.
+    State, logits, inputs and the weights of products have the products' precision, which is lower
+    under autocast; belief, ``keep_next``, norms, gates and probabilities have their own.
     """
     dtype = latent.belief.dtype
-    first = torch.addmm(weights.belief_bias, latent.multiplied, weights.belief.t())
-    second = torch.addmm(weights.state_bias, latent.state, weights.state.t())
-    projected = torch.cat((first, second), -1).unflatten(-1, (2, -1))  # [B, 2, H]
+    projected = _project(weights, latent)
     by_input, features = norm(projected, weights.input_norm, eps)
     features = features.flatten(1)
 
@@ -361,17 +362,34 @@ def step_forward(
     return following, state, logits, saved
 
 
+def _project(weights: ScanWeights, latent: Latent) -> Tensor:
+    """Project belief and state ``[B, 2, H]``."""
+    pairs = (
+        (weights.belief_bias, latent.multiplied, weights.belief.t()),
+        (weights.state_bias, latent.state, weights.state.t()),
+    )
+    if not torch.compiler.is_compiling():
+        both = torch.cat([torch.addmm(*pair) for pair in pairs], -1)
+    else:  # the biases become part of the next kernel
+        both = torch.cat([x @ weight for _, x, weight in pairs], -1)
+        both = both + torch.cat([bias for bias, _, _ in pairs]).to(latent.belief.dtype)
+    projected: Tensor = both.unflatten(-1, (2, -1))
+    return projected
+
+
 def _add_product(summand: Tensor, x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     """``summand + x @ weight``, for 2-dimensional or batched products.
 
-    On a GPU ``addmm`` first copies its summand, unless that is a row. A compiler fuses the sum with
-    the next kernel instead if it is in the belief's precision, which under autocast differs from
-    the product's.
+    On a GPU ``addmm`` first copies its summand, unless that is a row and the result contiguous
+    (which a part of a concatenation isn't). A compiler fuses the sum with the next kernel instead
+    if it is in the belief's precision, which under autocast differs from the product's.
     """
     if not torch.compiler.is_compiling():
         add = torch.addmm if x.ndim == 2 else torch.baddbmm
-        return add(summand, x, weight)
-    return summand.to(dtype) + x @ weight
+        total: Tensor = add(summand, x, weight)
+    else:
+        total = summand.to(dtype) + x @ weight
+    return total
 
 
 def _open(
