@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -23,11 +24,12 @@ from torch._inductor import compile_fx
 from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.exc import InductorError
 from torch._inductor.scheduler import Scheduler
-from torch.func import functionalize
+from torch.func import functional_call, functionalize, vjp
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from w2f_torchrl.modules import PRESETS
+from w2f_torchrl.modules.convolution import ImageDecoder
 from w2f_torchrl.trainers import Learner
 from w2f_torchrl.trainers.config import OptimizerConfig
 
@@ -53,7 +55,9 @@ class _Planned(Exception):
 
 
 def planned_kernels(function: Callable[..., Any], args: tuple[Any, ...]) -> list[str]:
-    """Name the kernels that a compiled call without gradients would launch.
+    """Name the kernels that a compiled call would launch.
+
+    A function that computes gradients itself gets one graph for both passes.
 
     Args:
         function: What is compiled.
@@ -69,7 +73,7 @@ def planned_kernels(function: Callable[..., Any], args: tuple[Any, ...]) -> list
         raise _Planned
 
     stopped = suppress(_Planned, InductorError)
-    with torch.no_grad(), mock.patch.object(Scheduler, "codegen", stop), stopped:
+    with mock.patch.object(Scheduler, "codegen", stop), stopped:
         graph, tensors = _trace(function, args)
         compile_fx.compile_fx_inner(graph, tensors, is_inference=True)
     if len(plans) != 1:
@@ -161,7 +165,8 @@ def count_pieces(precision: str, model: str = "size12m") -> dict[str, int]:
         def call(*args: Any) -> Any:
             with _pretended_device():
                 if function.__name__ not in counts:
-                    counts[function.__name__] = len(planned_kernels(function, args))
+                    with torch.no_grad():
+                        counts[function.__name__] = len(planned_kernels(function, args))
                 return function(*args)
 
         return call
@@ -180,3 +185,59 @@ def count_pieces(precision: str, model: str = "size12m") -> dict[str, int]:
         learner.loss.imagine_step = counted(learner.loss.imagine_step)
         learner.update(fake_like(make_sample(16, 3)))
     return counts
+
+
+def count_pictures(
+    learner: Learner, pictures: int, kernels: Callable[[Callable[[], Any]], int]
+) -> tuple[int, int]:
+    """Kernels of all encoders and decoders, forward and backward: compiled, and eager.
+
+    Args:
+        learner: On fake CUDA tensors.
+        pictures: B x T.
+        kernels: Counts those of an eager call.
+    """
+    model, compiled, eager = learner.world_model, 0, 0
+    shape = (pictures, 3, model.image_size, model.image_size)
+    pixels = torch.zeros(shape, dtype=torch.uint8, device="cuda")
+    config = model.config
+    sizes = {
+        "": (config.state_size, config.belief_size),
+        "background_": (config.background_state_size, config.background_belief_size),
+    }
+    calls: list[tuple[torch.nn.Module, tuple[Tensor, ...]]] = [
+        (encoder, (pixels,))
+        for encoder in (model.encoder, model.background_encoder)
+        if encoder is not None
+    ]
+    decoders = [m for m in model.decoder.modules() if isinstance(m, ImageDecoder)]
+    for decoder, widths in zip(decoders, sizes.values(), strict=False):
+        features = [torch.zeros(pictures, n, device="cuda") for n in widths]
+        calls.append((decoder, tuple(features)))
+    for module, inputs in calls:
+        act, reads = _both_passes(module, inputs, mixed=learner.precision == "bfloat16")
+        eager += kernels(partial(act, *reads))
+        with _pretended_device():
+            compiled += len(planned_kernels(act, reads))
+    return compiled, eager
+
+
+def _both_passes(
+    module: torch.nn.Module, inputs: tuple[Tensor, ...], *, mixed: bool
+) -> tuple[Callable[..., list[Tensor]], tuple[Tensor, ...]]:
+    """Make a function of a module's forward and backward pass, and its arguments."""
+    named = dict(module.named_parameters())
+    pixels = [x for x in inputs if not x.is_floating_point()]
+    reads = [*named.values(), *(x for x in inputs if x.is_floating_point())]
+
+    def forward(*given: Tensor) -> list[Tensor]:
+        weights = dict(zip(named, given, strict=False))
+        made = functional_call(module, weights, (*pixels, *given[len(named) :]))
+        return [x.float() for x in tree_leaves(made)]
+
+    def both_passes(*given: Tensor) -> list[Tensor]:
+        with torch.autocast("cuda", torch.bfloat16, enabled=mixed):
+            out, pull = vjp(forward, *given)
+        return [*out, *pull([torch.ones_like(x) for x in out])]
+
+    return both_passes, tuple(x.detach() for x in reads)
