@@ -10,7 +10,7 @@ product, which isn't counted.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -72,12 +72,15 @@ def planned_kernels(function: Callable[..., Any], args: tuple[Any, ...]) -> list
         plans.append([name for node in scheduler.nodes for name in _names(node)])
         raise _Planned
 
-    stopped = suppress(_Planned, InductorError)
-    with mock.patch.object(Scheduler, "codegen", stop), stopped:
+    problem = ""
+    with mock.patch.object(Scheduler, "codegen", stop):
         graph, tensors = _trace(function, args)
-        compile_fx.compile_fx_inner(graph, tensors, is_inference=True)
+        try:
+            compile_fx.compile_fx_inner(graph, tensors, is_inference=True)
+        except InductorError as error:  # it wraps _Planned
+            problem = f": {error}"
     if len(plans) != 1:
-        raise RuntimeError(f"Inductor planned {len(plans)} graphs for {function.__name__}.")
+        raise RuntimeError(f"Inductor planned {len(plans)} graphs{problem}.")
     return plans[0]
 
 
@@ -142,6 +145,8 @@ def _pretended_device() -> Iterator[None]:
         "torch.cuda._lazy_init": None,
         "torch.cuda._exchange_device": 0,
         "torch.cuda._maybe_exchange_device": 0,
+        # Asked for before any kernel is generated; torch remembers the answer for its process.
+        "torch._inductor.scheduler.has_triton": True,
         # Tracing by make_fx is not what this asks for.
         "torch.compiler.is_compiling": True,
     }
