@@ -206,17 +206,16 @@ def count_pictures(
     shape = (pictures, 3, model.image_size, model.image_size)
     pixels = torch.zeros(shape, dtype=torch.uint8, device="cuda")
     config = model.config
-    sizes = {
-        "": (config.state_size, config.belief_size),
-        "background_": (config.background_state_size, config.background_belief_size),
-    }
+    sizes = [(config.state_size, config.belief_size)] * 2
+    if model.background_rollout is not None:
+        sizes[1] = (config.background_state_size, config.background_belief_size)
     calls: list[tuple[torch.nn.Module, tuple[Tensor, ...]]] = [
         (encoder, (pixels,))
         for encoder in (model.encoder, model.background_encoder)
         if encoder is not None
     ]
     decoders = [m for m in model.decoder.modules() if isinstance(m, ImageDecoder)]
-    for decoder, widths in zip(decoders, sizes.values(), strict=False):
+    for decoder, widths in zip(decoders, sizes, strict=False):
         features = [torch.zeros(pictures, n, device="cuda") for n in widths]
         calls.append((decoder, tuple(features)))
     for module, inputs in calls:

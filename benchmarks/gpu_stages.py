@@ -210,7 +210,9 @@ def _shape(options: Options) -> dict[str, Any]:
 
 def _time_learner(options: Options, latent: str, mode: str) -> dict[str, Any]:
     from learner import ACTION_SIZE, make_sample
+    from tensordict import TensorDict
 
+    from w2f_torchrl.data.latents import latent_fields
     from w2f_torchrl.modules import PRESETS
     from w2f_torchrl.modules.packed_latents import INITIAL
     from w2f_torchrl.trainers import Learner
@@ -226,24 +228,15 @@ def _time_learner(options: Options, latent: str, mode: str) -> dict[str, Any]:
         optimizer=OptimizerConfig(precision=shape["precision"]),
     )
     sample = make_sample(shape["batch"], shape["length"], options.device)
-    sample[INITIAL] = zero_latents(made.world_model, sample)  # as a replay gives them
+    fields = latent_fields(made.world_model.config, latent)
+    sample[INITIAL] = TensorDict(  # as a replay that keeps latents gives them
+        {
+            name: torch.zeros(*sample.shape, *field.shape, dtype=field.torch_dtype)
+            for name, field in fields.items()
+        },
+        sample.shape,
+    ).to(options.device)
     return _time(options, made.update, sample, shape["rounds"] if mode != "eager" else 5)
-
-
-def zero_latents(world_model: Any, sample: Any) -> Any:
-    """Packed latents of zeros ``[B, T]``, as a sample of a replay that keeps latents has them."""
-    from tensordict import TensorDict
-
-    config, rows = world_model.config, tuple(sample.shape)
-    sizes = {"": (config.state_size, config.belief_size)}
-    if world_model.background_rollout is not None:
-        sizes["background_"] = (config.background_state_size, config.background_belief_size)
-    wide = {
-        ("next", f"{prefix}{name}"): torch.zeros(*rows, size, device=sample.device)
-        for prefix, both in sizes.items()
-        for name, size in zip(("state", "belief"), both, strict=True)
-    }
-    return world_model.pack_latents(TensorDict(wide, rows))
 
 
 def _time(

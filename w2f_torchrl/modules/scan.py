@@ -354,11 +354,12 @@ def step_forward(
         posterior,
         probs,
     )
-    following = _start(state, belief, keep_next)
-    if _on_gpu(belief):  # in the layout of the belief's kernel, so that both are fused
-        kept = apart * keep_next.unsqueeze(-1)
-        cast = None if following.lower is None else kept.to(state.dtype).flatten(1)
-        following = Latent(following.state, kept.flatten(1), cast)
+    if not _on_gpu(belief):
+        return _start(state, belief, keep_next), state, logits, saved
+    # In the layout of the belief's kernel, so that both are fused.
+    kept = apart * keep_next.unsqueeze(-1)
+    cast = None if lower is dtype else kept.to(lower).flatten(1)
+    following = Latent(state * keep_next.to(lower), kept.flatten(1), cast)
     return following, state, logits, saved
 
 
