@@ -26,7 +26,6 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
-from w2f_torchrl.evaluation import Episode, measure_filtering
 from w2f_torchrl.modules import build_world_model, latent_sizes
 from w2f_torchrl.modules.config import BACKGROUND_ENCODERS
 from w2f_torchrl.objectives import LossConfig
@@ -297,6 +296,9 @@ def test_pictures_and_films_of_imagination_mix_no_devices(cuda, latent):
 @fake
 @pytest.mark.parametrize("latent", ["split", "whole"])
 def test_probes_mix_no_devices(cuda, latent):
+    pytest.importorskip("sklearn", reason="the probes need it: make extras")
+    from w2f_torchrl.evaluation import Episode, measure_filtering
+
     learner = make_learner(latent).eval()
     untrained = build_world_model(TINY, action_size=2, image_size=SIZE, latent=latent).to("cuda")
     random = np.random.default_rng(0)
