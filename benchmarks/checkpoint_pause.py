@@ -20,12 +20,12 @@ import torch
 from results_file import write_results
 from tensordict import TensorDict
 
+from w2f_torchrl.checkpoint import list_checkpoints, read_manifest
+from w2f_torchrl.checkpoint.writer import CheckpointWriter
 from w2f_torchrl.data import StreamReplayBuffer, make_replay
 from w2f_torchrl.data.replay_files import ReplayFiles, find_damage, ring_rows
 from w2f_torchrl.modules import PRESETS
 from w2f_torchrl.trainers import Learner
-from w2f_torchrl.trainers.checkpoint_writer import CheckpointWriter
-from w2f_torchrl.trainers.checkpointing import list_checkpoints, read_manifest
 
 STREAMS = 4
 NEW = 4000
@@ -76,7 +76,7 @@ def measure(root: Path, frames: int, storage: str, learner: Learner) -> dict[str
         replay.extend(batch)
         files.commit(files.prepare(None))
     writer = CheckpointWriter(root / "checkpoints", 3, files)
-    payload = {"learner": learner.checkpoint(), "sampling": replay.sampling_state()}
+    payload = {"learner": learner.state_dict(), "sampling": replay.sampling_state()}
     pauses, busy, writes = [], [], []
     for update in range(3):
         replay.extend(batch)

@@ -30,8 +30,8 @@ import yaml
 from hydra import compose, initialize_config_module
 
 import sota_configs.world2filter  # its settings and presets
+from w2f_torchrl.checkpoint import latest_checkpoint
 from w2f_torchrl.report.runs import flatten
-from w2f_torchrl.trainers.checkpointing import latest_checkpoint
 from w2f_torchrl.trainers.config import config_to_dict, to_run_config
 from w2f_torchrl.utils.metrics_file import read_metrics
 

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 
 import w2f_torchrl  # noqa: F401  # before anything that may import dm_control
+from w2f_torchrl.checkpoint import latest_checkpoint, load_checkpoint
 from w2f_torchrl.envs import PixelDMControlEnv, register_env
 from w2f_torchrl.trainers import RunConfig, diagnostics, run_logging
-from w2f_torchrl.trainers.checkpointing import latest_checkpoint, load_checkpoint
 from w2f_torchrl.trainers.config import to_run_config
 
 CONTROL_STEPS = 42
@@ -173,8 +173,8 @@ def final_state(run_dir: Path) -> dict[str, torch.Tensor]:
     state = {f"loss.{name}": value for name, value in payload["learner"]["loss"].items()}
     for i, moments in payload["learner"]["optimizer"]["state"].items():
         state |= {f"optimizer.{i}.{name}": value for name, value in moments.items()}
-    state["random"] = payload["resume"]["random"]["torch_cpu"]
-    state["samples"] = payload["resume"]["sampling"]["generator"]
+    state["random"] = payload["random"]["torch_cpu"]
+    state["samples"] = payload["sampling"]["generator"]
     return state
 
 

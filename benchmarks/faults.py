@@ -30,8 +30,8 @@ from fault_runs import flip_bit, fork, has_ended, leave_curves_out, rows, small_
 from results_file import write_results
 from wandb_stub import wandb_stub
 
+from w2f_torchrl.checkpoint import list_checkpoints, load_checkpoint, read_manifest
 from w2f_torchrl.trainers import Trainer
-from w2f_torchrl.trainers.checkpointing import list_checkpoints, load_checkpoint, read_manifest
 from w2f_torchrl.utils.leftovers import Leftovers
 from w2f_torchrl.utils.wandb_logging import FINISH_SECONDS
 

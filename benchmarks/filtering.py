@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from results_file import write_results
 
+from w2f_torchrl.checkpoint import latest_valid_checkpoint
 from w2f_torchrl.envs import evaluation_sets
 from w2f_torchrl.evaluation import Score
-from w2f_torchrl.trainers.checkpointing import latest_valid_checkpoint
 from w2f_torchrl.trainers.evaluator import load_learner
 from w2f_torchrl.trainers.filtering import FilteringMeter
 

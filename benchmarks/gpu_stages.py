@@ -148,8 +148,8 @@ def _tiny_update(
     values = {name: float(value) for name, value in metrics.items()}
     if values["finite"] != 1 or not learner.is_finite():
         raise AssertionError(f"not finite: {values}")
-    saved = learner.checkpoint()
-    learner.restore(saved)
+    saved = learner.state_dict()
+    learner.load_state_dict(saved)
     learner.update(make_batch(3, 3, 6, 16, options.device))
     return {"total_loss": values["wm/total_loss"], "mode": learner.mode}
 

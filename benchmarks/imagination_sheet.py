@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
+from w2f_torchrl.checkpoint import latest_valid_checkpoint
 from w2f_torchrl.data import records_from_rollout
 from w2f_torchrl.trainers import load_policy
-from w2f_torchrl.trainers.checkpointing import latest_valid_checkpoint
 from w2f_torchrl.trainers.imagination import imagine_windows
 from w2f_torchrl.utils.film import film_strip
 from w2f_torchrl.utils.video import write_image

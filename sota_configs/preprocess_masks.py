@@ -24,6 +24,7 @@ from tensordict import TensorDict
 from torch import Tensor
 from tqdm import tqdm
 
+from w2f_torchrl.checkpoint import CheckpointError
 from w2f_torchrl.data import MaskStore, load_masks
 from w2f_torchrl.segmenters import (
     MedianSegmenter,
@@ -33,7 +34,6 @@ from w2f_torchrl.segmenters import (
     StudentSegmenter,
 )
 from w2f_torchrl.trainers import ConfigError, load_policy
-from w2f_torchrl.trainers.checkpointing import CheckpointError
 from w2f_torchrl.trainers.segmentation import load_pictures
 from w2f_torchrl.utils.contact_sheet import draw_contact_sheet
 

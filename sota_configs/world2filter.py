@@ -47,21 +47,32 @@ def main(config: DictConfig) -> None:
 
 
 def train(config: DictConfig) -> None:
-    """Build the run from settings that are checked, and train; import what that takes."""
+    """Build every part of a run from settings that are checked, and train.
+
+    To swap a part, replace its line; docs/howto has a page for each kind.
+    """
+    from w2f_torchrl.checkpoint import CheckpointError
     from w2f_torchrl.trainers import Trainer
-    from w2f_torchrl.trainers.checkpointing import CheckpointError
+    from w2f_torchrl.trainers import run as parts
     from w2f_torchrl.trainers.distributed import RankError, Ranks, lost_ranks_explained
 
     ranks = Ranks.from_environment()  # one, unless torchrun or submitit started several
     quiet = "torchrl" if ranks.is_first else None  # the other ranks only warn
     logging.getLogger(quiet).setLevel(logging.WARNING)
     try:
-        with lost_ranks_explained(ranks):
-            run = to_run_config(config)
-            trainer = Trainer(run)  # world model, losses, optimizer, logger
-            # Workers step PixelDMControlEnv with the policy -> records -> replay -> slices [B, T]
-            # -> world model, imagination, one update of everything -> new weights to the workers.
-            trainer.train()
+        with lost_ranks_explained(ranks), parts.open_run(to_run_config(config)) as run:
+            env = parts.probe_env(run.config)  # what the env offers: actions, masks
+            masks = parts.choose_masks(run, env)  # the simulator's, SAM3's, a student's, a median's
+            learner = parts.build_learner(run, env)  # world model, actor, critic, losses, optimizer
+            # Workers step the envs with the policy -> records -> replay -> slices [B, T].
+            collection = parts.build_collection(run, learner, env)
+            evaluator = parts.build_evaluator(run, learner, masks, env)
+            progress = parts.build_progress(run, learner)  # counters, metrics, pictures
+            checkpoints = parts.build_checkpoints(
+                run, env=env, learner=learner, masks=masks, collection=collection, progress=progress
+            )
+            made = parts.Parts(learner, masks, collection, evaluator, progress, checkpoints)
+            Trainer(run, made).train()
     except (ConfigError, CheckpointError, ModuleNotFoundError, RankError) as error:
         sys.exit(f"error: {error}" if ranks.is_first or isinstance(error, RankError) else 1)
     except KeyboardInterrupt:  # before the first update, or a second one; the trainer has said so

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from fault_runs import make_short_env, rows, small_run
 
+from w2f_torchrl.checkpoint import latest_checkpoint, load_checkpoint
+from w2f_torchrl.checkpoint.layout import SHARED_PARTS
 from w2f_torchrl.envs import PixelDMControlEnv, register_env
 from w2f_torchrl.trainers import RunConfig
-from w2f_torchrl.trainers.checkpointing import latest_checkpoint, load_checkpoint
 
 DOMAIN = "shorter_cartpole"
 CONTROL_STEPS = 26
@@ -55,10 +56,8 @@ def differences(first: Path, second: Path) -> list[str]:
         path = latest_checkpoint(run / "checkpoints")
         assert path is not None
         states.append(load_checkpoint(path).payload)
-    for name in ("learner", "steps", "schedule", "segmentation"):
+    for name in (*SHARED_PARTS, "metrics", "sampling", "random"):
         found += [f"{name}{where}" for where in _unequal(*(s[name] for s in states))]
-    for name in ("sampling", "random", "sums", "evaluated", "best"):
-        found += [f"{name}{where}" for where in _unequal(*(s["resume"][name] for s in states))]
     found += _unequal(*(s["replay"]["digests"] for s in states))
     found += _unequal(*(s["replay"].get("latents", {}).get("digests") for s in states), "latents")
     return found

@@ -21,7 +21,7 @@ import versions
 from tensordict import TensorDict
 from test_objectives import TINY
 
-from w2f_torchrl.trainers.checkpointing import latest_checkpoint, load_checkpoint, save_checkpoint
+from w2f_torchrl.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gpu_acceptance.py"
 

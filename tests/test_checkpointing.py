@@ -16,8 +16,7 @@ import pytest
 import torch
 from torch import nn
 
-from w2f_torchrl.trainers import checkpointing
-from w2f_torchrl.trainers.checkpointing import (
+from w2f_torchrl.checkpoint import (
     CheckpointError,
     discard_checkpoints_after,
     latest_checkpoint,
@@ -28,6 +27,7 @@ from w2f_torchrl.trainers.checkpointing import (
     save_checkpoint,
     verify_checkpoint,
 )
+from w2f_torchrl.checkpoint import file as checkpointing
 
 
 def save(directory: Path, updates: int, keep: int = 3, **payload: Any) -> Path:
@@ -243,7 +243,7 @@ def test_the_file_is_synced_before_it_takes_its_name_and_pruning_comes_last(tmp_
 KILLED = """
 import os, signal, sys, time, torch
 from pathlib import Path
-from w2f_torchrl.trainers.checkpointing import save_checkpoint
+from w2f_torchrl.checkpoint import save_checkpoint
 
 def save_forever(directory):
     payload, updates = {"weight": torch.empty(2 * 10**6)}, 0
@@ -301,16 +301,16 @@ def test_resume_null(tmp_path):
 def test_resume_auto_starts_at_zero_or_takes_the_latest_valid(tmp_path):
     assert resolve_resume("auto", tmp_path) is None
     first, second = save(tmp_path / "checkpoints", 1), save(tmp_path / "checkpoints", 2)
-    assert resolve_resume("auto", tmp_path) == second
+    assert resolve_resume("auto", tmp_path).path == second
     flip_bit(second, 200)
-    assert resolve_resume("auto", tmp_path) == first
+    assert resolve_resume("auto", tmp_path).path == first
 
 
 def test_resume_path_is_a_file_a_directory_or_a_run(tmp_path):
     directory = tmp_path / "other" / "checkpoints"
     path = save(directory, 5)
     for given in (path, directory, directory.parent, str(path)):
-        assert resolve_resume(given, tmp_path / "new") == path
+        assert resolve_resume(given, tmp_path / "new").path == path
     with pytest.raises(CheckpointError, match="does not exist"):
         resolve_resume(tmp_path / "nowhere.pt", tmp_path)
     with pytest.raises(CheckpointError, match="holds no file"):

@@ -16,9 +16,7 @@ import torch
 from _short_env import differences, short_run
 from fault_runs import flip_bit
 
-from w2f_torchrl.report import write_report
-from w2f_torchrl.trainers import ConfigError, Trainer, load_policy, run_lock
-from w2f_torchrl.trainers.checkpointing import (
+from w2f_torchrl.checkpoint import (
     CheckpointError,
     checkpoint_path,
     latest_checkpoint,
@@ -26,7 +24,11 @@ from w2f_torchrl.trainers.checkpointing import (
     load_checkpoint,
     save_checkpoint,
 )
-from w2f_torchrl.trainers.run_lock import RunLock
+from w2f_torchrl.checkpoint import file as checkpoint_file
+from w2f_torchrl.checkpoint import lock as run_lock
+from w2f_torchrl.checkpoint.lock import RunLock
+from w2f_torchrl.report import write_report
+from w2f_torchrl.trainers import ConfigError, Trainer, load_policy
 from w2f_torchrl.trainers.segmentation import load_labels, load_pictures
 from w2f_torchrl.utils.logging import MetricsLogger, read_metrics
 from w2f_torchrl.utils.wandb_logging import _read_state, _refuse_secrets
@@ -66,7 +68,7 @@ def test_a_damaged_record_that_all_checkpoints_share_is_left_out(run, finished, 
     assert not ((sample >= 0) & (sample < hole[2])).any()
     # The place is known for as long as it can be sampled, whatever digests say by then.
     saved = load_checkpoint(latest_checkpoint(run / "checkpoints"))
-    assert saved.payload["resume"]["sampling"]["holes"] == [list(hole)]
+    assert saved.payload["sampling"]["holes"] == [list(hole)]
     again = Trainer(short_run(run, training={"total_frames": 384}))
     again.train()
     assert again.replay.heads.holes == [hole]
@@ -90,8 +92,8 @@ def test_a_replay_deleted_under_a_run_is_written_again(tmp_path, finished):
     ]
     resumed = Trainer(short_run(tmp_path / "run", **LONGER))
     resumed.train()
-    assert resumed.resumption.damage == []
-    assert resumed.resumption.manifest["generation"] == manifest["generation"] != "0000"
+    assert resumed.run.resumption.records.damage == []
+    assert resumed.run.resumption.records.manifest["generation"] == manifest["generation"] != "0000"
     rows = resumed.replay.rows["next", "pixels"]
     assert rows[:20].any()  # no zeros
 
@@ -153,46 +155,44 @@ def broken(payload: dict[str, Any], how: str) -> dict[str, Any]:
     payload = dict(payload)
     if how == "no learner":
         del payload["learner"]
-    elif how == "segmentation":
-        payload["segmentation"] = 3
+    elif how == "masks":
+        payload["masks"] = 3
     elif how == "digests":
         payload["replay"] = payload["replay"] | {"digests": None}
     return payload
 
 
-@pytest.mark.parametrize("how", ["no learner", "segmentation", "digests", "pickle", "no dict"])
+@pytest.mark.parametrize("how", ["no learner", "masks", "digests", "pickle", "no dict"])
 def test_a_malformed_checkpoint_is_an_error_and_auto_takes_the_one_before(run, how, caplog):
     paths = list_checkpoints(run / "checkpoints")
     saved, before = load_checkpoint(paths[-1]), load_checkpoint(paths[-2])
     if how in ("pickle", "no dict"):
-        from w2f_torchrl.trainers import checkpointing
-
         document = Path if how == "pickle" else [1, 2]  # a class: what weights_only refuses
         with paths[-1].open("wb") as stream:
-            checkpointing._write(document, stream)  # type: ignore[arg-type]
+            checkpoint_file._write(document, stream)  # type: ignore[arg-type]
     else:
         payload = broken(saved.payload, how)
         save_checkpoint(paths[-1].parent, payload, updates=saved.updates, frames=saved.frames)
     trainer = Trainer(short_run(run))
     assert trainer.updates == before.updates
     assert "Trying the one before it." in caplog.text
-    trainer._lock.release()
+    trainer.run.lock.release()
     with pytest.raises(CheckpointError) as raised:
         Trainer(short_run(run.parent / "other", resume=str(paths[-1])))
     assert "weights_only" not in str(raised.value).split("malformed")[-1]
     assert not (run.parent / "other").exists()
 
 
-@pytest.mark.parametrize("part", ["optimizer", "first_steps", "sampling"])
+@pytest.mark.parametrize("part", ["optimizer", "first_steps", "sums"])
 def test_what_is_malformed_deeper_in_is_a_checkpoint_error_too(run, part):
     path = latest_checkpoint(run / "checkpoints")
     saved = load_checkpoint(path)
     if part == "optimizer":
         saved.payload["learner"] = {"loss": saved.payload["learner"]["loss"]}
     elif part == "first_steps":
-        del saved.payload["first_steps"]
+        del saved.payload["counters"]["first_steps"]
     else:
-        del saved.payload["resume"]["sums"]
+        del saved.payload["metrics"]["sums"]
     save_checkpoint(path.parent, saved.payload, updates=saved.updates, frames=saved.frames)
     with pytest.raises(CheckpointError, match="is malformed: KeyError"):
         Trainer(short_run(run))

@@ -14,9 +14,9 @@ import torch.distributed as dist
 from _ranks import run_ranks
 from test_trainers import tiny_run
 
+from w2f_torchrl.checkpoint import latest_checkpoint, load_checkpoint
 from w2f_torchrl.data import UpdateSchedule
 from w2f_torchrl.trainers import ConfigError, RunConfig, Trainer
-from w2f_torchrl.trainers.checkpointing import latest_checkpoint, load_checkpoint
 from w2f_torchrl.trainers.config import DistributedConfig
 from w2f_torchrl.trainers.distributed import RankError, Ranks, _fresh_store
 from w2f_torchrl.utils.logging import read_metrics

@@ -9,13 +9,13 @@ import torch
 import watch_policy
 from test_trainers import tiny_run
 
-from w2f_torchrl.trainers import Trainer, export, export_policy, load_policy
-from w2f_torchrl.trainers.checkpointing import (
+from w2f_torchrl.checkpoint import (
     CheckpointError,
     latest_checkpoint,
     load_checkpoint,
     save_checkpoint,
 )
+from w2f_torchrl.trainers import Trainer, export, export_policy, load_policy
 from w2f_torchrl.utils.video import read_video
 
 pytestmark = pytest.mark.render

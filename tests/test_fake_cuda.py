@@ -223,9 +223,9 @@ def test_a_resumed_learner_stays_on_the_device(cuda, saved_on, on_nan):
     learner, sample = make_learner(on_nan=on_nan), fake_sample()
     learner.update(sample)
     # As torch.load gives it, wherever the file was written and whatever it is mapped to.
-    payload = tree_map_only(Tensor, lambda x: x.detach().to(saved_on), learner.checkpoint())
+    payload = tree_map_only(Tensor, lambda x: x.detach().to(saved_on), learner.state_dict())
     resumed = make_learner(on_nan=on_nan)
-    resumed.restore(payload)
+    resumed.load_state_dict(payload)
     for group in resumed.optimizer.param_groups:
         step = group["step"]
         assert not isinstance(step, Tensor) or step.device.type == "cuda"
@@ -465,7 +465,7 @@ def test_a_run_from_a_cpu_is_captured_with_its_count_of_updates():
     for _ in range(5):
         host.update(make_sample())
     learner, streams = graphed_learner()
-    learner.restore(copy.deepcopy(host.checkpoint()))
+    learner.load_state_dict(copy.deepcopy(host.state_dict()))
     graphed = learner._update
 
     def replay() -> None:

@@ -13,8 +13,8 @@ from fault_runs import rows as metrics
 from test_objectives import SIZE, TINY, make_sample
 from torch import nn
 
+from w2f_torchrl.checkpoint import latest_checkpoint, load_checkpoint
 from w2f_torchrl.trainers import Learner, Trainer
-from w2f_torchrl.trainers.checkpointing import latest_checkpoint, load_checkpoint
 from w2f_torchrl.trainers.optimizer import CapturableOptimizer
 
 
@@ -117,7 +117,7 @@ def test_a_run_stops_with_the_batch_and_the_state_of_before(tmp_path):
     assert batch["next/pixels"].shape == (2, 8, 3, 16, 16)
     assert batch["next/foreground_mask"].dtype is torch.bool
     saved = load_checkpoint(latest_checkpoint(tmp_path / "checkpoints"))
-    assert saved.updates == saved.payload["schedule"]["updates"] == 12
+    assert saved.updates == saved.payload["counters"]["schedule"]["updates"] == 12
     assert "FloatingPointError" in saved.payload["exception"]
     assert all(torch.isfinite(v).all() for v in saved.payload["learner"]["loss"].values())
     resumed = Trainer(short_run(tmp_path, evaluation={"every_frames": 0}))

@@ -140,7 +140,7 @@ def compare_bits(rank: int, size: int, updates: int) -> None:
         dist.all_gather(everyone, after)
         assert all(torch.equal(after, other) for other in everyone), (kind, latent)
         assert not torch.equal(before, after[: len(before)])
-        assert not any("module" in name.split(".")[:2] for name in learner.checkpoint()["loss"])
+        assert not any("module" in name.split(".")[:2] for name in learner.state_dict()["loss"])
 
 
 def two_ranks(rank: int, size: int) -> dict[Any, Any]:

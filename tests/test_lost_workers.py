@@ -21,11 +21,11 @@ from _short_env import short_run
 from fault_runs import rows, wait_for
 from tensordict import TensorDict
 
+from w2f_torchrl.checkpoint import latest_checkpoint, load_checkpoint
 from w2f_torchrl.data import WorkerError, make_collector
 from w2f_torchrl.data import workers as module
 from w2f_torchrl.data.workers import Patience
 from w2f_torchrl.trainers import Trainer
-from w2f_torchrl.trainers.checkpointing import latest_checkpoint, load_checkpoint
 from w2f_torchrl.trainers.collecting import Collection
 from w2f_torchrl.utils.leftovers import SHARED_MEMORY, Leftovers
 from w2f_torchrl.utils.stopping import listen
@@ -196,8 +196,8 @@ def test_a_run_outlives_its_workers(tmp_path, number, caplog):
     assert ("was killed by SIGKILL" if number == signal.SIGKILL else "hangs") in caplog.text
     assert [r["train/worker_restarts"] for r in rows(tmp_path / "run") if len(r) == 3] == [1.0]
     saved = load_checkpoint(latest_checkpoint(tmp_path / "run" / "checkpoints"))
-    assert saved.payload["resume"]["worker_restarts"] == 1
-    assert saved.payload["resume"]["collector"] is not None
+    assert saved.payload["collection"]["worker_restarts"] == 1
+    assert saved.payload["collection"]["collector"] is not None
     left = Leftovers(tmp_path / "run")
     assert not left.folder.exists()
     gc.collect()

@@ -9,10 +9,10 @@ import torch
 from test_execution import make_learner
 from test_objectives import TINY, make_sample
 
+from w2f_torchrl.checkpoint import CheckpointError
+from w2f_torchrl.checkpoint.older import check_same_networks, complete_model
 from w2f_torchrl.modules import ModelConfig
-from w2f_torchrl.trainers.checkpointing import CheckpointError
 from w2f_torchrl.trainers.learner import Learner
-from w2f_torchrl.trainers.older_checkpoints import check_same_networks, complete_model
 
 OLD = replace(TINY, decoder="torchrl", resample="stride")
 LAST = "world_model.decoder.foreground.layers.9"
@@ -26,7 +26,7 @@ def make_old_learner(latent: str) -> Learner:
 
 def as_before(learner: Learner) -> dict:
     """A learner's checkpoint with one last layer for colours and mask."""
-    saved = learner.checkpoint()
+    saved = learner.state_dict()
     loss = {name: value.clone() for name, value in saved["loss"].items()}
     names = [name for name, _ in learner.loss.named_parameters() if name in trained(learner)]
     moments = dict(zip(names, saved["optimizer"]["state"].values(), strict=True))
@@ -57,7 +57,7 @@ def test_weights_and_moments_are_cut_and_the_run_goes_on(latent):
     assert old["loss"][f"{LAST}.weight"].shape[1] == 4
     assert len(old["optimizer"]["state"]) == len(learner.parameters_trained) - 2
     resumed = make_old_learner(latent)
-    resumed.restore(old)
+    resumed.load_state_dict(old)
     for one, other in zip(learner.parameters_trained, resumed.parameters_trained, strict=True):
         assert torch.equal(one, other)
         moments, same = learner.optimizer.state[one], resumed.optimizer.state[other]
@@ -83,7 +83,7 @@ def test_a_checkpoint_before_the_first_update_is_cut_too():
     old = as_before(learner)
     old["optimizer"]["state"] = {}
     resumed = make_old_learner("split")
-    resumed.restore(old)
+    resumed.load_state_dict(old)
     assert not resumed.optimizer.state
 
 
@@ -91,7 +91,7 @@ def test_a_checkpoint_of_now_is_not_cut():
     learner = make_learner("eager")
     learner.update(make_sample())
     other = make_learner("eager")
-    other.restore(learner.checkpoint())
+    other.load_state_dict(learner.state_dict())
     for one, two in zip(learner.parameters_trained, other.parameters_trained, strict=True):
         moments, same = learner.optimizer.state[one], other.optimizer.state[two]
         assert all(torch.equal(moments[key], same[key]) for key in moments)

@@ -19,6 +19,7 @@ from test_modules import _full
 from test_objectives import LATENTS, SIZE, TINY
 from test_resume import crash, run, signal_at
 
+from w2f_torchrl.checkpoint import latest_checkpoint, load_checkpoint
 from w2f_torchrl.data import StreamReplayBuffer, make_collector, make_replay, records_from_rollout
 from w2f_torchrl.data.latents import LatentStore, latent_fields
 from w2f_torchrl.data.record_files import Field
@@ -26,7 +27,6 @@ from w2f_torchrl.data.write_back import LatentWriteBack
 from w2f_torchrl.modules import WorldModel
 from w2f_torchrl.modules.packed_latents import pack_state
 from w2f_torchrl.trainers import Learner, Trainer
-from w2f_torchrl.trainers.checkpointing import latest_checkpoint, load_checkpoint
 from w2f_torchrl.trainers.config import OptimizerConfig
 from w2f_torchrl.trainers.device_copy import DeviceCopy
 

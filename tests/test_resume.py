@@ -6,7 +6,9 @@ import json
 import os
 import shutil
 import signal
+import tarfile
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +20,20 @@ from fault_runs import flip_bit
 from fault_runs import rows as metrics
 from tensordict import TensorDict
 
-from w2f_torchrl.envs import PixelDMControlEnv
-from w2f_torchrl.trainers import Trainer
-from w2f_torchrl.trainers.checkpointing import (
+from w2f_torchrl.checkpoint import (
     CheckpointError,
     latest_checkpoint,
     list_checkpoints,
     load_checkpoint,
     save_checkpoint,
 )
+from w2f_torchrl.checkpoint import file as checkpoint_file
+from w2f_torchrl.checkpoint.parts import Checkpoints
+from w2f_torchrl.data.record_files import RecordFiles
+from w2f_torchrl.envs import PixelDMControlEnv
+from w2f_torchrl.modules import ModelConfig
+from w2f_torchrl.trainers import Trainer, load_policy
+from w2f_torchrl.utils.random_state import RandomStreams
 
 pytestmark = [pytest.mark.render, pytest.mark.usefixtures("no_curves")]
 
@@ -67,7 +74,7 @@ def crash(run_dir: Path, updates: int, **settings: Any) -> None:
     def interrupt(trainer: Trainer) -> None:
         if trainer.updates == updates:
             trainer.writer.wait()
-            trainer._built = False
+            trainer.started = False
             raise Crash
 
     with pytest.raises(Crash):
@@ -170,7 +177,7 @@ def test_an_exception_while_collecting_cuts_the_episodes(tmp_path):
     with pytest.raises(RuntimeError, match="no masks"):
         trainer.train()
     resumed = Trainer(short_run(tmp_path))
-    ends = [end - 1 for end in resumed.resumption.manifest["written"]]
+    ends = [end - 1 for end in resumed.run.resumption.records.manifest["written"]]
     resumed.train()
     assert resumed.updates == 48
     assert resumed.replay._cuts == list(enumerate(ends))
@@ -229,7 +236,7 @@ def test_damaged_records_make_the_checkpoint_before_the_newest(tmp_path, caplog)
         trainer = Trainer(short_run(tmp_path))
     assert trainer.updates == before.updates
     assert "don't match their SHA-256 digest. Trying the one before it." in caplog.text
-    trainer._lock.release()
+    trainer.run.lock.release()
     flip_bit(pixels, 5)  # what all share: see test_damaged_runs
     assert Trainer(short_run(tmp_path)).updates == before.updates
 
@@ -245,15 +252,14 @@ def test_without_its_records_a_run_fills_its_replay_again(tmp_path, undisturbed,
 
 
 def test_the_former_format_loads(tmp_path, undisturbed, monkeypatch, caplog):
-    from w2f_torchrl.trainers import checkpointing
-
     path = latest_checkpoint(undisturbed / "checkpoints")
     saved = load_checkpoint(path)
-    names = ("config", "action_size", "learner", "steps", "first_steps", "schedule", "segmentation")
-    payload = {name: saved.payload[name] for name in names}
+    payload = {name: saved.payload[name] for name in ("config", "action_size", "learner")}
+    names = ("steps", "first_steps", "schedule")
+    payload |= {name: saved.payload["counters"][name] for name in names}
     payload["segmentation"] = {"name": "simulator", "frames": 3}
-    monkeypatch.setattr(checkpointing, "FORMAT_VERSION", 1)
-    checkpointing.save_checkpoint(tmp_path / "checkpoints", payload, updates=48, frames=320)
+    monkeypatch.setattr(checkpoint_file, "FORMAT_VERSION", 1)
+    save_checkpoint(tmp_path / "checkpoints", payload, updates=48, frames=320)
     monkeypatch.undo()
     with caplog.at_level("WARNING"):
         trainer = run(tmp_path, training={"total_frames": 480})
@@ -274,8 +280,8 @@ def test_two_runs_in_one_directory_are_refused(tmp_path):
     first = Trainer(short_run(tmp_path / "run"))
     with pytest.raises(CheckpointError, match=rf"in use by process {os.getpid()} on"):
         Trainer(short_run(tmp_path / "run"))
-    first._lock.release()
-    Trainer(short_run(tmp_path / "run"))._lock.release()
+    first.run.lock.release()
+    Trainer(short_run(tmp_path / "run")).run.lock.release()
 
 
 @pytest.mark.parametrize("task", ["finger turn_hard", "point_mass hard", "quadruped escape"])
@@ -328,3 +334,52 @@ def test_names_in_a_checkpoint_do_not_lead_out_of_its_folder(tmp_path, undisturb
         Trainer(short_run(tmp_path / "run"))
     with pytest.raises(CheckpointError, match="is no name of records"):
         Trainer(short_run(tmp_path / "new", resume=str(path)))
+
+
+def test_a_run_that_format_2_saved_is_resumed(tmp_path):
+    """The archive is a run of version 17b650e, ended after 24 of its updates."""
+    with tarfile.open(Path(__file__).parent / "data" / "run_of_format_2.tar.xz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    before = metrics(tmp_path)
+    path = latest_checkpoint(tmp_path / "checkpoints")
+    saved = load_checkpoint(path)
+    assert saved.format_version == 2
+    assert load_policy(path).config.environment.domain == "shorter_cartpole"
+    names = [f.name for f in fields(ModelConfig)]
+    settings = {k: v for k, v in saved.payload["config"]["model"].items() if k in names}
+    trainer = run(tmp_path, model=settings, evaluation={"every_frames": 128, "episodes": 1})
+    assert metrics(tmp_path)[: len(before)] == before
+    assert (trainer.updates, trainer.frames) == (48, 320)
+    assert trainer.collection.seed == 0  # the envs continued
+    now = load_checkpoint(latest_checkpoint(tmp_path / "checkpoints"))
+    assert now.format_version == 3
+    assert list(now.payload["learner"]["loss"]) == list(saved.payload["learner"]["loss"])
+
+
+def test_a_resume_hashes_every_file_once(tmp_path, undisturbed, monkeypatch):
+    shutil.copytree(undisturbed, tmp_path / "run")
+    files, blocks = [], []
+    digest, records = checkpoint_file._digest, RecordFiles.digest
+
+    def digest_file(stream, size):
+        files.append(stream.name)
+        return digest(stream, size)
+
+    def digest_records(folder, row, count):
+        blocks.append((folder.folder, row, count))
+        return records(folder, row, count)
+
+    monkeypatch.setattr(checkpoint_file, "_digest", digest_file)
+    monkeypatch.setattr(RecordFiles, "digest", digest_records)
+    trainer = Trainer(short_run(tmp_path / "run"))
+    trainer.start()
+    trainer._close(report=False)
+    assert files == [str(latest_checkpoint(tmp_path / "run" / "checkpoints"))]
+    assert blocks
+    assert len(blocks) == len(set(blocks))
+
+
+def test_a_part_that_is_not_in_the_list_is_refused(tmp_path):
+    parts = {"header": None, "keep": 1, "every_updates": 1}
+    with pytest.raises(ValueError, match=r"parts are learner: must be learner, counters, masks"):
+        Checkpoints(tmp_path, shared={"learner": RandomStreams()}, own={}, **parts)

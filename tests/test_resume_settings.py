@@ -12,17 +12,17 @@ import pytest
 from _short_env import short_run
 from fault_runs import rows
 
-from w2f_torchrl.trainers import Learner, RunConfig, Trainer
-from w2f_torchrl.trainers.checkpointing import CheckpointError, latest_checkpoint, load_checkpoint
-from w2f_torchrl.trainers.config import OptimizerConfig, config_to_dict
-from w2f_torchrl.trainers.counters import RunCounters
-from w2f_torchrl.trainers.resume_settings import (
+from w2f_torchrl.checkpoint import CheckpointError, latest_checkpoint, load_checkpoint
+from w2f_torchrl.checkpoint.rules import (
     RULES,
     flat_settings,
     forbidden_changes,
     resume_table,
     rule_of,
 )
+from w2f_torchrl.trainers import Learner, RunConfig, Trainer
+from w2f_torchrl.trainers.config import OptimizerConfig, config_to_dict
+from w2f_torchrl.trainers.counters import RunCounters
 
 ALL = sorted(flat_settings(config_to_dict(RunConfig())))
 
@@ -117,9 +117,9 @@ def test_an_optimizers_settings_are_the_runs_and_its_moments_the_checkpoints():
         make_sample(),
     )
     first.update(sample)
-    saved = first.checkpoint()
+    saved = first.state_dict()
     other: Learner = make_learner(optimizer=OptimizerConfig(lr=2e-3, warmup_updates=0, agc=0.1))
-    other.restore(saved)
+    other.load_state_dict(saved)
     [group] = other.optimizer.param_groups
     assert (group["lr"], group["agc"], group["warmup_steps"]) == (2e-3, 0.1, 0)
     assert float(group["step"]) == 1
@@ -143,6 +143,6 @@ def test_what_changes_at_a_resume_is_said_or_obeyed(tmp_path):
     assert trainer.frames == 384
     assert trainer.learner.optimizer.param_groups[0]["lr"] == 1e-3
     saved = load_checkpoint(latest_checkpoint(tmp_path / "run" / "checkpoints"))
-    assert saved.payload["frames"] == saved.frames == 384
+    assert saved.payload["counters"]["frames"] == saved.frames == 384
     assert [r["frames"] for r in rows(tmp_path / "run")][-1] == 384
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL

@@ -12,10 +12,10 @@ from fault_runs import rows
 from test_trainers import tiny_run
 from torchrl.envs import StepCounter, TransformedEnv
 
+from w2f_torchrl.checkpoint import latest_checkpoint, load_checkpoint
 from w2f_torchrl.envs import make_env
 from w2f_torchrl.trainers import ConfigError, Trainer
 from w2f_torchrl.trainers import evaluator as module
-from w2f_torchrl.trainers.checkpointing import latest_checkpoint, load_checkpoint
 from w2f_torchrl.trainers.environments import control_steps
 from w2f_torchrl.trainers.tolerance import Tolerance
 
@@ -30,8 +30,8 @@ def play(tmp_path: Path, domain: str, task: str, **evaluation):
     )
     torch.manual_seed(0)
     evaluator.seed(0)
-    trainer._lock.release()
-    return evaluator, *evaluator._play(evaluator.env)
+    trainer.run.lock.release()
+    return evaluator, *evaluator._play(evaluator.envs["run"])
 
 
 def test_an_episode_without_end_is_cut():
@@ -116,7 +116,7 @@ def test_an_error_in_an_evaluation_is_written_down_and_training_goes_on(tmp_path
     assert (tmp_path / "exceptions.txt").read_text().count("the renderer is lost") == 4  # twice
     assert [r["frames"] for r in rows(tmp_path) if "eval/return_mean" in r] == [320]
     saved = load_checkpoint(latest_checkpoint(tmp_path / "checkpoints"))
-    assert saved.payload["resume"]["failures"]["the evaluation"] == 0
+    assert saved.payload["failures"]["the evaluation"] == 0
 
 
 def test_a_few_in_a_row_end_the_run_and_a_resume_may_try_again(tmp_path):

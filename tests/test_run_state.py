@@ -8,8 +8,8 @@ import pytest
 import torch
 from tensordict import TensorDict
 
+from w2f_torchrl.checkpoint import CheckpointError
 from w2f_torchrl.trainers import RunConfig, to_run_config
-from w2f_torchrl.trainers.checkpointing import CheckpointError
 from w2f_torchrl.trainers.counters import RunCounters
 from w2f_torchrl.trainers.update_metrics import UpdateMetrics, shown_row
 
@@ -36,12 +36,10 @@ def test_counters_go_on_and_settings_that_must_stay_are_named():
     counters, other = RunCounters(config()), RunCounters(config())
     counters.steps = 40
     counters.add_update()
-    other.load_state_dict(counters.state_dict(), updates=1, same_ranks=True)
+    other.load_state_dict(counters.state_dict())
     assert (other.steps, other.updates, other.updates_due()) == (40, 1, 3)
     with pytest.raises(CheckpointError, match=r"training\.train_ratio"):
-        RunCounters(config(batch_size=3)).load_state_dict(
-            counters.state_dict(), updates=1, same_ranks=True
-        )
+        RunCounters(config(batch_size=3)).load_state_dict(counters.state_dict())
 
 
 @pytest.mark.parametrize(("steps", "again"), [(100, 32), (20, 20)])

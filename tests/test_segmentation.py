@@ -16,6 +16,7 @@ from test_sam3 import needs_sam3
 from test_trainers import tiny_run
 from torchrl.data import Bounded, Composite, Unbounded
 
+from w2f_torchrl.checkpoint import list_checkpoints, load_checkpoint
 from w2f_torchrl.envs import make_env, register_env
 from w2f_torchrl.envs import tasks as tasks_module
 from w2f_torchrl.keys import NEXT_MASK
@@ -23,7 +24,6 @@ from w2f_torchrl.segmenters import StudentSegmenter, mask_iou
 from w2f_torchrl.trainers import ConfigError, Trainer
 from w2f_torchrl.trainers import config as config_module
 from w2f_torchrl.trainers import segmentation as segmentation_module
-from w2f_torchrl.trainers.checkpointing import list_checkpoints, load_checkpoint
 from w2f_torchrl.trainers.config import to_run_config
 from w2f_torchrl.trainers.mask_source import MaskSource, SegmentedSource, TaughtSource
 from w2f_torchrl.trainers.segmentation import (
@@ -160,8 +160,8 @@ def test_auto_takes_the_best_there_is_and_says_so(
         assert choose_source(config, env_has_mask) == choice
     assert f"segmentation=auto takes {choice}" in caplog.text
     assert ("no weights" in caplog.text) == (not sam3_there)
-    config.segmentation.chosen = "median"  # a resumed run keeps its choice
-    assert choose_source(config, env_has_mask) == "median"
+    # A resumed run keeps its choice.
+    assert choose_source(config, env_has_mask, before="median") == "median"
 
 
 @pytest.mark.parametrize("settings", [{}, {"source": "student"}])
@@ -333,7 +333,7 @@ def test_auto_is_written_down(tmp_path, monkeypatch):
     assert "chosen: simulator" in (run / "config.yaml").read_text()
     assert any("segmentation/source_simulator" in row for row in read_metrics(run))
     saved = load_checkpoint(list_checkpoints(run / "checkpoints")[-1]).payload
-    assert saved["segmentation"]["name"] == "simulator"
+    assert saved["masks"]["name"] == "simulator"
     # SAM3 appears later: the run keeps its source.
     monkeypatch.setattr(segmentation_module, "missing_requirement", lambda *_: None)
     settings = {"source": "auto"}

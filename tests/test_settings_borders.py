@@ -16,11 +16,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_trainers import make_learner, tiny_run
 
+from w2f_torchrl.checkpoint import BEST_NAME, list_checkpoints, load_checkpoint
 from w2f_torchrl.envs import register_env, tasks
 from w2f_torchrl.modules import ModelConfig
 from w2f_torchrl.objectives import LossConfig
 from w2f_torchrl.trainers import ConfigError, RunConfig, Trainer
-from w2f_torchrl.trainers.checkpointing import BEST_NAME, list_checkpoints, load_checkpoint
 from w2f_torchrl.trainers.config import OptimizerConfig, to_run_config
 from w2f_torchrl.trainers.run_evaluations import RunEvaluations
 from w2f_torchrl.utils.checks import check_fields, check_number
@@ -319,7 +319,7 @@ def test_a_nan_evaluation_is_not_the_best_and_does_not_freeze_it(tmp_path, boxes
     assert not is_best(math.nan)
     assert is_best(2.0)
     assert not is_best(1.5)
-    evaluations.load_state_dict({"evaluated": 0, "best": math.nan})  # of an older version
+    evaluations.load_state_dict({"last": 0, "best": math.nan})  # of an older version
     assert is_best(-5.0)
 
 
@@ -327,9 +327,9 @@ def test_a_nan_evaluation_is_not_the_best_and_does_not_freeze_it(tmp_path, boxes
 def test_the_best_checkpoint_is_never_one_that_is_not_finite(tmp_path, boxes):
     run = tmp_path / "run"
     trainer = Trainer(tiny_run(run, **boxes))
-    trainer._build_workers()
+    trainer.start()
     trainer.learner.loss.critic.model[-1].weight.data.fill_(torch.nan)
-    trainer.checkpoints.save_best()
+    trainer._save_best()
     trainer.writer.wait()
     assert not (run / "checkpoints" / BEST_NAME).exists()
     trainer._close()

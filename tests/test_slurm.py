@@ -21,7 +21,7 @@ from slurm_cluster import SlurmCluster, missing_requirement
 from test_trainers import ROOT
 from tiny_run import missing_and_repeated, tiny_overrides
 
-from w2f_torchrl.trainers.checkpointing import latest_checkpoint, load_checkpoint
+from w2f_torchrl.checkpoint import latest_checkpoint, load_checkpoint
 from w2f_torchrl.utils.logging import read_metrics
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.timeout(3000)]

@@ -15,8 +15,8 @@ import torch
 from _short_env import differences, short_run
 from fault_runs import rows
 
+from w2f_torchrl.checkpoint import latest_checkpoint, load_checkpoint
 from w2f_torchrl.trainers import Trainer
-from w2f_torchrl.trainers.checkpointing import latest_checkpoint, load_checkpoint
 from w2f_torchrl.trainers.preemption import stop_signals
 from w2f_torchrl.utils.progress import ProgressBar
 from w2f_torchrl.utils.stopping import StopRequested, check_stop, listen, may_be_cut
@@ -130,7 +130,7 @@ def test_an_evaluation_cut_short_is_done_again_with_the_same_result(tmp_path, un
         assert len(steps) == step  # not one step of the agent more
         saved = load_checkpoint(latest_checkpoint(tmp_path / "checkpoints"))
         assert saved.frames == frames
-        assert saved.payload["resume"]["evaluated"] < frames
+        assert saved.payload["evaluations"]["last"] < frames
     Trainer(short_run(tmp_path)).train()
     assert differences(undisturbed, tmp_path) == []
     assert sum("eval/return_mean" in row for row in rows(tmp_path)) == 3
@@ -149,8 +149,8 @@ def test_a_batch_of_a_segmenter_cut_short_is_stored_after_the_resume(tmp_path, u
     trainer.masks.label = segment
     trainer.train()
     saved = load_checkpoint(latest_checkpoint(tmp_path / "checkpoints"))
-    assert saved.payload["resume"]["held"]["action"].shape[0] == 2
-    assert saved.payload["resume"]["collector"] is not None
+    assert saved.payload["collection"]["held"]["action"].shape[0] == 2
+    assert saved.payload["collection"]["collector"] is not None
     Trainer(short_run(tmp_path)).train()
     assert differences(undisturbed, tmp_path) == []
 
@@ -176,7 +176,7 @@ def test_a_compilation_cut_short_changes_nothing(tmp_path, undisturbed):
 
 
 def test_a_signal_before_the_first_step_ends_the_start(tmp_path, monkeypatch):
-    from w2f_torchrl.trainers import run_state
+    from w2f_torchrl.trainers import run as run_module
     from w2f_torchrl.trainers import trainer as module
 
     def interrupted(*args):
@@ -184,7 +184,7 @@ def test_a_signal_before_the_first_step_ends_the_start(tmp_path, monkeypatch):
         pytest.fail("the handler raises")
 
     with monkeypatch.context() as patch:
-        patch.setattr(run_state, "build_mask_source", interrupted)  # loads SAM3
+        patch.setattr(run_module, "build_mask_source", interrupted)  # loads SAM3
         with pytest.raises(StopRequested):
             Trainer(short_run(tmp_path / "run"))
     with monkeypatch.context() as patch:

@@ -19,17 +19,17 @@ from test_objectives import LATENTS as ALL_LATENTS
 from test_objectives import SIZE, TINY, make_sample
 from torchrl.envs.utils import check_env_specs
 
-from w2f_torchrl.envs import make_env
-from w2f_torchrl.modules import LATENTS, ModelConfig
-from w2f_torchrl.objectives import LossConfig
-from w2f_torchrl.trainers import ConfigError, Learner, RunConfig, Trainer, load_policy
-from w2f_torchrl.trainers import config as config_module
-from w2f_torchrl.trainers.checkpointing import (
+from w2f_torchrl.checkpoint import (
     CheckpointError,
     list_checkpoints,
     load_checkpoint,
     save_checkpoint,
 )
+from w2f_torchrl.envs import make_env
+from w2f_torchrl.modules import LATENTS, ModelConfig
+from w2f_torchrl.objectives import LossConfig
+from w2f_torchrl.trainers import ConfigError, Learner, RunConfig, Trainer, load_policy
+from w2f_torchrl.trainers import config as config_module
 from w2f_torchrl.trainers.config import to_run_config
 from w2f_torchrl.utils.logging import read_metrics
 from w2f_torchrl.utils.video import read_video
@@ -91,7 +91,7 @@ def test_a_restored_learner_goes_on_bit_for_bit():
     for _ in range(3):
         learner.update(sample)
     other = make_learner(seed=7)
-    other.restore(copy.deepcopy(learner.checkpoint()))
+    other.load_state_dict(copy.deepcopy(learner.state_dict()))
     for one in (learner, other):
         torch.manual_seed(5)
         one.update(sample)
@@ -101,7 +101,7 @@ def test_a_restored_learner_goes_on_bit_for_bit():
         assert torch.equal(a, b)
     wide = Learner(ModelConfig(**vars(TINY) | {"belief_size": 32}), action_size=2, image_size=SIZE)
     with pytest.raises(CheckpointError, match="another model"):
-        wide.restore(learner.checkpoint())
+        wide.load_state_dict(learner.state_dict())
 
 
 def test_bfloat16_keeps_float32_parameters_and_close_losses():
@@ -193,7 +193,7 @@ def test_a_run_that_ends_while_its_replay_fills_resumes_again_and_again(tmp_path
         trainer = Trainer(tiny_run(run, resume="auto", evaluation=quiet, training=settings))
         before = trainer.updates
         trainer.train()
-        owed = (trainer.steps - trainer.state.counters.first_steps) * 4 // 16
+        owed = (trainer.steps - trainer.counters.first_steps) * 4 // 16
         assert trainer.updates - before == max(owed, 0)
     assert trainer.updates == 24 + (256 - 160 - 32) * 4 // 16
 

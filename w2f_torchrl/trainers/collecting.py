@@ -1,4 +1,4 @@
-"""Where a run's data come from and where they go: its workers, and the replay that they fill."""
+"""A rank's workers, and the replay that they fill."""
 
 from __future__ import annotations
 
@@ -6,9 +6,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import torch
@@ -21,17 +19,15 @@ from w2f_torchrl.data import (
     StreamReplayBuffer,
     WorkerError,
     collector_state,
+    load_collector_state,
     make_collector,
     sync_policy_weights,
 )
-from w2f_torchrl.data.replay_files import ReplayFiles
 from w2f_torchrl.modules import latent_sizes
-from w2f_torchrl.trainers.checkpointing import records_folder
-from w2f_torchrl.trainers.config import RunConfig, config_to_dict
+from w2f_torchrl.trainers.config import EnvironmentConfig, RunConfig, config_to_dict
+from w2f_torchrl.trainers.distributed import Ranks
 from w2f_torchrl.trainers.environments import create_env
-from w2f_torchrl.trainers.open_replay import open_replay
-from w2f_torchrl.trainers.resuming import Resumption
-from w2f_torchrl.trainers.run_state import RunState
+from w2f_torchrl.trainers.run_replay import RunReplay
 from w2f_torchrl.utils.leftovers import Leftovers
 from w2f_torchrl.utils.seeding import derive_seed
 from w2f_torchrl.utils.stopping import may_be_cut, stop_is_wanted
@@ -47,40 +43,115 @@ LATENT_KEYS = (("next", "state"), ("next", "belief"))
 """What batches keep of the acting policy's latents for the replay."""
 
 
-@dataclass
 class Collection:
-    """A rank's collector, and its replay."""
+    """A rank's workers, which :meth:`start` starts, and the replay that they fill.
 
-    make: Callable[[int], AnyCollector]
-    """Makes the collector from a seed."""
-    seed: int
-    replay: StreamReplayBuffer
-    files: ReplayFiles
-    """The replay's, for checkpoints."""
-    environment: dict[str, Any]
-    """All that must stay as it is if envs are to go on in the middle of an episode."""
-    envs_go_on: bool
-    """Whether the collector is to begin where the checkpoint has it."""
-    max_restarts: int
-    """How often in a row lost workers are replaced."""
-    free: Callable[[], None] | None = None
-    """Frees what lost workers leave."""
-    alone: bool = True
-    """Whether a stop signal may end the replacing: no other rank waits for this one."""
-    restarts: int = 0
-    """How often workers were replaced, in the whole run."""
-    complete: bool = True
-    """Whether the replay holds all that the collector gave: else its state is of no use."""
-    held: TensorDictBase | None = None
-    """A batch ``[N, T]`` that was collected, and comes before any that is asked for."""
-    lost: WorkerError | None = None
-    """What was noticed of the workers; they have to be replaced."""
+    Its state is that of the envs between two batches.
 
-    def __post_init__(self) -> None:
-        """Start the workers."""
+    Args:
+        config: The run's settings.
+        ranks: The run's processes.
+        policy: The acting policy, shared with the learner.
+        action_size: A.
+        replay: The replay, not open yet.
+        leftovers: What the rank's processes put outside of the run's directory.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        ranks: Ranks,
+        policy: TensorDictModuleBase,
+        action_size: int,
+        replay: RunReplay,
+        leftovers: Leftovers | None = None,
+    ) -> None:
+        self.config, self.ranks, self.run_replay = config, ranks, replay
+        self.leftovers = leftovers
+        workers = count_workers(config, ranks.local_size)
+        self.environment = config_to_dict(config)["environment"] | {
+            "workers": workers,
+            "ranks": ranks.size,
+            "overlap": config.collection.overlap,
+        }
+        """All that must stay as it is for envs to continue in the middle of an episode."""
+        envs = config.environment.num_envs
+        self.make: Callable[..., AnyCollector] = partial(
+            make_collector,
+            partial(create_env, config),
+            policy,
+            primers=latent_sizes(config.model, action_size),
+            num_envs=envs,
+            num_workers=workers,
+            frames_per_batch=envs * config.collection.steps_per_batch,
+            rank=ranks.rank,
+            device=config.torch_device() if config.collection.device == "learner" else "cpu",
+            overlap=config.collection.overlap,
+            timeout_seconds=config.collection.timeout_seconds,
+            extra_keys=LATENT_KEYS if config.replay.latents else (),
+        )
+        """Makes the collector from a seed and a folder for temporary files."""
+        self.seed = config.seed
+        self.restarts = 0
+        """How often workers were replaced, in the whole run."""
+        self.complete = True
+        """Whether the replay holds all that the collector gave: else its state is of no use."""
+        self.held: TensorDictBase | None = None
+        """A batch ``[N, T]`` that was collected and comes before any that is requested."""
+        self.lost: WorkerError | None = None
+        """The failure of the workers that have to be replaced."""
+        self._saved: dict[str, Any] | None = None
+        self._collector: AnyCollector | None = None
         self._in_a_row = 0
         self._batches: Iterator[TensorDictBase] | None = None
-        self.collector = self.make(self.seed)
+
+    @property
+    def collector(self) -> AnyCollector:
+        """What steps the environments; a new one after its workers were lost."""
+        assert self._collector is not None, "the workers have started"
+        return self._collector
+
+    @property
+    def replay(self) -> StreamReplayBuffer:
+        """The replay that the batches go to."""
+        return self.run_replay.buffer
+
+    def start(self, steps: int, *, resumed: bool) -> None:
+        """Open the replay and start the workers; envs continue where a loaded state has them.
+
+        Args:
+            steps: Agent steps of the run so far.
+            resumed: Whether the run resumes from a checkpoint.
+
+        Raises:
+            CheckpointError: If settings that must stay have changed.
+        """
+        resume_envs = resumed and self._envs_can_resume(steps)
+        if resumed and not resume_envs:  # the workers' noise must not repeat the run's beginning
+            self.seed = derive_seed(self.seed, "resume", steps)
+        self.run_replay.open(
+            seed=derive_seed(self.seed, "replay", self.ranks.rank), resume_episodes=resume_envs
+        )
+        self._collector = self._make(self.seed)
+        if resume_envs and self._saved is not None:
+            load_collector_state(self.collector, self._saved["collector"])
+            if (held := self._saved.get("held")) is not None:
+                self.held = TensorDict(held, held["action"].shape[:2])
+        self._saved = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the envs' state and a batch that is not stored yet."""
+        return {
+            "collector": self._envs_state(),
+            "held": None if self.held is None else self.held.to_dict(),
+            "worker_restarts": self.restarts,
+            "environment": self.environment,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Keep a state from :meth:`state_dict` for :meth:`start`."""
+        self._saved = state
+        self.restarts = state.get("worker_restarts") or 0
 
     def next_batch(self) -> TensorDictBase:
         """Take the next batch ``[N, T]``; workers that are lost meanwhile are replaced.
@@ -114,19 +185,10 @@ class Collection:
         """Keep a batch that could not be stored yet; a checkpoint holds it."""
         self.held, self.complete = batch, True
 
-    def envs_state(self) -> dict[str, Any] | None:
-        """The collector's state; None if it is of no use, or, with a warning, if a worker died."""
-        if not self.complete or self.lost is not None:
-            return None
-        try:
-            return collector_state(self.collector)
-        except WorkerError as error:
-            logger.warning("the environments' state is lost: %s", error)
-            self.lost = error
-            return None
-
     def close(self) -> None:
         """End the workers; at once if they are lost, or if a signal says that time is short."""
+        if self._collector is None:
+            return
         self._batches = None  # a generator that is left to the interpreter's end complains
         short = self.lost is not None or stop_is_wanted()
         if short and not isinstance(self.collector, Collector):
@@ -146,7 +208,7 @@ class Collection:
                 return work()
             except WorkerError as error:
                 self.lost = error
-                if stop_is_wanted() or self._in_a_row >= self.max_restarts:
+                if stop_is_wanted() or self._in_a_row >= self.config.collection.max_restarts:
                     raise
 
     def _replace(self, error: WorkerError) -> None:
@@ -158,20 +220,46 @@ class Collection:
             "episodes begin anew.",
             error,
             self._in_a_row,
-            self.max_restarts,
+            self.config.collection.max_restarts,
         )
-        assert not isinstance(self.collector, Collector), "it has no workers that could be lost"
+        assert not isinstance(self.collector, Collector), "only workers can be lost"
         threads = torch.get_num_threads()  # TorchRL's shutdown sets them
         self.collector.kill()
         self.collector.shutdown(raise_on_error=False)
         torch.set_num_threads(threads)
         self._batches = None
         self.replay.end_episodes()
-        if self.free is not None:
-            self.free()
-        with may_be_cut(at_once=True) if self.alone else nullcontext():
-            self.collector = self.make(derive_seed(self.seed, "replaced", self.restarts))
+        if self.leftovers is not None:
+            self.leftovers.free()
+        # No other rank waits for this one while a signal ends the replacing.
+        with may_be_cut(at_once=True) if self.ranks.size == 1 else nullcontext():
+            self._collector = self._make(derive_seed(self.seed, "replaced", self.restarts))
         self.lost = None
+
+    def _make(self, seed: int) -> AnyCollector:
+        scratch = None if self.leftovers is None else self.leftovers.scratch()
+        return self.make(seed=seed, scratch=scratch)
+
+    def _envs_state(self) -> dict[str, Any] | None:
+        """Return the collector's state; None if it is useless or, with a warning, lost."""
+        if not self.complete or self.lost is not None:
+            return None
+        try:
+            return collector_state(self.collector)
+        except WorkerError as error:
+            logger.warning("the environments' state is lost: %s", error)
+            self.lost = error
+            return None
+
+    def _envs_can_resume(self, steps: int) -> bool:
+        reason = reason_to_reset_envs(
+            self._saved,
+            self.environment,
+            replay_empty=self.run_replay.records is None and steps > 0,
+        )
+        if reason is not None:
+            logger.warning("the environments begin new episodes: %s", reason)
+        return reason is None
 
 
 class EndedEpisode(NamedTuple):
@@ -184,73 +272,28 @@ class EndedEpisode(NamedTuple):
     """Agent steps."""
 
 
-def start_collecting(
-    state: RunState,
-    run_dir: Path,
-    resumption: Resumption | None,
-    leftovers: Leftovers | None = None,
-) -> Collection:
-    """Start the workers of a rank, and open its replay.
+def reason_to_reset_envs(
+    saved: dict[str, Any] | None, environment: dict[str, Any], *, replay_empty: bool
+) -> str | None:
+    """Say why the envs cannot continue from a saved state; None if they can.
 
     Args:
-        state: The run's.
-        run_dir: Its directory.
-        resumption: What this rank goes on from, None at a run's beginning.
-        leftovers: What the rank's processes put outside of that directory.
-
-    Raises:
-        CheckpointError: If settings that must stay have changed.
+        saved: A state of :meth:`Collection.state_dict`; None if this rank saved none.
+        environment: The settings that must be those of the saved state.
+        replay_empty: Whether the replay has lost records that it had.
     """
-    config, ranks, steps = state.config, state.ranks, state.counters.steps
-    envs = config.environment.num_envs
-    workers = count_workers(config, ranks.local_size)
-    environment = config_to_dict(config)["environment"] | {
-        "workers": workers,
-        "ranks": ranks.size,
-        "overlap": config.collection.overlap,
-    }
-    go_on = resumption is not None and _envs_go_on(resumption, environment, steps)
-    # Otherwise the workers' noise must not be that of the run's beginning.
-    fresh = go_on or resumption is None
-    seed = config.seed if fresh else derive_seed(config.seed, "resume", steps)
-    replay, files = open_replay(
-        config,
-        records_folder(run_dir, ranks.rank),
-        seed=derive_seed(seed, "replay", ranks.rank),
-        resumption=resumption,
-        envs_go_on=go_on,
-    )
-    make = partial(
-        make_collector,
-        partial(create_env, config),
-        state.learner.policy,
-        primers=latent_sizes(config.model, state.action_size),
-        num_envs=envs,
-        num_workers=workers,
-        frames_per_batch=envs * config.collection.steps_per_batch,
-        rank=ranks.rank,
-        device=config.torch_device() if config.collection.device == "learner" else "cpu",
-        overlap=config.collection.overlap,
-        timeout_seconds=config.collection.timeout_seconds,
-        scratch=None if leftovers is None else leftovers.scratch(),
-        extra_keys=LATENT_KEYS if config.replay.latents else (),
-    )
-    saved = {} if resumption is None else resumption.state
-    collection = Collection(
-        lambda seed: make(seed=seed),
-        seed,
-        replay,
-        files,
-        environment,
-        go_on,
-        max_restarts=config.collection.max_restarts,
-        free=None if leftovers is None else leftovers.free,
-        alone=ranks.size == 1,
-        restarts=saved.get("worker_restarts", 0),
-    )
-    if go_on and saved.get("held") is not None:
-        collection.held = TensorDict(saved["held"], saved["held"]["action"].shape[:2])
-    return collection
+    if replay_empty:
+        return "the replay is empty"
+    if saved is None:
+        return "their state is in no checkpoint of this rank"
+    if saved["collector"] is None:
+        return "their state was not saved (an exception, or envs without resume_state)"
+    # What a checkpoint of an older version does not name had its default.
+    then = vars(EnvironmentConfig()) | saved["environment"]
+    for name in sorted(then.keys() | environment.keys()):
+        if then.get(name) != environment.get(name):
+            return f"{name} was {then.get(name)!r} and is {environment.get(name)!r}"
+    return None
 
 
 def count_workers(config: RunConfig, local_ranks: int) -> int:
@@ -300,12 +343,3 @@ def ended_episodes(batch: TensorDictBase) -> list[EndedEpisode]:
         )
         for row, column in following["done"].squeeze(-1).nonzero().tolist()
     ]
-
-
-def _envs_go_on(resumption: Resumption, environment: dict[str, Any], steps: int) -> bool:
-    """Whether the environments go on from where the checkpoint has them."""
-    lost = resumption.manifest is None and steps > 0
-    reason = resumption.why_new_episodes(environment, replay_empty=lost)
-    if reason is not None:
-        logger.warning("the environments begin new episodes: %s", reason)
-    return reason is None

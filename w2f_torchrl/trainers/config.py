@@ -6,11 +6,12 @@ the question whether this machine has the CUDA device that is asked for needs to
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import math
 import os
 import re
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -410,6 +411,22 @@ class RunConfig:
             alone = torch.cuda.device_count() == 1
             return torch.device("cuda", 0 if alone else int(os.environ.get("LOCAL_RANK", "0")))
         return torch.device(name)
+
+    def validated(self, *, ranks: int = 1) -> RunConfig:
+        """Return a validated copy for a run of so many processes.
+
+        Raises:
+            ConfigError: If a setting is out of range.
+        """
+        config = copy.deepcopy(self)
+        config.distributed.ranks = ranks
+        config.validate()
+        return config
+
+    def with_masks_from(self, source: str) -> RunConfig:
+        """Return settings that say which source ``segmentation=auto`` chose."""
+        chosen = source if self.segmentation.source == "auto" else None
+        return replace(self, segmentation=replace(self.segmentation, chosen=chosen))
 
     def validate(self) -> None:
         """Check every setting before anything is built.

@@ -1,11 +1,11 @@
-"""What a run has done so far, and the updates that it owes for it."""
+"""What a run has done so far, and the updates that are due for it."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from w2f_torchrl.checkpoint.file import CheckpointError
 from w2f_torchrl.data import UpdateSchedule
-from w2f_torchrl.trainers.checkpointing import CheckpointError
 from w2f_torchrl.trainers.config import RunConfig
 
 
@@ -20,6 +20,9 @@ class RunCounters:
         self.steps = 0
         """Agent steps so far, over all envs and ranks."""
         self.updates = 0
+        self.last_return: float | None = None
+        """Return of the last training episode."""
+        self._ranks = config.distributed.ranks
         self._counted = (0, 0)
         """Steps and frames of the checkpoint that this run goes on from."""
         self.schedule = UpdateSchedule(
@@ -72,32 +75,29 @@ class RunCounters:
         self.first_steps = self.steps + self._prefill
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint holds of them, beside the updates in its name."""
-        schedule = self.schedule.state_dict()
+        """Return the counters, and the number of ranks that they are of."""
         return {
             "steps": self.steps,
             "frames": self.frames,
+            "updates": self.updates,
             "first_steps": self.first_steps,
-            "schedule": schedule,
+            "schedule": self.schedule.state_dict(),
+            "last_return": self.last_return,
+            "ranks": self._ranks,
         }
 
-    def load_state_dict(self, state: dict[str, Any], *, updates: int, same_ranks: bool) -> None:
-        """Go on from a checkpoint.
-
-        Args:
-            state: Holds what :meth:`state_dict` gave.
-            updates: The checkpoint's.
-            same_ranks: Whether it is of as many ranks; otherwise a step owes another number of
-                updates from now on.
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a state; with another number of ranks steps count with another ratio.
 
         Raises:
             CheckpointError: If settings that must stay have changed.
         """
-        self.steps, self.updates = state["steps"], updates
+        self.steps, self.updates = state["steps"], state["updates"]
+        self.last_return = state["last_return"]
         # Checkpoints before this entry are of runs that count with one action repeat.
         self._counted = (self.steps, state.get("frames", self.steps * self._action_repeat))
         self.first_steps = state["first_steps"]
-        if not same_ranks:
+        if state["ranks"] != self._ranks:
             self.schedule.change_ratio(state["schedule"], self.steps)
             return
         try:

@@ -53,6 +53,14 @@ class Diagnostics:
         self.videos_at: int | None = None
         """Frames of the last evaluation that made videos."""
 
+    def state_dict(self) -> dict[str, int | None]:
+        """Return when the last videos were made."""
+        return {"videos_at": self.videos_at}
+
+    def load_state_dict(self, state: dict[str, int | None]) -> None:
+        """Take over a state from :meth:`state_dict`."""
+        self.videos_at = state["videos_at"]
+
     # ---------------------------------------------------------------- after an update
 
     def after_update(self, sample: TensorDictBase, *, frames: int, updates: int) -> None:

@@ -121,8 +121,8 @@ class Ranks:
             raise message[1] if error is None else error
         return message[0]  # type: ignore[no-any-return]
 
-    def shown_by_first(self, make: Callable[[], T]) -> T:
-        """Make a logger, a progress bar or the like; the other ranks get one that shows nothing."""
+    def on_first_or_silent(self, make: Callable[[], T]) -> T:
+        """Make a logger, a progress bar or the like on rank 0; the other ranks get a silent one."""
         return make() if self.is_first else cast(T, Silent())
 
     def gather(self, items: Sequence[T]) -> list[T]:

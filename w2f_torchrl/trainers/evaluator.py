@@ -14,17 +14,17 @@ from torchrl.data import Unbounded
 from torchrl.envs import EnvBase, TensorDictPrimer, TransformedEnv
 from torchrl.envs.utils import ExplorationType, set_exploration_type, step_mdp
 
+from w2f_torchrl.checkpoint.file import load_checkpoint, malformed_is_an_error
+from w2f_torchrl.checkpoint.older import complete_model
 from w2f_torchrl.data import records_from_rollout
 from w2f_torchrl.envs import EvaluationSet, evaluation_sets
 from w2f_torchrl.keys import MASK, NEXT_MASK
 from w2f_torchrl.modules import WorldModel, compose, latent_sizes
 from w2f_torchrl.segmenters import mask_iou
-from w2f_torchrl.trainers.checkpointing import load_checkpoint, malformed_is_an_error
 from w2f_torchrl.trainers.config import RunConfig, to_run_config
 from w2f_torchrl.trainers.environments import build_env, control_steps
 from w2f_torchrl.trainers.interruptions import end_all
 from w2f_torchrl.trainers.learner import Learner
-from w2f_torchrl.trainers.older_checkpoints import complete_model
 from w2f_torchrl.utils.seeding import derive_seed
 from w2f_torchrl.utils.stopping import check_stop
 from w2f_torchrl.utils.tensors import check_tensor
@@ -134,9 +134,9 @@ def load_learner(
         config.device = str(device)
         learner = Learner.from_config(config, payload["action_size"])
         if payload.get("exported"):
-            learner.restore_networks(payload["learner"]["loss"])
+            learner.load_networks(payload["learner"]["loss"])
         else:
-            learner.restore(payload["learner"])
+            learner.load_state_dict(payload["learner"])
         return config, learner.eval(), int(payload["action_size"])
 
 
@@ -182,20 +182,23 @@ class Evaluator:
         sizes = latent_sizes(config.model, action_size)
         self._primers = {key: Unbounded((size,)) for key, size in sizes.items()}
         self._seed = seed
-        self._build()
+        self._envs: dict[str, EnvBase] = {}
 
-    def _build(self) -> None:
-        self.env = self._make_env(self._seed)
+    @property
+    def envs(self) -> dict[str, EnvBase]:
+        """The run's own env, as ``run``, and those of the evaluation sets; made when needed."""
+        if not self._envs:
+            self.start()
+        return self._envs
+
+    def start(self) -> None:
+        """Make the envs, in place of those that were made before."""
+        end_all([env.close for env in self._envs.values()])
         sets = evaluation_sets()
-        self.set_envs = {
+        self._envs = {"run": self._make_env(self._seed)} | {
             name: self._make_env(derive_seed(self._seed, "set", name), sets[name])
             for name in self.config.evaluation.sets
         }
-
-    def renew(self) -> None:
-        """Make the envs anew, whatever is wrong with those that there are."""
-        end_all([env.close for env in (self.env, *self.set_envs.values())])
-        self._build()
 
     def _make_env(self, seed: int, evaluation_set: EvaluationSet | None = None) -> EnvBase:
         env = build_env(
@@ -208,8 +211,7 @@ class Evaluator:
 
     def seed(self, frames: int) -> None:
         """Seed the envs by the run's frames: an evaluation doesn't depend on those before it."""
-        envs = {"run": self.env, **self.set_envs}
-        for name, env in envs.items():
+        for name, env in self.envs.items():
             env.set_seed(derive_seed(self._seed, name, frames), static_seed=True)
 
     def evaluate(self, world_model: WorldModel, episodes: int) -> Evaluation:
@@ -219,12 +221,13 @@ class Evaluator:
             world_model: The world model that the policy acts with.
             episodes: How many in each; their returns' standard deviation is over them.
         """
-        metrics, pixels, columns, records = self._evaluate(self.env, world_model, episodes)
+        own, *sets = self.envs
+        metrics, pixels, columns, records = self._evaluate(self.envs[own], world_model, episodes)
         metrics = {f"eval/{name}": value for name, value in metrics.items()}
         if "eval/mask_iou" in metrics:
             metrics["wm/mask_iou"] = metrics.pop("eval/mask_iou")
-        for name, env in self.set_envs.items():
-            of_set = self._evaluate(env, world_model, episodes)[0]
+        for name in sets:
+            of_set = self._evaluate(self.envs[name], world_model, episodes)[0]
             metrics |= {f"eval/{name}/{key}": value for key, value in of_set.items()}
         return Evaluation(metrics, pixels, columns, records)
 
@@ -284,7 +287,7 @@ class Evaluator:
 
     def close(self) -> None:
         """Close the envs."""
-        for env in (self.env, *self.set_envs.values()):
+        for env in self._envs.values():
             env.close()
 
 

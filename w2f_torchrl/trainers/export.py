@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from w2f_torchrl.trainers.checkpointing import CheckpointError, load_checkpoint, save_checkpoint
+from w2f_torchrl.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from w2f_torchrl.trainers.evaluator import load_learner
 
 #: Settings that say where a run was made, not what it is: a published file doesn't hold them.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -10,6 +11,8 @@ from tensordict import TensorDictBase
 from torch import Tensor, nn
 from torchrl.trainers.algorithms import DreamerV3Optimizer
 
+from w2f_torchrl.checkpoint.file import CheckpointError
+from w2f_torchrl.checkpoint.older import split_moments
 from w2f_torchrl.modules import (
     ModelConfig,
     WorldModel,
@@ -21,7 +24,6 @@ from w2f_torchrl.modules import (
 from w2f_torchrl.modules.packed_latents import LATENTS
 from w2f_torchrl.objectives import LossConfig, World2FilterLoss
 from w2f_torchrl.trainers.auto_execution import AutoUpdate
-from w2f_torchrl.trainers.checkpointing import CheckpointError
 from w2f_torchrl.trainers.config import (
     EXECUTIONS,
     GRAPHED,
@@ -38,7 +40,6 @@ from w2f_torchrl.trainers.execution import (
 from w2f_torchrl.trainers.finite import FiniteGuard
 from w2f_torchrl.trainers.gradients import ComposedLoss, SharedGradients, share_gradients
 from w2f_torchrl.trainers.graphed_update import GraphedUpdate, Update, UpdateState
-from w2f_torchrl.trainers.older_checkpoints import split_moments
 from w2f_torchrl.trainers.optimizer import CapturableOptimizer
 
 OPTIMIZER_SETTINGS = ("lr", "agc", "beta1", "beta2", "eps", "warmup_steps")
@@ -252,12 +253,13 @@ class Learner(nn.Module):
         sums = torch.stack([norm.double() for norm in torch._foreach_norm(tensors, 1)])
         return bool(sums.isfinite().all()) or all(bool(t.isfinite().all()) for t in tensors)
 
-    def checkpoint(self) -> dict[str, Any]:
-        """Everything that the learner needs to go on: parameters, normaliser, optimizer."""
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """Return all that updates change: ``loss`` (networks, statistics) and ``optimizer``."""
+        del args, kwargs  # of torch.nn.Module
         return {"loss": dict(self.loss.state_dict()), "optimizer": self.optimizer.state_dict()}
 
-    def restore_networks(self, state: dict[str, Any]) -> None:
-        """Load the networks and statistics alone, all that acting needs.
+    def load_networks(self, state: dict[str, Any]) -> None:
+        """Load the entry ``loss`` alone, which is all that acting needs.
 
         Raises:
             CheckpointError: If the networks have other shapes, naming the first difference.
@@ -270,15 +272,16 @@ class Learner(nn.Module):
                 f"The checkpoint is of another model: {lines[min(1, len(lines) - 1)].strip()}"
             ) from error
 
-    def restore(self, checkpoint: dict[str, Any]) -> None:
-        """Load what :meth:`checkpoint` gave.
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> None:
+        """Load a state from :meth:`state_dict`; the optimizer's settings stay this learner's.
 
         Raises:
             CheckpointError: If the networks have other shapes, naming the first difference.
         """
-        self.restore_networks(checkpoint["loss"])
+        del args, kwargs  # of torch.nn.Module
+        self.load_networks(state_dict["loss"])
         names = [name for name, p in self.loss.named_parameters() if p.requires_grad]
-        moments = split_moments(checkpoint["optimizer"], set(checkpoint["loss"]), names)
+        moments = split_moments(state_dict["optimizer"], set(state_dict["loss"]), names)
         settings = {name: self.optimizer.param_groups[0][name] for name in OPTIMIZER_SETTINGS}
         self.optimizer.load_state_dict(moments)
         for group in self.optimizer.param_groups:  # the settings are the run's

@@ -21,6 +21,7 @@ from w2f_torchrl.segmenters import (
     mask_iou,
     train_student,
 )
+from w2f_torchrl.trainers.config import ConfigError
 from w2f_torchrl.transforms import ForegroundMaskTransform
 
 logger = logging.getLogger(__name__)
@@ -86,7 +87,17 @@ class MaskSource:
         return {"name": self.name, "frames": self.frames, **sums}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over a saved state of the same source."""
+        """Take over a saved state.
+
+        Raises:
+            ConfigError: If it is of another source: a run's masks all come from one.
+        """
+        if state["name"] != self.name:
+            raise ConfigError(
+                f"segmentation={self.name}: the run that is resumed has its masks from "
+                f"{state['name']}; resume it with segmentation={state['name']}, or start another "
+                "run."
+            )
         self.frames = state["frames"]
         self._sums, self._counts = dict(state.get("sums", {})), dict(state.get("counts", {}))
 

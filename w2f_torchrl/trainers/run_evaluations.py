@@ -40,8 +40,8 @@ class RunEvaluations:
         every = self.config.evaluation.every_frames
         return every > 0 and frames // every > self.last // every
 
-    def lack_the_end(self, frames: int) -> bool:
-        """Whether a run that is evaluated at all wasn't after its last frame."""
+    def final_is_due(self, frames: int) -> bool:
+        """Return whether a run that is evaluated at all was not evaluated after its last frame."""
         return self.config.evaluation.every_frames > 0 and self.last != frames
 
     def play(self, evaluator: Evaluator, frames: int) -> Evaluation:
@@ -76,12 +76,12 @@ class RunEvaluations:
         return best
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint holds of them."""
-        return {"evaluated": self.last, "best": self.best}
+        """Return when the last evaluation was, and the best score."""
+        return {"last": self.last, "best": self.best}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what :meth:`state_dict` gave, and more entries that are not read."""
-        self.last, self.best = state["evaluated"], state["best"]
+        """Take over a state from :meth:`state_dict`."""
+        self.last, self.best = state["last"], state["best"]
         if self.best is not None and not math.isfinite(self.best):
             self.best = None  # older versions kept a nan
 

@@ -58,20 +58,29 @@ class RunClock:
 
     Args:
         run_dir: A run directory; an earlier process left its seconds in the metrics.
-        frames: Environment frames at the start.
-        updates: Updates at the start.
     """
 
-    def __init__(self, run_dir: Path, frames: int = 0, updates: int = 0) -> None:
-        rows = read_metrics(run_dir) if (run_dir / "metrics.jsonl").exists() else []
-        self._before = max((row.get("speed/seconds", 0.0) for row in rows), default=0.0)
-        self._start, self._frames, self._updates = time.monotonic(), frames, updates
+    def __init__(self, run_dir: Path) -> None:
+        self.run_dir = run_dir
+        self._before, self._start = 0.0, time.monotonic()
+        self._frames, self._updates = 0, 0
         self._stopped: float | None = None
         self._row: tuple[float, int, int] | None = None
         """When the last row of metrics was made, and the counters then."""
 
+    def start(self, frames: int, updates: int) -> None:
+        """Start counting, when the metrics end where this process continues.
+
+        Args:
+            frames: Environment frames so far.
+            updates: Updates so far.
+        """
+        rows = read_metrics(self.run_dir) if (self.run_dir / "metrics.jsonl").exists() else []
+        self._before = max((row.get("speed/seconds", 0.0) for row in rows), default=0.0)
+        self._start, self._frames, self._updates = time.monotonic(), frames, updates
+
     def stop(self) -> None:
-        """Count no further: training is over."""
+        """Stop counting: training is over."""
         self._stopped = time.monotonic()
 
     def seconds(self) -> float:

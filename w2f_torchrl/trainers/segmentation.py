@@ -48,13 +48,13 @@ MakeEnv = Callable[[int], EnvBase]
 """Makes an env of the run from a seed."""
 
 
-def choose_source(config: RunConfig, env_has_mask: bool) -> str:
+def choose_source(config: RunConfig, env_has_mask: bool, before: str | None = None) -> str:
     """Decide where masks come from.
 
     Args:
-        config: The run's settings, validated; ``segmentation.chosen`` holds an earlier choice of
-            ``auto``, which stays.
+        config: The run's settings, validated.
         env_has_mask: Whether the env draws ``foreground_mask`` itself.
+        before: The source of a run that is resumed, which ``auto`` keeps.
 
     Returns:
         ``simulator``, ``sam3``, ``student`` or ``median``.
@@ -65,7 +65,7 @@ def choose_source(config: RunConfig, env_has_mask: bool) -> str:
     settings = config.segmentation
     source = settings.source
     if source == "auto":
-        source = settings.chosen or _best_source(settings, env_has_mask)
+        source = before or _best_source(settings, env_has_mask)
         logger.info("segmentation=auto takes %s", source)
     asks = source == "simulator" or (
         source == "student"
@@ -335,16 +335,3 @@ def _sam3(config: RunConfig) -> Sam3Segmenter:
         compile=settings.compile,
         vocabulary=settings.vocabulary,
     )
-
-
-def check_same_source(saved: dict[str, Any], source: MaskSource) -> None:
-    """Refuse to go on with masks of another source than the run's so far.
-
-    Raises:
-        ConfigError: If the sources differ.
-    """
-    if saved["name"] != source.name:
-        raise ConfigError(
-            f"segmentation={source.name}: the run that is resumed has its masks from "
-            f"{saved['name']}; resume it with segmentation={saved['name']}, or start another run."
-        )

@@ -1,4 +1,4 @@
-"""Work beside the training: its errors are written down, and training goes on."""
+"""Work whose failures a run tolerates: they are written down, and training continues."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Tolerance:
 
     Args:
         run_dir: The run's directory: errors are appended to its ``exceptions.txt``.
-        most: Failures of a kind in a row, at which the error ends the run.
+        most: Consecutive failures of a kind at which the error ends the run.
     """
 
     def __init__(self, run_dir: Path, most: int) -> None:
@@ -52,7 +52,7 @@ class Tolerance:
                 raise
             keep_exception(self.run_dir, error, frames=frames, updates=updates)
             logger.error(
-                "%s failed at frame %d: %s. Training goes on; the traceback is in %s. At %d "
+                "%s failed at frame %d: %s. Training continues; the traceback is in %s. At %d "
                 "failures in a row the run ends (evaluation.max_failures).",
                 work,
                 frames,
@@ -63,3 +63,11 @@ class Tolerance:
             return None
         self.in_a_row[work] = 0
         return result
+
+    def state_dict(self) -> dict[str, int]:
+        """Return the failures in a row of each kind of work."""
+        return dict(self.in_a_row)
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Take over a state from :meth:`state_dict`."""
+        self.in_a_row = dict(state)

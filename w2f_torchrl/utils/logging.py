@@ -24,7 +24,7 @@ from w2f_torchrl.utils.metrics_file import last_counters, read_metrics, read_rec
 from w2f_torchrl.utils.progress import ProgressBar
 from w2f_torchrl.utils.sinks import Sinks
 from w2f_torchrl.utils.video import write_image, write_video
-from w2f_torchrl.utils.wandb_logging import make_wandb_logger
+from w2f_torchrl.utils.wandb_logging import make_wandb_logger, read_wandb_run
 
 __all__ = ["METRIC_GROUPS", "MetricsLogger", "ProgressBar", "make_wandb_logger", "read_metrics"]
 
@@ -224,6 +224,28 @@ class MetricsLogger(Closing):
     def flush(self) -> None:
         """Wait until all videos and pictures are complete."""
         self.background.flush()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Force the file to disk, and return its size and what Weights & Biases has of the run."""
+        self.sync()
+        return {"bytes": self.path.stat().st_size, "wandb": read_wandb_run(self.run_dir)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Cut the file back to the moment of a checkpoint.
+
+        Args:
+            state: ``frames`` and ``updates`` of the checkpoint, and the ``bytes`` that the file had
+                then, None if it was another run's.
+        """
+        size, now = state["bytes"], self.path.stat().st_size
+        if size is None or size > now:
+            if size is not None:
+                logger.warning("%s has lost lines that it had at the checkpoint", self.path)
+            self.truncate_after(state["frames"], state["updates"])
+            return
+        os.ftruncate(self._file.fileno(), size)
+        self._start = last_counters(self.path)
+        self.sinks.truncate_after(state["frames"])
 
     def truncate_after(self, frames: int, updates: int | None = None) -> int:
         """Remove the lines that lie after a checkpoint, so that a resumed run repeats none.

@@ -28,3 +28,24 @@ def restore_random_state(state: dict[str, Any]) -> None:
         logger.warning("random streams of %d CUDA devices are left out: here are %d", saved, here)
         state = {name: value for name, value in state.items() if name != "torch_cuda"}
     GlobalRNGState().load_state_dict(state)
+
+
+class RandomStreams:
+    """The random streams of this process as a part of a checkpoint."""
+
+    def __init__(self) -> None:
+        self._saved: dict[str, Any] | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of all streams."""
+        return random_state()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Keep a state for :meth:`resume`: building the rest of a run draws numbers."""
+        self._saved = state
+
+    def resume(self) -> None:
+        """Put a loaded state back, if there is one."""
+        if self._saved is not None:
+            restore_random_state(self._saved)
+            self._saved = None

@@ -25,6 +25,8 @@ INIT_SECONDS = 60.0
 FINISH_SECONDS = 120.0
 """How long a run waits at its end until everything is uploaded."""
 
+STATE_NAME = "wandb_run.json"
+
 logger = logging.getLogger(__name__)
 
 _SECRET = re.compile(r"(^|_)(api_?key|key|token|secret|password|passwd|credentials?)($|_)", re.I)
@@ -169,7 +171,7 @@ def make_wandb_logger(
     run_dir = Path(run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     settings: dict[str, Any] = {
-        "state_path": run_dir / "wandb_run.json",
+        "state_path": run_dir / STATE_NAME,
         "save_dir": run_dir,
         "project": project,
         "log_env_packages": False,
@@ -222,6 +224,22 @@ def _try_online(name: str, settings: dict[str, Any]) -> RunWandbLogger | None:
         logger.warning("wandb: %s", error)
     wandb.teardown()  # else the service goes on trying
     return None
+
+
+def read_wandb_run(run_dir: Path) -> str | None:
+    """Return the id and rows of the run at wandb as JSON; None if the file is lost or damaged."""
+    try:
+        text = (run_dir / STATE_NAME).read_text()
+        json.loads(text)
+    except (OSError, ValueError):
+        return None
+    return text
+
+
+def restore_wandb_run(run_dir: Path, text: str | None) -> None:
+    """Write back what :func:`read_wandb_run` returned, if the file is lost or damaged."""
+    if text and read_wandb_run(run_dir) is None:
+        write_text(run_dir / STATE_NAME, text)
 
 
 def _read_state(path: Path) -> dict[str, Any]:

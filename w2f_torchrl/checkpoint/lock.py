@@ -10,7 +10,7 @@ import socket
 from pathlib import Path
 from typing import IO
 
-from w2f_torchrl.trainers.checkpointing import CheckpointError
+from w2f_torchrl.checkpoint.file import CheckpointError
 
 logger = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""Checkpoints written beside the training: a moment to take the state, a thread to write it."""
+"""Checkpoints written in the background: the state is taken in a moment, a thread writes it."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from typing import Any
 
 import torch
 
-from w2f_torchrl.data.replay_files import Manifest, Pending, ReplayFiles
-from w2f_torchrl.trainers.checkpointing import (
+from w2f_torchrl.checkpoint.file import CheckpointError, read_manifest
+from w2f_torchrl.checkpoint.folder import (
     BEST_NAME,
-    CheckpointError,
     checkpoint_path,
     list_checkpoints,
-    read_manifest,
     save_checkpoint,
 )
+from w2f_torchrl.checkpoint.layout import REPLAY
+from w2f_torchrl.data.replay_files import Manifest, Pending, ReplayFiles
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ class CheckpointWriter:
 
     Args:
         directory: The run's ``checkpoints``.
-        keep: How many are kept, beside the best.
+        keep: How many are kept, besides the best.
         files: The replay's records.
     """
 
@@ -58,17 +58,17 @@ class CheckpointWriter:
         frames: int,
         wait: bool = False,
     ) -> Path:
-        """Take the state as it is now, and write it in the background.
+        """Copy the state, and write it in the background.
 
         Args:
-            payload: The state, as :func:`~w2f_torchrl.trainers.checkpointing.save_checkpoint` takes
+            payload: The state, as :func:`~w2f_torchrl.checkpoint.folder.save_checkpoint` takes
                 it; tensors are copied.
             updates: Learner updates so far.
             frames: Environment frames so far.
-            wait: Whether to come back when everything is on disk.
+            wait: Whether to return only when everything is on disk.
 
         Returns:
-            The path of the checkpoint, there already or not.
+            The path that the checkpoint has or will have.
 
         Raises:
             OSError: If the disk is full, also where the write before failed for that.
@@ -94,10 +94,10 @@ class CheckpointWriter:
             writing.result()
 
     def make_room(self, records: int) -> bool:
-        """Before a replay on disk grows: give up old checkpoints whose records will be overwritten.
+        """Delete old checkpoints whose records a growing replay on disk will overwrite.
 
         Args:
-            records: Most records that a stream may get before the next call.
+            records: Maximum number of records that a stream may get before the next call.
 
         Returns:
             Whether the newest would lose records too, so that another must be written first.
@@ -114,27 +114,27 @@ class CheckpointWriter:
     def _forget_overwritten(self, written: list[int]) -> None:
         for path, manifest in list(self._manifests.items()):
             if manifest is not self._newest and self.files.overwrites(written, manifest):
-                logger.info("%s goes: the replay has moved on past its records", path)
+                logger.info("deleting %s: the replay is about to overwrite records it needs", path)
                 path.unlink(missing_ok=True)
                 del self._manifests[path]
 
     def _write(self, payload: dict[str, Any], pending: Pending, updates: int, frames: int) -> None:
         with self._lock:
             self._forget_overwritten(pending.written)
-        payload["replay"] = self.files.commit(pending)
+        payload[REPLAY] = self.files.commit(pending)
         path = save_checkpoint(
             self.directory, payload, updates=updates, frames=frames, keep=self.keep
         )
         with self._lock:
-            self._manifests[path] = self._newest = payload["replay"]
+            self._manifests[path] = self._newest = payload[REPLAY]
             left = set(list_checkpoints(self.directory))
             self._manifests = {path: m for path, m in self._manifests.items() if path in left}
             self.files.remove_unused(self._manifests.values())
 
     def save_best(self, networks: dict[str, Any], *, updates: int, frames: int) -> None:
-        """Write ``best.pt`` in the background: networks to act with, no replay.
+        """Write ``best.pt`` in the background: networks to act with, without a replay.
 
-        So it keeps no old records alive; a run that goes on from it fills its replay again.
+        So it keeps no old records alive; a run that resumes from it fills its replay again.
 
         Raises:
             OSError: If the write before failed.

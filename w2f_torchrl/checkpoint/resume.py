@@ -1,0 +1,200 @@
+"""What a run resumes from: the checkpoint that its settings mean, as one rank reads it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from w2f_torchrl.checkpoint.file import (
+    Checkpoint,
+    CheckpointError,
+    load_checkpoint,
+    malformed_is_an_error,
+)
+from w2f_torchrl.checkpoint.folder import (
+    FoundCheckpoint,
+    checkpoints_of,
+    damaged_records,
+    records_folder,
+    resolve_resume,
+    run_of,
+)
+from w2f_torchrl.checkpoint.layout import HEADER, REPLAY, SHARED_PARTS
+from w2f_torchrl.checkpoint.older import check_same_networks
+from w2f_torchrl.checkpoint.rules import forbidden_changes
+from w2f_torchrl.data.record_files import MissingRecordsError
+from w2f_torchrl.data.replay_files import Manifest, open_records
+from w2f_torchrl.trainers.config import RunConfig, config_to_dict
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+class RankGroup(Protocol):
+    """What is needed of a run's processes; :class:`~w2f_torchrl.trainers.distributed.Ranks`."""
+
+    rank: int
+
+    def on_first(self, function: Callable[[], T]) -> T:
+        """Call a function on rank 0 only, and give every rank its result."""
+        ...
+
+    def gather(self, items: list[Any]) -> list[Any]:
+        """Return all ranks' items."""
+        ...
+
+
+@dataclass(frozen=True)
+class SavedRecords:
+    """The records of a replay in a checkpoint."""
+
+    manifest: Manifest
+    folder: Path
+    damage: Collection[tuple[int, int]] = ()
+    """Streams and blocks that are left out."""
+
+
+@dataclass(frozen=True)
+class Resumption:
+    """A checkpoint as one rank resumes from it."""
+
+    path: Path
+    """Of rank 0's file."""
+    checkpoint: Checkpoint
+    """Of rank 0."""
+    own: dict[str, Any]
+    """States of this rank's own parts by name; a part that it did not save is missing."""
+    records: SavedRecords | None
+    """Of its replay; None if the replay has to fill again."""
+
+    @property
+    def must_fill_again(self) -> bool:
+        """Whether a replay that held records is lost."""
+        steps = self.checkpoint.payload["counters"]["steps"]
+        return self.records is None and (self.checkpoint.format_version == 1 or bool(steps))
+
+
+def find_resumption(config: RunConfig, ranks: RankGroup, *, is_restart: bool) -> Resumption | None:
+    """Find and read what a run resumes from; all ranks call it.
+
+    Args:
+        config: The run's settings.
+        ranks: The run's processes.
+        is_restart: Whether a launcher restarts the run, and so means to resume it.
+
+    Returns:
+        The checkpoint, each of its files hashed once, or None for a run that begins.
+
+    Raises:
+        CheckpointError: If the run directory holds a run that must not be mixed with another, the
+            checkpoint is missing, damaged or malformed, or settings that must stay have changed.
+    """
+    found: list[FoundCheckpoint] = []
+
+    def find() -> Path | None:
+        checkpoint = _find_checkpoint(config, is_restart=is_restart)
+        if checkpoint is None:
+            return None
+        found.append(checkpoint)
+        return checkpoint.path
+
+    path = ranks.on_first(find)
+    if path is None:
+        return None
+    checkpoint = found[0].checkpoint if found else load_checkpoint(path)
+    with malformed_is_an_error(path):
+        _check_settings(checkpoint, path, config)
+        damage = found[0].damage if found else None
+        return _read_rank(checkpoint, path, ranks, Path(config.run_dir), damage)
+
+
+def _find_checkpoint(config: RunConfig, *, is_restart: bool) -> FoundCheckpoint | None:
+    resume = config.resume or ("auto" if is_restart else None)
+    found = resolve_resume(resume, config.run_dir)
+    if resume is None and (Path(config.run_dir) / "metrics.jsonl").exists():
+        raise CheckpointError(
+            f"run_dir={config.run_dir} already holds a run and resume=null starts a new one. "
+            "Pass resume=auto to continue it, or another run_dir."
+        )
+    return found
+
+
+def _check_settings(checkpoint: Checkpoint, path: Path, config: RunConfig) -> None:
+    saved = checkpoint.payload["config"]
+    if changed := forbidden_changes(saved, config_to_dict(config)):
+        raise CheckpointError(
+            f"{path}: {'; '.join(changed)}. Pass the former values to continue this run, or start "
+            "another run."
+        )
+    check_same_networks(saved["model"], config.model)
+
+
+def _read_rank(
+    checkpoint: Checkpoint,
+    path: Path,
+    ranks: RankGroup,
+    run_dir: Path,
+    damage: list[tuple[int, int]] | None,
+) -> Resumption:
+    """Read a rank's own part.
+
+    Args:
+        checkpoint: Of rank 0.
+        path: Of its file.
+        ranks: The run's processes.
+        run_dir: The run's directory.
+        damage: Of rank 0's records, where this is rank 0.
+    """
+    own_path = checkpoints_of(run_of(path), ranks.rank) / path.name
+    own: Checkpoint | None = checkpoint
+    if ranks.rank:
+        own = load_checkpoint(own_path) if own_path.exists() else None
+    if own is None:
+        logger.warning("%s has no part of rank %d", path, ranks.rank)
+    folder = records_folder(run_of(path), ranks.rank)
+    manifest = None if own is None else _manifest_of(own, path, folder)
+    # All ranks resume their replays or none does: the number of updates is the same for all.
+    if not all(ranks.gather([manifest is not None])):
+        manifest = None
+    records = None
+    if own is not None and manifest is not None:
+        if damage is None:
+            damage = damaged_records(own, own_path, folder)
+        assert own.payload["sampling"] is not None  # records are of no use without it
+        records = SavedRecords(manifest, folder, damage)
+    shared = (*HEADER, *SHARED_PARTS, REPLAY)
+    parts = {} if own is None else {k: v for k, v in own.payload.items() if k not in shared}
+    return Resumption(path, checkpoint, parts | _log_state(checkpoint, path, run_dir), records)
+
+
+def _log_state(checkpoint: Checkpoint, path: Path, run_dir: Path) -> dict[str, Any]:
+    """Where the metrics end; the size of the file counts only in the run that wrote it."""
+    state = {"bytes": None, "wandb": None} | checkpoint.payload.get("log", {})
+    if run_of(path).resolve() != run_dir.resolve():
+        state = {"bytes": None, "wandb": None}
+    return {"log": state | {"frames": checkpoint.frames, "updates": checkpoint.updates}}
+
+
+def _manifest_of(saved: Checkpoint, path: Path, folder: Path) -> Manifest | None:
+    """Return what a checkpoint holds of the replay; None, with a warning, if its records are gone.
+
+    Args:
+        saved: A rank's checkpoint.
+        path: Of rank 0's file.
+        folder: Of the rank's records.
+    """
+    manifest: Manifest | None = saved.payload.get(REPLAY)
+    if manifest is None:
+        if saved.format_version == 1 or saved.updates:
+            logger.warning("%s holds no replay: it fills again before the first update", path)
+        return None
+    try:
+        open_records(manifest, folder).close()
+    except MissingRecordsError as error:
+        logger.warning("%s The replay fills again before the first update.", error)
+        return None
+    return manifest

@@ -1,0 +1,145 @@
+"""The replay of one rank of a run: new, or as a checkpoint has it."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from w2f_torchrl.checkpoint.file import CheckpointError
+from w2f_torchrl.checkpoint.resume import SavedRecords
+from w2f_torchrl.data import StreamReplayBuffer, make_replay
+from w2f_torchrl.data.latents import latent_fields
+from w2f_torchrl.data.replay_files import Manifest, ReplayFiles, new_generation, ring_rows
+from w2f_torchrl.trainers.config import RunConfig
+
+
+class RunReplay:
+    """A replay buffer and its files, which :meth:`open` makes.
+
+    Its state is where sampling continues; the records are in files of their own.
+
+    Args:
+        config: The run's settings.
+        folder: Where its records are kept.
+        records: Records of a checkpoint to start from; None for an empty replay.
+
+    Raises:
+        CheckpointError: If the records do not fit the settings; names the setting.
+    """
+
+    def __init__(
+        self, config: RunConfig, folder: Path, records: SavedRecords | None = None
+    ) -> None:
+        if records is not None:
+            check_layout(config, records.manifest)
+        self.config, self.folder, self.records = config, folder, records
+        self._sampling: dict[str, Any] | None = None
+        self._buffer: StreamReplayBuffer | None = None
+        self._files: ReplayFiles | None = None
+
+    @property
+    def buffer(self) -> StreamReplayBuffer:
+        """The replay buffer."""
+        assert self._buffer is not None, "the replay is open"
+        return self._buffer
+
+    @property
+    def files(self) -> ReplayFiles:
+        """What checkpoints keep of the records."""
+        assert self._files is not None, "the replay is open"
+        return self._files
+
+    def open(self, *, seed: int, resume_episodes: bool) -> None:
+        """Make the buffer, and fill it with the checkpoint's records.
+
+        Args:
+            seed: Seed of the samples.
+            resume_episodes: Whether the envs continue the episodes of the last records.
+
+        Raises:
+            CheckpointError: If the slices' length has changed.
+        """
+        config, replay = self.config, self.config.replay
+        ring, generation = self._ring_and_generation()
+        on_disk = replay.storage == "disk"
+        self._buffer = make_replay(
+            capacity=replay.capacity,
+            num_streams=config.environment.num_envs,
+            batch_size=config.training.batch_size,
+            batch_length=config.training.batch_length,
+            path=self.folder / generation if on_disk else None,
+            ring=ring if on_disk else None,
+            exist_ok=True,
+            newest_first=replay.newest_first,
+            pin_memory=config.torch_device().type == "cuda",
+            seed=seed,
+            latents=latent_fields(config.model, config.latent) if replay.latents else None,
+        )
+        self._files = ReplayFiles(self._buffer, self.folder, generation, ring)
+        if self.records is None:
+            return
+        self._files.load(self.records.manifest, self.records.folder, self.records.damage)
+        assert self._sampling is not None, "a checkpoint with records has the state of sampling"
+        try:
+            self._buffer.load_sampling_state(self._sampling)
+        except ValueError as error:
+            raise CheckpointError(f"training.batch_length: {error}") from error
+        if not resume_episodes:
+            self._buffer.end_episodes()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return where sampling continues."""
+        return self.buffer.sampling_state()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Keep a state from :meth:`state_dict` for :meth:`open`."""
+        self._sampling = state
+
+    def _ring_and_generation(self) -> tuple[int, str]:
+        """Return the rows of a stream's files, and the name of their folder.
+
+        Both are the checkpoint's if its files can be written on.
+        """
+        capacity = self.config.replay.capacity // self.config.environment.num_envs
+        if self.records is not None:
+            manifest = self.records.manifest
+            same_folder = self.records.folder.resolve() == self.folder.resolve()
+            if same_folder and manifest["capacity"] == capacity:
+                return manifest["ring"], manifest["generation"]
+        slack = checkpoint_slack(self.config)
+        return ring_rows(capacity, slack), new_generation(self.folder)
+
+
+def checkpoint_slack(config: RunConfig) -> int:
+    """Return how many records a stream writes while a checkpoint is kept, rounded up."""
+    envs, keep = config.environment.num_envs, config.checkpoint.keep
+    capacity = config.replay.capacity // envs
+    training, ranks = config.training, config.distributed.ranks
+    if not training.train_ratio:
+        return keep * capacity
+    records = config.effective_batch_size * training.batch_length
+    updates_per_step = training.train_ratio / records
+    steps = config.checkpoint.every_updates / updates_per_step / envs / ranks
+    # An episode of L steps makes L + 1 records.
+    between = math.ceil(1.1 * steps) + 2 * config.collection.steps_per_batch
+    return keep * min(between, capacity)
+
+
+def check_layout(config: RunConfig, manifest: Manifest) -> None:
+    """Refuse records that the run's settings do not fit.
+
+    Raises:
+        CheckpointError: Naming the setting.
+    """
+    streams, envs = len(manifest["written"]), config.environment.num_envs
+    if streams != envs:
+        raise CheckpointError(
+            f"environment.num_envs={envs} must stay {streams}, as the checkpoint's replay has it."
+        )
+    size = manifest["fields"]["next/pixels"][1][-1]
+    if size != config.environment.image_size:
+        raise CheckpointError(
+            f"environment.image_size={config.environment.image_size} must stay {size}, as the "
+            "checkpoint's replay has it."
+        )
