@@ -187,10 +187,10 @@ def test_an_env_without_masks_is_refused_as_their_source(tmp_path, settings):
         ({"score_threshold": 2.0}, r"segmentation.score_threshold=2.0 must be in \[0, 1\]"),
         ({"threshold": 255}, r"segmentation.threshold=255 must be in \[0, 254\]"),
         ({"prompts": []}, r"segmentation.prompts=\[\]"),
-        ({"labels": "nowhere.npz"}, "segmentation.labels=nowhere.npz is no file"),
+        ({"labels": "nowhere.npz"}, "segmentation.labels=nowhere.npz is not a file"),
         ({"source": "student", "backgrounds": "nowhere.npz"}, "nowhere.npz must be an .npz file"),
         ({"source": "student", "backgrounds": "nowhere"}, "backgrounds=nowhere: .*no such folder"),
-        ({"student_checkpoint": "nowhere.pt"}, "student_checkpoint=nowhere.pt is no file"),
+        ({"student_checkpoint": "nowhere.pt"}, "student_checkpoint=nowhere.pt is not a file"),
         ({"source": "sam3", "checkpoint": "nowhere.pt"}, r"segmentation=sam3: (SAM3|There)"),
         (
             {"source": "student", "teacher": "sam3", "checkpoint": "nowhere.pt"},
