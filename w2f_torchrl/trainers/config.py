@@ -10,6 +10,7 @@ import importlib.util
 import math
 import os
 import re
+import warnings
 from dataclasses import dataclass, field, fields, is_dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -208,7 +209,7 @@ class SegmentationConfig:
         minimum=0,
         maximum=254,
     )
-    lost: float = setting(
+    mask_dropout: float = setting(
         0.0,
         "Share of frames whose simulator mask is emptied before it reaches the replay, to study "
         "imperfect masks. Evaluations use the true masks.",
@@ -216,6 +217,27 @@ class SegmentationConfig:
         minimum=0,
         below=1,
     )
+    lost: float | None = setting(
+        None,
+        "Former name of mask_dropout, accepted until the next release.",
+        unit="share",
+        minimum=0,
+        below=1,
+    )
+
+    def __post_init__(self) -> None:
+        """Accept the former name of ``mask_dropout``; older configurations hold it."""
+        if self.lost:
+            warnings.warn(
+                "segmentation.lost was renamed and will be removed: use "
+                f"segmentation.mask_dropout={self.lost}.",
+                FutureWarning,
+                stacklevel=3,  # the caller of the generated __init__
+            )
+            if self.mask_dropout:
+                return  # validation refuses two values
+            self.mask_dropout = self.lost
+        self.lost = None
 
     @property
     def needs_sam3(self) -> bool:
@@ -671,10 +693,16 @@ def _validate_segmentation(config: RunConfig) -> None:
             f"segmentation={segmentation.source!r} has no effect with algo=dreamer_v3, which has "
             "no masks: leave it out."
         )
-    if segmentation.lost and not (config.needs_masks and segmentation.source == "simulator"):
+    if segmentation.lost is not None:  # set after construction, or in addition to the new name
         raise ConfigError(
-            f"segmentation.lost={segmentation.lost} empties masks of the simulator, but this run "
-            f"has algo={config.algo.name} with segmentation={segmentation.source}: leave it out."
+            f"segmentation.lost={segmentation.lost} is the former name of "
+            "segmentation.mask_dropout: set only the latter."
+        )
+    dropout, source = segmentation.mask_dropout, segmentation.source
+    if dropout and not (config.needs_masks and source == "simulator"):
+        raise ConfigError(
+            f"segmentation.mask_dropout={dropout} empties masks of the simulator, but this run has "
+            f"algo={config.algo.name} with segmentation={source}: leave it out."
         )
     if not segmentation.prompts or not all(map(str.strip, segmentation.prompts)):
         raise ConfigError(
