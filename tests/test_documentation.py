@@ -18,7 +18,7 @@ SCREEN = 75  # lines of a how-to page, at most
 
 settings_reference = load_script("settings_reference")
 docs_hooks = load_script("docs_hooks")
-SETTINGS = list(settings_reference.all_settings(settings_reference.read_dataclasses()))
+SETTINGS = list(settings_reference.all_settings())
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
@@ -44,20 +44,23 @@ def test_the_reference_has_every_setting_with_its_default():
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=lambda setting: setting.name)
 def test_a_setting_has_a_help_and_a_number_its_unit(setting):
-    where = "its dataclass, as a string below the field"
-    assert setting.help, f"{setting.name} has no description: write one in {where}"
-    if setting.is_number:
-        assert setting.unit, (
-            f"the description of {setting.name}, {setting.help!r}, names no unit and no range: one "
-            f"of {', '.join(settings_reference.UNITS)}, or [least, most]"
-        )
+    assert setting.info.help, f"declare {setting.name} with setting(default, help, ...)"
+    assert setting.info.help.endswith((".", "..."))
+    assert bool(setting.info.unit) == setting.is_number, setting.name
 
 
 def test_the_fields_of_a_distraction_are_described():
-    classes = settings_reference.read_dataclasses()
-    fields = settings_reference.distraction_settings(classes)
+    fields = settings_reference.distraction_settings()
     assert {"background.num_videos", "camera.scale", "step_unit"} <= {f.name for f in fields}
-    assert all(field.help for field in fields)
+    assert all(field.info.help for field in fields)
+
+
+def test_the_reference_shows_units_ranges_and_choices():
+    kinds = {setting.name: setting.kind for setting in SETTINGS}
+    assert kinds["environment.image_size"] == "int, pixels, in [16, 1024]"
+    assert kinds["model.num_bins"] == "int, bins, odd and at least 3"
+    assert kinds["loss.selective"] == "float or null, probability, in [0.5, 1)"
+    assert kinds["algo.latent"] == "one of split, shared, foreground or null"
 
 
 def test_the_reference_has_every_option_of_every_group():
@@ -116,4 +119,6 @@ def test_the_documentation_builds_without_a_warning(tmp_path: Path):
     classes = (tmp_path / "api" / "modules.html").read_text()
     assert "DualImageDecoder" in classes
     assert ":class:" not in classes
+    assert "Base channels of encoder and decoder." in classes  # a setting's help
+    assert "setting(" not in classes
     assert "training.train_ratio" in (tmp_path / "configuration.html").read_text()

@@ -9,7 +9,7 @@ from test_trainers import tiny_run
 from torch import Tensor, nn
 
 from w2f_torchrl.objectives import LossConfig, background_loss, foreground_loss, image_loss
-from w2f_torchrl.objectives.reconstruction import doubted, mask_loss
+from w2f_torchrl.objectives.reconstruction import confident_foreground, mask_loss
 from w2f_torchrl.trainers import ConfigError
 
 THRESHOLD = 0.9
@@ -27,19 +27,19 @@ def pictures(seed: int = 0, count: int = 4) -> tuple[Tensor, Tensor, Tensor, Ten
 def test_doubted_is_where_the_head_is_sure_and_the_mask_says_background():
     _, _, mask, logits = pictures()
     logits.requires_grad_(True)
-    found = doubted(logits, mask, THRESHOLD)
+    found = confident_foreground(logits, mask, THRESHOLD)
     expected = (torch.special.expit(logits.detach()) > THRESHOLD) & ~mask
     assert found.any()
     assert torch.equal(found, expected)
     assert not found.requires_grad
-    assert torch.equal(doubted(logits, mask.float(), THRESHOLD), expected)
+    assert torch.equal(confident_foreground(logits, mask.float(), THRESHOLD), expected)
 
 
 def test_what_the_head_saves_from_a_wrong_mask_is_what_the_right_mask_gives():
     """The segmenter loses half of the agent; a head that is sure of all of it makes up for that."""
     prediction, pixels, mask, _ = pictures()
     wrong = mask & (torch.arange(SIZE) < SIZE // 2)
-    dropped = doubted(torch.where(mask, 10.0, -10.0), wrong, THRESHOLD)
+    dropped = confident_foreground(torch.where(mask, 10.0, -10.0), wrong, THRESHOLD)
     torch.testing.assert_close(
         background_loss(prediction, pixels, wrong, dropped=dropped),
         background_loss(prediction, pixels, mask),
@@ -55,13 +55,15 @@ def test_what_the_head_saves_from_a_wrong_mask_is_what_the_right_mask_gives():
         selective + black, foreground_loss(prediction, pixels, wrong, kind), rtol=1e-5, atol=1e-3
     )
     # Inside a wrong mask colours are asked for as ever: the head doubts in one direction only.
-    assert not doubted(torch.full_like(mask, -10.0, dtype=torch.float32), mask, THRESHOLD).any()
+    assert not confident_foreground(
+        torch.full_like(mask, -10.0, dtype=torch.float32), mask, THRESHOLD
+    ).any()
 
 
 @pytest.mark.parametrize("target", ["inside", "zero_outside"])
 def test_dropped_pixels_reach_no_loss_and_no_gradient(target):
     prediction, pixels, mask, logits = pictures()
-    dropped = doubted(logits, mask, THRESHOLD)
+    dropped = confident_foreground(logits, mask, THRESHOLD)
     other = torch.where(dropped, 255 - pixels, pixels)
     gradients = []
     for picture in (pixels, other):
@@ -104,7 +106,7 @@ def test_selective_changes_only_the_colours_where_the_head_is_sure(latent):
 
 @pytest.mark.parametrize("target", ["inside", "zero_outside"])
 def test_selective_reaches_the_agents_latent_with_zero_outside_only(target):
-    """Inside the mask nothing is doubted, and the background has an encoder of its own."""
+    """Inside the mask nothing is dropped, and the background has an encoder of its own."""
     sample, gradients = make_sample(), []
     for selective in (None, THRESHOLD):
         loss = make_loss("split", selective=selective, foreground_target=target)
@@ -202,7 +204,9 @@ def learn(selective: float | None) -> float:
     for _ in range(400):
         given_masks = masks & (torch.rand(len(masks), 1, 1, 1, generator=generator) > 0.4)
         logits = head(places)
-        dropped = None if selective is None else doubted(logits, given_masks, selective)
+        dropped = (
+            None if selective is None else confident_foreground(logits, given_masks, selective)
+        )
         loss = background_loss(background(halves), pixels, given_masks, dropped=dropped)
         optimizer.zero_grad()
         (loss + mask_loss(logits, given_masks)).backward()

@@ -32,7 +32,7 @@ from w2f_torchrl.objectives import (
     lambda_return,
     mask_loss,
 )
-from w2f_torchrl.objectives.reconstruction import doubted
+from w2f_torchrl.objectives.reconstruction import confident_foreground
 from w2f_torchrl.segmenters import (
     MedianSegmenter,
     StudentSegmenter,
@@ -129,7 +129,7 @@ def test_losses_of_masks(logits, mask):
     )
     loss = refused_or(lambda: mask_loss(logits, mask))
     assert (loss is not None) == legal
-    marked = refused_or(lambda: doubted(logits, mask, 0.7))
+    marked = refused_or(lambda: confident_foreground(logits, mask, 0.7))
     assert (marked is not None) == legal
     if legal and logits.isfinite().all() and logits.dtype is not torch.float16:
         chance, given_ = logits.double().sigmoid(), mask.double()

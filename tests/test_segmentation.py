@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -67,7 +68,7 @@ def test_a_source_segments_each_record_once_and_compares():
 
 def test_lost_masks_are_the_share_asked_for_and_depend_on_the_frames_number_only():
     def labelled(parts: list[int], seed: int = 7) -> tuple[MaskSource, TensorDict]:
-        source, records = MaskSource("simulator", lost=0.4, seed=seed), make_records(400)
+        source, records = MaskSource("simulator", mask_dropout=0.4, seed=seed), make_records(400)
         return source, torch.cat([source.label(part) for part in records.split(parts)])
 
     records = make_records(400)
@@ -81,7 +82,7 @@ def test_lost_masks_are_the_share_asked_for_and_depend_on_the_frames_number_only
     _, in_parts = labelled([7, 130, 1, 262])  # as a run that stops between them has it
     assert torch.equal(in_parts[NEXT_MASK], whole[NEXT_MASK])
     assert not torch.equal(labelled([400], seed=8)[1][NEXT_MASK], whole[NEXT_MASK])
-    MaskSource("simulator", lost=0.9).label(records)
+    MaskSource("simulator", mask_dropout=0.9).label(records)
     assert torch.equal(records[NEXT_MASK], before)  # the caller's stay as they are
     assert source.segment(records) is records  # an evaluation's too
 
@@ -89,10 +90,13 @@ def test_lost_masks_are_the_share_asked_for_and_depend_on_the_frames_number_only
 @pytest.mark.parametrize(
     ("settings", "match"),
     [
-        ({"segmentation": {"lost": 1.0}}, r"segmentation.lost=1.0 must be in \[0, 1\)"),
-        ({"segmentation": {"lost": 0.1, "source": "median"}}, "with segmentation=median"),
         (
-            {"segmentation": {"lost": 0.1}, "algo": {"name": "dreamer_v3", "latent": None}},
+            {"segmentation": {"mask_dropout": 1.0}},
+            r"segmentation.mask_dropout=1.0 must be in \[0, 1\)",
+        ),
+        ({"segmentation": {"mask_dropout": 0.1, "source": "median"}}, "with segmentation=median"),
+        (
+            {"segmentation": {"mask_dropout": 0.1}, "algo": {"name": "dreamer_v3", "latent": None}},
             "algo=dreamer_v3",
         ),
     ],
@@ -103,6 +107,29 @@ def test_masks_are_lost_of_the_simulators_only(tmp_path, settings, match):
         Trainer(config)
 
 
+def test_the_former_name_of_mask_dropout_is_accepted_with_a_warning():
+    with pytest.warns(FutureWarning, match=r"use segmentation\.mask_dropout=0\.4"):
+        config = to_run_config({"segmentation": {"lost": 0.4}})
+    assert (config.segmentation.mask_dropout, config.segmentation.lost) == (0.4, None)
+    with warnings.catch_warnings(action="error"):  # every older config.yaml has lost: 0.0
+        config = to_run_config({"segmentation": {"lost": 0.0}})
+    assert (config.segmentation.mask_dropout, config.segmentation.lost) == (0.0, None)
+    with pytest.warns(FutureWarning):
+        config = to_run_config({"segmentation": {"lost": 0.4, "mask_dropout": 0.2}})
+    with pytest.raises(ConfigError, match="set only the latter"):
+        config.validate()
+
+
+def test_older_checkpoints_count_the_teachers_frames_by_another_name():
+    source = TaughtSource(StudentSegmenter(), teacher=None, every=4, refit_steps=1)
+    source.label(make_records(8))
+    state = source.state_dict()
+    state["taught"] = state.pop("labelled_by_teacher")
+    other = TaughtSource(StudentSegmenter(), teacher=None, every=4, refit_steps=1)
+    other.load_state_dict(state)
+    assert other.labelled_by_teacher == source.labelled_by_teacher == 2
+
+
 def test_the_teacher_labels_every_kth_frame_of_the_run():
     teacher, student = BrightSegmenter(), StudentSegmenter()
     source = TaughtSource(student, teacher=teacher, every=4, refit_steps=1)
@@ -110,7 +137,7 @@ def test_the_teacher_labels_every_kth_frame_of_the_run():
         records = make_records(count, seed, masks=False)
         labelled = source.label(records)
         assert torch.equal(labelled[NEXT_MASK], student(records["next", "pixels"]))
-    assert sum(teacher.calls) == source.taught == 5
+    assert sum(teacher.calls) == source.labelled_by_teacher == 5
     metrics = source.metrics()
     assert metrics["segmentation/teacher_share"] == pytest.approx(5 / 20)
     assert 0 <= metrics["segmentation/agreement"] <= 1
@@ -187,10 +214,10 @@ def test_an_env_without_masks_is_refused_as_their_source(tmp_path, settings):
         ({"score_threshold": 2.0}, r"segmentation.score_threshold=2.0 must be in \[0, 1\]"),
         ({"threshold": 255}, r"segmentation.threshold=255 must be in \[0, 254\]"),
         ({"prompts": []}, r"segmentation.prompts=\[\]"),
-        ({"labels": "nowhere.npz"}, "segmentation.labels=nowhere.npz is no file"),
+        ({"labels": "nowhere.npz"}, "segmentation.labels=nowhere.npz is not a file"),
         ({"source": "student", "backgrounds": "nowhere.npz"}, "nowhere.npz must be an .npz file"),
         ({"source": "student", "backgrounds": "nowhere"}, "backgrounds=nowhere: .*no such folder"),
-        ({"student_checkpoint": "nowhere.pt"}, "student_checkpoint=nowhere.pt is no file"),
+        ({"student_checkpoint": "nowhere.pt"}, "student_checkpoint=nowhere.pt is not a file"),
         ({"source": "sam3", "checkpoint": "nowhere.pt"}, r"segmentation=sam3: (SAM3|There)"),
         (
             {"source": "student", "teacher": "sam3", "checkpoint": "nowhere.pt"},
@@ -321,7 +348,7 @@ def test_a_student_in_a_run_is_saved_and_goes_on_with_it(tmp_path):
         "student_checkpoint": str(run / "student.pt"),
     }
     other = run_segmented(tmp_path / "other", **frozen)
-    assert other.masks.taught == 0
+    assert other.masks.labelled_by_teacher == 0
     assert torch.equal(other.masks.segmenter(pixels), student(pixels))
 
 

@@ -23,7 +23,8 @@ from w2f_torchrl.objectives import LossConfig
 from w2f_torchrl.trainers import ConfigError, RunConfig, Trainer
 from w2f_torchrl.trainers.config import OptimizerConfig, to_run_config
 from w2f_torchrl.trainers.run_evaluations import RunEvaluations
-from w2f_torchrl.utils.checks import check_fields, check_number
+from w2f_torchrl.utils.checks import check_number
+from w2f_torchrl.utils.settings import check_fields
 
 ROOT = Path(__file__).parents[1]
 
@@ -95,7 +96,7 @@ def test_a_learner_refuses_what_it_would_not_heed(settings, match):
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
-        ({"cnn_multipliers": ()}, "cnn_multipliers=.. must hold one factor"),
+        ({"cnn_multipliers": ()}, "cnn_multipliers=.. must hold at least one factor"),
         ({"cnn_multipliers": (2, 0)}, "cnn_multipliers=0 must be at least 1"),
         ({"cnn_multipliers": (2, 1.5)}, "cnn_multipliers=1.5 must be an integer"),
         ({"num_bins": 1}, "num_bins=1 must be odd and at least 3"),
@@ -145,8 +146,8 @@ def test_annotations_that_are_types_are_checked_too():
         ({"device": "cuda:99999999999999999999"}, "device='cuda:9+'"),
         ({"device": "cuda:300"}, "device='cuda:300'.*CUDA devices"),
         ({"environment": {"distraction": [1, 2]}}, r"distraction is \[1, 2\]: must be one of"),
-        ({"segmentation": {"labels": "é" * 300}}, "segmentation.labels=.* is no file"),
-        ({"segmentation": {"student_checkpoint": "a\0b"}}, "student_checkpoint=.* is no file"),
+        ({"segmentation": {"labels": "é" * 300}}, "segmentation.labels=.* is not a file"),
+        ({"segmentation": {"student_checkpoint": "a\0b"}}, "student_checkpoint=.* is not a file"),
         ({"environment": {"distraction": 3}}, "distraction is 3: must be one of"),
         ({"environment": {"image_size": 1048576}}, r"image_size=1048576 must be in \[16, 1024\]"),
         ({"model": {"cnn_multipliers": []}}, "model.cnn_multipliers"),

@@ -300,7 +300,7 @@ def test_a_distracted_run_is_evaluated_in_named_sets(tmp_path):
             {"environment": {"distraction": "harder"}},
             "environment.distraction='harder'.*must be one of none, easy, medium, hard",
         ),
-        ({"environment": {"distraction": {"camera": {"scale": 2}}}}, "camera.scale is 2: must be"),
+        ({"environment": {"distraction": {"camera": {"scale": 2}}}}, "camera.scale=2 must be"),
         ({"environment": {"background_split": "test"}}, "background_split='test'.*train, val"),
         ({"environment": {"background_source": "procedural"}}, "background_source is 'procedural'"),
         (

@@ -1,7 +1,7 @@
-"""What distracts in an environment: a background video, a moving camera, changing colours.
+"""The distractions of an environment: a background video, a moving camera, changing colours.
 
-The Distracting Control Suite's difficulties are :data:`DIFFICULTIES`; a :class:`DistractionConfig`
-says each distraction on its own.
+:data:`DIFFICULTIES` has the Distracting Control Suite's difficulties; a :class:`DistractionConfig`
+sets each distraction separately.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
+
+from w2f_torchrl.utils.settings import check_fields, setting
 
 StepUnit = Literal["control", "agent"]
 STEP_UNITS: tuple[str, ...] = get_args(StepUnit)
@@ -26,33 +28,32 @@ _OTHER_GROUND_ALPHA = 0.3
 
 @dataclass(frozen=True)
 class BackgroundConfig:
-    """A video in the place of the sky.
+    """A video in place of the sky."""
 
-    Attributes:
-        num_videos: The first so many clips of the source's split; None for all.
-        dynamic: Whether the video plays; otherwise an episode shows one random frame.
-        ground_alpha: How opaque the floor is before the video, in [0, 1]; None for the domain's
-            (1 for walker and cheetah, 0 for reacher, 0.3 for the others).
-    """
-
-    num_videos: int | None = 4
-    dynamic: bool = True
-    ground_alpha: float | None = None
+    num_videos: int | None = setting(
+        4,
+        "How many of the first clips of the source's split are used; null uses all.",
+        unit="clips",
+        minimum=1,
+    )
+    dynamic: bool = setting(
+        True, "Whether the video plays; otherwise each episode shows one random frame."
+    )
+    ground_alpha: float | None = setting(
+        None,
+        "Opacity of the floor in front of the video; null uses the domain's (1 for walker and "
+        "cheetah, 0 for reacher, 0.3 for the others).",
+        unit="share",
+        minimum=0,
+        maximum=1,
+    )
 
     def __post_init__(self) -> None:
         """Check the values."""
-        number = self.num_videos
-        if number is not None and (type(number) is not int or number < 1):
-            raise ValueError(
-                f"background.num_videos is {number!r}: must be an integer of at least 1, or None "
-                "for all."
-            )
-        _check_flag("background.dynamic", self.dynamic)
-        if self.ground_alpha is not None:
-            _check_number("background.ground_alpha", self.ground_alpha, least=0.0)
+        check_fields("background", self)
 
     def alpha(self, domain: str) -> float:
-        """The floor's opacity in a domain."""
+        """Return the floor's opacity in a domain."""
         if self.ground_alpha is not None:
             return self.ground_alpha
         return _GROUND_ALPHA.get(domain, _OTHER_GROUND_ALPHA)
@@ -60,67 +61,49 @@ class BackgroundConfig:
 
 @dataclass(frozen=True)
 class CameraConfig:
-    """A camera that wanders; see :mod:`w2f_torchrl.envs.camera_walk`.
+    """A wandering camera; see :mod:`w2f_torchrl.envs.camera_walk`."""
 
-    Attributes:
-        scale: Intensity in [0, 1].
-        dynamic: Whether it moves after an episode's random start.
-    """
-
-    scale: float = 0.1
-    dynamic: bool = True
+    scale: float = setting(0.1, "Intensity.", unit="share", minimum=0, maximum=1)
+    dynamic: bool = setting(True, "Whether it moves after each episode's random start.")
 
     def __post_init__(self) -> None:
         """Check the values."""
-        _check_number("camera.scale", self.scale, least=0.0)
-        _check_flag("camera.dynamic", self.dynamic)
+        check_fields("camera", self)
 
 
 @dataclass(frozen=True)
 class ColorConfig:
-    """Materials that change their colour; see :class:`~w2f_torchrl.envs.walks.ColorWalk`.
+    """Materials whose colour changes; see :class:`~w2f_torchrl.envs.walks.ColorWalk`."""
 
-    Attributes:
-        scale: Intensity in [0, 1].
-        dynamic: Whether they change after an episode's random start.
-    """
-
-    scale: float = 0.1
-    dynamic: bool = True
+    scale: float = setting(0.1, "Intensity.", unit="share", minimum=0, maximum=1)
+    dynamic: bool = setting(True, "Whether they change after each episode's random start.")
 
     def __post_init__(self) -> None:
         """Check the values."""
-        _check_number("color.scale", self.scale, least=0.0)
-        _check_flag("color.dynamic", self.dynamic)
+        check_fields("color", self)
 
 
 @dataclass(frozen=True)
 class DistractionConfig:
-    """Which distractions an environment has.
+    """The distractions of an environment."""
 
-    Attributes:
-        background: A video, or None.
-        camera: A wandering camera, or None.
-        color: Changing colours, or None.
-        step_unit: Whether they change once per ``"control"`` step, as in the paper, where an action
-            repeat makes them faster, or once per ``"agent"`` step.
-    """
-
-    background: BackgroundConfig | None = None
-    camera: CameraConfig | None = None
-    color: ColorConfig | None = None
-    step_unit: StepUnit = "control"
+    background: BackgroundConfig | None = setting(None, "A video, or null.")
+    camera: CameraConfig | None = setting(None, "A wandering camera, or null.")
+    color: ColorConfig | None = setting(None, "Changing colours, or null.")
+    step_unit: StepUnit = setting(
+        "control",
+        "Whether distractions change once per control step, as in the paper, where an action "
+        "repeat makes them faster, or once per agent step.",
+        choices=STEP_UNITS,
+    )
 
     def __post_init__(self) -> None:
         """Check the values."""
         for name, kind in _PARTS.items():
             value = getattr(self, name)
             if not isinstance(value, kind | None):
-                raise ValueError(f"{name} is {value!r}: must be a {kind.__name__} or None.")
-        if self.step_unit not in STEP_UNITS:
-            raise ValueError(
-                f"step_unit is {self.step_unit!r}: must be one of {', '.join(STEP_UNITS)}."
-            )
+                raise ValueError(f"{name}={value!r} must be a {kind.__name__} or null.")
+        check_fields("distraction", self)
 
     @classmethod
     def of_difficulty(
@@ -132,17 +115,17 @@ class DistractionConfig:
         color: bool = True,
         dynamic: bool = True,
     ) -> DistractionConfig:
-        """The Distracting Control Suite's setting of a difficulty.
+        """Make the Distracting Control Suite's settings for a difficulty.
 
         Args:
             difficulty: ``"easy"``, ``"medium"`` or ``"hard"``.
-            background: Whether it has the video.
-            camera: Whether it has the camera.
-            color: Whether it has the colours.
+            background: Whether to include the video.
+            camera: Whether to include the camera.
+            color: Whether to include the colours.
             dynamic: Whether they change within an episode.
 
         Raises:
-            ValueError: If there is no such difficulty.
+            ValueError: If the difficulty is unknown.
         """
         if difficulty not in DIFFICULTIES:
             raise ValueError(f"difficulty is {difficulty!r}: must be {', '.join(DIFFICULTIES)}.")
@@ -164,17 +147,17 @@ Distraction = str | DistractionConfig | Mapping[str, Any]
 
 
 def parse_distraction(value: Distraction) -> DistractionConfig | None:
-    """Understand a ``distraction`` setting.
+    """Parse a ``distraction`` setting.
 
     Args:
         value: ``"none"``, ``"easy"``, ``"medium"``, ``"hard"``, a :class:`DistractionConfig`, or a
-            mapping of its fields, as a YAML file has it: ``{camera: {scale: 0.2}}``.
+            mapping of its fields, as in a YAML file: ``{camera: {scale: 0.2}}``.
 
     Returns:
         The distractions, or None for none.
 
     Raises:
-        ValueError: If it is nothing of that; names the setting, its value and what is allowed.
+        ValueError: If it is none of these; names the setting, its value and what is allowed.
     """
     if isinstance(value, DistractionConfig):
         config = value
@@ -194,7 +177,7 @@ def parse_distraction(value: Distraction) -> DistractionConfig | None:
 
 
 def shows_video(value: Distraction) -> bool:
-    """Whether a ``distraction`` setting has a background video."""
+    """Return whether a ``distraction`` setting has a background video."""
     config = parse_distraction(value)
     return config is not None and config.background is not None
 
@@ -214,14 +197,3 @@ def _check_keys(name: str, settings: Mapping[str, Any], kind: type) -> None:
     for key in settings:
         if key not in allowed:
             raise ValueError(f"{name}.{key} is unknown: must be one of {', '.join(allowed)}.")
-
-
-def _check_number(name: str, value: object, *, least: float) -> None:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not least <= value <= 1.0:  # type: ignore[operator]
-        raise ValueError(f"{name} is {value!r}: must be a number from {least:g} to 1.")
-
-
-def _check_flag(name: str, value: object) -> None:
-    if not isinstance(value, bool):
-        raise ValueError(f"{name} is {value!r}: must be true or false.")

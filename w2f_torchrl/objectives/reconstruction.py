@@ -1,7 +1,7 @@
-"""Reconstruction losses of pictures, with and without masks.
+"""Reconstruction losses of images, with and without masks.
 
-Every loss is a sum over the pixels and channels of a picture and a mean over pictures, the scale
-that DreamerV3's other loss weights assume.
+Every loss is a sum over the pixels and channels of an image and a mean over images, the scale that
+DreamerV3's other loss weights assume.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from w2f_torchrl.utils.tensors import FLOATING, check_tensor, check_unit_interva
 
 
 def _check(prediction: Tensor, pixels: Tensor, mask: Tensor | None = None) -> None:
-    # A range is never guessed.
+    # Only uint8 is accepted: the range of values is never guessed from the data.
     check_tensor("pixels", pixels, torch.uint8, ("...", 3, "H", "W"))
     check_tensor("the prediction", prediction, FLOATING, ("...",))
     if prediction.shape != pixels.shape:
@@ -42,16 +42,16 @@ def _check_mask(mask: Tensor, pixels: Tensor) -> None:
 
 
 class _SquaredError(torch.autograd.Function):
-    """Sum of ``weight * (prediction - pixels / 255)^2``, mean over pictures.
+    """Sum of ``weight * (prediction - pixels / 255)^2``, averaged over images.
 
-    The gradient is known in the forward pass, so that one buffer is written and kept instead of
-    the five that autograd would keep.
+    The gradient is computed in the forward pass, so that only one buffer is written and kept, where
+    autograd would keep five.
     """
 
     @staticmethod
     def forward(ctx: Any, prediction: Tensor, pixels: Tensor, weight: Tensor | None) -> Tensor:
         residual = torch.sub(prediction, pixels.to(prediction.dtype), alpha=1 / 255)
-        # Picture by picture: one float32 sum over a whole batch would lose digits.
+        # Sum each image separately: a single float32 sum over a whole batch would lose digits.
         if weight is None:
             weighted = residual
             errors: Tensor = torch.linalg.vector_norm(residual, dim=(-3, -2, -1)).square()
@@ -59,20 +59,20 @@ class _SquaredError(torch.autograd.Function):
             weighted = residual * weight
             errors = residual.mul_(weighted).sum((-3, -2, -1))
         ctx.save_for_backward(weighted)
-        return errors.sum() / _pictures(prediction)
+        return errors.sum() / _num_images(prediction)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (weighted,) = ctx.saved_tensors
-        return weighted * (2 * grad / _pictures(weighted)), None, None
+        return weighted * (2 * grad / _num_images(weighted)), None, None
 
 
-def _pictures(images: Tensor) -> int:
+def _num_images(images: Tensor) -> int:
     return images.shape[:-3].numel()
 
 
 def image_loss(prediction: Tensor, pixels: Tensor) -> Tensor:
-    """Squared error of the whole picture, DreamerV3's loss.
+    """Return the squared error of the whole image, DreamerV3's loss.
 
     Args:
         prediction: Colours ``[..., 3, H, W]``.
@@ -92,20 +92,21 @@ def foreground_loss(
     scale: ForegroundScale = "none",
     dropped: Tensor | None = None,
 ) -> Tensor:
-    """Squared error of the foreground's colours, linear in the mask.
+    """Return the squared error of the foreground's colours, linear in the mask.
 
     Args:
         prediction: Colours ``[..., 3, H, W]``.
         pixels: uint8 ``[..., 3, H, W]``.
         mask: bool, or confidence in [0, 1], ``[..., 1, H, W]``.
-        target: ``"zero_outside"`` also asks for black outside the mask, so that the colours alone
-            teach the pose (for a bool mask this is the squared error to image x mask);
-            ``"inside"`` asks for nothing there and needs :func:`mask_loss` beside it, or a
-            one-coloured agent could be painted everywhere.
-        scale: ``"area"`` divides the error inside the mask by the share of the pictures that the
-            masks cover. The share is the batch's: a picture that shows a corner of the agent must
-            not weigh as one that shows all of it.
-        dropped: bool ``[..., 1, H, W]``, from :func:`doubted`: no black is asked for there.
+        target: ``"zero_outside"`` also penalises any colour but black outside the mask, so that the
+            colours alone teach the pose (for a bool mask this is the squared error to image x
+            mask). ``"inside"`` ignores pixels outside the mask and needs :func:`mask_loss` as well;
+            otherwise an agent of a single colour could be painted everywhere.
+        scale: ``"area"`` divides the error inside the mask by the share of the images that the
+            masks cover. It is the share of the whole batch, so that an image with a corner of the
+            agent weighs less than one with all of it.
+        dropped: bool ``[..., 1, H, W]``, from :func:`confident_foreground`: pixels where black is
+            not required.
     """
     _check(prediction, pixels, mask)
     weight = mask.to(prediction.dtype)
@@ -122,17 +123,17 @@ def _outside(mask: Tensor, dropped: Tensor | None) -> Tensor:
     return 1 - mask if dropped is None else (1 - mask).masked_fill(dropped, 0)
 
 
-def doubted(mask_logits: Tensor, mask: Tensor, threshold: float) -> Tensor:
-    """Where the model is sure of foreground and the given mask says background.
+def confident_foreground(mask_logits: Tensor, mask: Tensor, threshold: float) -> Tensor:
+    """Return where the model is confident of foreground although the given mask says background.
 
-    A segmenter that loses the agent for a few frames can't convince a model that has seen it in the
-    others: there the model's own mask is the better one, and what lies there is no background
-    (the selective loss of Segmentation Dreamer). No gradient passes.
+    A segmenter may lose the agent for a few frames, but the model has seen it in the others. There
+    the model's own mask is the better one, and the pixels are not background (the selective loss of
+    Segmentation Dreamer). No gradient passes through.
 
     Args:
         mask_logits: The model's mask ``[..., 1, H, W]``.
         mask: bool, or confidence in [0, 1], ``[..., 1, H, W]``.
-        threshold: Probability above which the model is sure.
+        threshold: Probability above which the model counts as confident.
 
     Returns:
         bool ``[..., 1, H, W]``.
@@ -143,7 +144,7 @@ def doubted(mask_logits: Tensor, mask: Tensor, threshold: float) -> Tensor:
 
 
 def mask_loss(mask_logits: Tensor, mask: Tensor) -> Tensor:
-    """Cross-entropy of the predicted mask in nats a picture, linear in the mask.
+    """Return the cross-entropy of the predicted mask in nats per image, linear in the mask.
 
     Args:
         mask_logits: ``[..., 1, H, W]``.
@@ -152,19 +153,20 @@ def mask_loss(mask_logits: Tensor, mask: Tensor) -> Tensor:
     _check_logits(mask_logits, mask)
     # -m log p - (1 - m) log (1 - p) = softplus(l) - m l
     own = mask_logits * mask.to(mask_logits.dtype)
-    return (F.softplus(mask_logits) - own).sum() / _pictures(mask_logits)
+    return (F.softplus(mask_logits) - own).sum() / _num_images(mask_logits)
 
 
 def background_loss(
     prediction: Tensor, pixels: Tensor, mask: Tensor, *, dropped: Tensor | None = None
 ) -> Tensor:
-    """Squared error of the background's colours, outside the mask only.
+    """Return the squared error of the background's colours, outside the mask only.
 
     Args:
         prediction: Colours ``[..., 3, H, W]``.
         pixels: uint8 ``[..., 3, H, W]``.
         mask: bool, or confidence in [0, 1], ``[..., 1, H, W]``.
-        dropped: bool ``[..., 1, H, W]``, from :func:`doubted`: no error is counted there.
+        dropped: bool ``[..., 1, H, W]``, from :func:`confident_foreground`: pixels whose error is
+            not counted.
     """
     _check(prediction, pixels, mask)
     weight = _outside(mask.to(prediction.dtype), dropped)

@@ -1,4 +1,4 @@
-"""Lambda-returns, along imagined and replayed sequences, and their scale."""
+"""Lambda-returns along imagined and replayed sequences, and their scale."""
 
 from __future__ import annotations
 
@@ -14,12 +14,14 @@ from w2f_torchrl.utils.tensors import FLOATING, check_tensor
 class ReturnNorm(PercentileValueNorm):
     """TorchRL's percentile normaliser, over the returns of all ranks.
 
-    The percentiles are exact, those of all ranks' values together, and every rank holds the same:
-    with its own each rank would scale the actor's gradient differently. The same state dict.
+    The percentiles are computed exactly, from the values of all ranks together, and are equal on
+    every rank. With separate ones each rank would scale the actor's gradient differently. The state
+    dict is TorchRL's.
     """
 
     shared = False
-    """Whether the default process group's ranks take part; then all must call :meth:`update`."""
+    """Whether all ranks of the default process group take part; if so, all must call
+    :meth:`update`."""
 
     @torch.no_grad()
     def update(self, value_target: Tensor) -> None:
@@ -45,16 +47,16 @@ def lambda_return(
     r"""Compute the lambda-returns of a sequence (DreamerV3, "Critic learning").
 
     :math:`R_t = r_{t+1} + c_{t+1}((1 - \lambda_{t+1}) v_{t+1} + \lambda_{t+1} R_{t+1})`.
-    Element 0 of reward and continuation is never read: a return belongs to a state and counts what
-    comes after it.
+    Element 0 of reward and continuation is never read: the return of a state counts only what comes
+    after it.
 
     Args:
         reward: Reward that came with each state ``[N, T]``.
         continuation: Discount times the probability of not having terminated ``[N, T]``.
         value: Value of each state, which bootstraps ``[N, T]``.
         lmbda: Weight of the longer return, in [0, 1].
-        last: bool ``[N, T]``, true on the last observation of an episode: what follows belongs to
-            another one, so the return stops there with the value.
+        last: bool ``[N, T]``, true on the last observation of an episode. The next element belongs
+            to another episode, so the return ends there with the value.
 
     Returns:
         Returns of the states 0 to T - 2, ``[N, T - 1]``.
@@ -79,7 +81,7 @@ def lambda_return(
     if last is not None:
         check_tensor("last", last, torch.bool, tuple(reward.shape))
     if reward.shape[1] < 2:
-        raise ValueError(f"a return needs T=2 states or more, got {list(reward.shape)}.")
+        raise ValueError(f"a return needs at least T=2 states, got {list(reward.shape)}.")
     check_number("lmbda", lmbda, minimum=0, maximum=1)
     longer = torch.full_like(value, lmbda)
     if last is not None:

@@ -35,14 +35,14 @@ TOTAL = "wm/total_loss"
 
 
 class LossTerm(NamedTuple):
-    """What else belongs to a loss than its value."""
+    """The metrics, latents and weight of a loss."""
 
     metrics: tuple[str, ...]
-    """The rows of ``metrics.jsonl`` that it is added to."""
+    """Names in ``metrics.jsonl`` whose sums include it."""
     latents: tuple[str, ...] = ALL_LATENTS
-    """The world model's latents that have it."""
+    """Latents of the world model for which the loss exists."""
     weight: str | None = None
-    """The field of :class:`LossConfig` that weighs it; None: the one of its own name."""
+    """Field of :class:`LossConfig` with its weight; None uses the field with the loss's name."""
 
 
 _KL = (TOTAL, "wm/kl_loss")
@@ -64,13 +64,13 @@ TERMS: dict[str, LossTerm] = {
     "critic": LossTerm(("ac/critic_loss",)),
     "replay_critic": LossTerm(("ac/critic_loss",)),
 }
-"""Every loss by name; metrics add them in this order."""
+"""Every loss by name; metrics sum them in this order."""
 
 
 class World2FilterLoss(LossModule):
     """All losses of one update as one module: world model, actor, critic and replayed critic.
 
-    The sum of the ``loss_*`` entries is what is minimised. Actor and critic learn in imagination
+    The sum of the ``loss_*`` entries is minimised. Actor and critic learn in imagination
     from every posterior state of the batch; their gradients stop at the latents. The replayed
     critic loss does reach the foreground latent, as in the reference. With latent ``split`` the
     background latent gets gradients from its own KL and reconstruction only.
@@ -83,24 +83,23 @@ class World2FilterLoss(LossModule):
 
     Input, records ``[B, T]``: ``action``, ``is_init``, and under ``next`` ``pixels``, ``reward``,
     ``terminated``, ``done`` and, unless the latent is ``whole``, ``foreground_mask``. With packed
-    latents under ``initial`` slices start from those; else from zero.
+    latents under ``initial``, slices start from those, otherwise from zero.
 
-    Output: scalars. ``loss_*`` as :meth:`loss_names` lists them, already weighted, and detached
-    metrics under their names in ``metrics.jsonl``. Where slices start from given latents, also the
+    Output: scalars. ``loss_*`` as listed by :meth:`loss_names`, already weighted, and detached
+    metrics under their names in ``metrics.jsonl``. If slices start from given latents, also the
     packed posterior latents ``[B, T]`` under ``latents``.
 
-
-    A subclass that returns one more loss from :meth:`world_model_losses` lists it in
-    :meth:`loss_names`. Its weight is the field of its name in ``config``, and it is logged as
-    ``wm/<name>_loss`` and within ``wm/total_loss``; :attr:`terms` says otherwise.
+    A subclass that returns another loss from :meth:`world_model_losses` lists it in
+    :meth:`loss_names`. By default its weight is the field of its name in ``config``, and it is
+    logged as ``wm/<name>_loss`` and included in ``wm/total_loss``; :attr:`terms` can change both.
 
     Raises:
         ValueError: If a setting is out of range, or a loss has no weight.
     """
 
     terms: ClassVar[dict[str, LossTerm]] = TERMS
-    """What belongs to each loss; a subclass adds rows for losses of the actor or the critic, and
-    for losses that share a weight or a metric with another."""
+    """Metrics, latents and weight of each loss; a subclass adds rows for losses of the actor or the
+    critic, and for losses that share a weight or a metric with another."""
 
     def __init__(
         self,
@@ -123,18 +122,18 @@ class World2FilterLoss(LossModule):
         self.out_keys = self.loss_names()
         self._check_terms()
         self.imagine_step = imagine_step
-        """One imagined step; the learner may compile it."""
+        """Computes one imagined step; the learner may compile it."""
 
     def _forward_value_estimator_keys(self, **kwargs: object) -> None:
-        """Nothing to forward: the returns are computed here."""
+        """Do nothing: the returns are computed here."""
 
     def loss_names(self) -> list[str]:
-        """The entries that are summed; :meth:`forward` gives exactly these."""
+        """Return the names of the summed entries; :meth:`forward` returns exactly these."""
         latent = self.world_model.latent
         return [f"loss_{name}" for name, term in self.terms.items() if latent in term.latents]
 
     def term(self, name: str) -> LossTerm:
-        """What belongs to a loss, ``"reward"`` say; a subclass's is taken for the world model's."""
+        """Return the metrics, latents and weight of a loss; unlisted ones are the world model's."""
         return self.terms.get(name) or LossTerm((TOTAL, f"wm/{name}_loss"))
 
     def _check_terms(self) -> None:
@@ -170,10 +169,10 @@ class World2FilterLoss(LossModule):
             check_tensor(name, following.get(name), torch.bool, (*sample.shape, 1))
 
     def compute(self, sample: TensorDictBase) -> TensorDict:
-        """The losses, and those metrics that are no losses under other names.
+        """Return the losses, and the metrics that are not copies of losses.
 
-        What ``training.execution=compile_all`` compiles: of a loss and its detached copy Inductor
-        makes one output, to which no gradient is passed.
+        ``training.execution=compile_all`` compiles this method. It returns no detached copies of
+        losses, since Inductor would merge a loss and its copy into one output without gradient.
 
         Args:
             sample: Records ``[B, T]``.
@@ -211,10 +210,10 @@ class World2FilterLoss(LossModule):
     def world_model_losses(
         self, model_td: TensorDictBase
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """KL, reconstruction, reward and continuation losses, unweighted, and metrics.
+        """Return unweighted KL, reconstruction, reward and continuation losses, and metrics.
 
         Args:
-            model_td: What the world model wrote, ``[B, T]``.
+            model_td: Output of the world model, ``[B, T]``.
         """
         td = model_td.get("next")
         losses: dict[str, Tensor] = {}
@@ -253,7 +252,9 @@ class World2FilterLoss(LossModule):
         kind: ForegroundTarget = self.config.foreground_target  # type: ignore[assignment]
         scale: ForegroundScale = self.config.foreground_scale  # type: ignore[assignment]
         threshold = self.config.selective
-        dropped = None if threshold is None else reconstruction.doubted(logits, mask, threshold)
+        dropped = None
+        if threshold is not None:
+            dropped = reconstruction.confident_foreground(logits, mask, threshold)
         losses = {
             "foreground": reconstruction.foreground_loss(
                 td.get("foreground_pixels"), pixels, mask, kind, scale=scale, dropped=dropped
@@ -275,7 +276,7 @@ class World2FilterLoss(LossModule):
     def actor_critic_losses(
         self, state: Tensor, belief: Tensor
     ) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
-        """Actor and critic losses in imagination from the given latents.
+        """Return actor and critic losses in imagination from the given latents.
 
         Args:
             state: Start states, detached ``[N, S]``.
@@ -296,7 +297,7 @@ class World2FilterLoss(LossModule):
             reward, continuation = self.world_model.predict(features)
             last = decode(self.critic(features[-1:]).float())
             value = torch.cat((decode(logits), last))
-            # The continuation carries the discount, the start's included.
+            # The continuation includes the discount, that of the start too.
             weight = continuation.cumprod(0)[:-1]
             returns = lambda_return(reward.T, continuation.T, value.T, self.config.lmbda).T
             if self.training:
@@ -328,7 +329,7 @@ class World2FilterLoss(LossModule):
         done: Tensor,
         bootstrap: Tensor,
     ) -> Tensor:
-        """Critic loss on the replayed rewards (DreamerV3, "Critic learning").
+        """Return the critic loss on the replayed rewards (DreamerV3, "Critic learning").
 
         Args:
             state: Posterior states ``[B, T, S]``, with gradient.
@@ -346,12 +347,12 @@ class World2FilterLoss(LossModule):
             returns = lambda_return(reward, continuation, bootstrap, self.config.lmbda, done)
             slow_value = two_hot.decode(self.slow_critic(features).float())
         logits = self.critic(features).float()
-        # An episode's last state has no return: what follows it is another episode.
+        # An episode's last state has no return: the next record belongs to another episode.
         weight = (~done[:, :-1]).float()
         return (weight * self._critic_error(logits, returns, slow_value)).mean()
 
     def _critic_error(self, logits: Tensor, returns: Tensor, slow_value: Tensor) -> Tensor:
-        """Cross-entropy to the returns and, as a regulariser, to the slow critic's values."""
+        """Return the cross-entropy to the returns, plus that to the slow critic's values."""
         targets = torch.stack((returns, slow_value), -1)
         to_returns, to_slow = self.world_model.two_hot.losses(logits, targets).unbind(-1)
         return to_returns + self.config.slow_critic_regularization * to_slow
@@ -361,8 +362,8 @@ class World2FilterLoss(LossModule):
         """Move the slow critic towards the critic by ``slow_critic_rate``.
 
         Args:
-            applied: A bool scalar on the device; False: it stays. None: the host knows that it
-                moves.
+            applied: A bool scalar on the device; False leaves the slow critic unchanged. None
+                always moves it.
         """
         slow, critic = list(self.slow_critic.parameters()), list(self.critic.parameters())
         rate = self.config.slow_critic_rate

@@ -1,4 +1,4 @@
-"""Where a run's masks come from: records in, the same records with masks out, and what it cost."""
+"""Sources of a run's masks: they take records and return them with masks, and measure the cost."""
 
 from __future__ import annotations
 
@@ -31,40 +31,40 @@ REFIT_FRAMES = 200
 
 
 class MaskSource:
-    """The simulator's masks, as the env drew them; also the base of the others.
+    """The simulator's masks, as the env rendered them; also the base class of other sources.
 
-    Metrics are means since they were last read: ``segmentation/iou`` with the simulator's mask,
-    where the env draws one; ``segmentation/milliseconds`` a frame; ``segmentation/frames``, all
-    that were segmented so far; and ``segmentation/source_<name>``, which is 1.
+    Metrics are means since they were last read: ``segmentation/iou`` with the simulator's mask, if
+    the env renders one; ``segmentation/milliseconds`` per frame; ``segmentation/frames``, the
+    number segmented so far; and ``segmentation/source_<name>``, which is 1.
 
     Args:
-        name: What ``segmentation`` chose.
-        lost: Share of the frames, in [0, 1), whose mask is emptied, as a segmenter that loses the
-            agent now and then would have it.
-        seed: Seed of which frames these are.
+        name: Name of the source, as in ``segmentation.source``.
+        mask_dropout: Share of frames, in [0, 1), whose mask is emptied, as by a segmenter that
+            loses the agent now and then.
+        seed: Seed that decides which frames these are.
     """
 
-    def __init__(self, name: str, *, lost: float = 0.0, seed: int = 0) -> None:
+    def __init__(self, name: str, *, mask_dropout: float = 0.0, seed: int = 0) -> None:
         self.name = name
-        self.lost = lost
+        self.mask_dropout = mask_dropout
         self.seed = seed
         self.frames = 0
         self._sums: dict[str, float] = {}
         self._counts: dict[str, int] = {}
 
     def label(self, records: TensorDictBase) -> TensorDictBase:
-        """Give records ``[M]`` their masks, bool ``[M, 1, H, W]`` under ``next``."""
-        if self.lost:
-            records = self._lose_masks(records)
+        """Return records ``[M]`` with their masks, bool ``[M, 1, H, W]`` under ``next``."""
+        if self.mask_dropout:
+            records = self._drop_masks(records)
         self.frames += len(records)
         return records
 
     def segment(self, records: TensorDictBase) -> TensorDictBase:
-        """Give records that are no training data their masks; nothing is counted."""
+        """Return records that are not for training with their masks; nothing is counted."""
         return records
 
     def metrics(self) -> dict[str, float]:
-        """The metrics since the last call."""
+        """Return the metrics since the last call."""
         means = {
             f"segmentation/{name}": total / self._counts[name] for name, total in self._sums.items()
         }
@@ -75,19 +75,19 @@ class MaskSource:
         }
 
     def learned(self) -> Iterable[Tensor]:
-        """What it has learned and all ranks must have in common."""
+        """Return what it has learned, which must be equal on all ranks."""
         return ()
 
     def save_student(self, path: Path) -> None:
-        """Write the student for other runs, if there is one."""
+        """Write the student for other runs, if the source has one."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs, in plain Python types and tensors."""
+        """Return what a resumed run needs, as plain Python types and tensors."""
         sums = {"sums": dict(self._sums), "counts": dict(self._counts)}
         return {"name": self.name, "frames": self.frames, **sums}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over a saved state.
+        """Load a saved state.
 
         Raises:
             ConfigError: If it is of another source: a run's masks all come from one.
@@ -101,12 +101,12 @@ class MaskSource:
         self.frames = state["frames"]
         self._sums, self._counts = dict(state.get("sums", {})), dict(state.get("counts", {}))
 
-    def _lose_masks(self, records: TensorDictBase) -> TensorDictBase:
-        # A frame's fate depends on its number in the run alone, so that a resumed run loses the
-        # same ones. The counter of Philox steps over four numbers at a time.
+    def _drop_masks(self, records: TensorDictBase) -> TensorDictBase:
+        # Whether a mask is dropped depends only on the frame's number in the run, so that a resumed
+        # run drops the same ones. The counter of Philox advances by four numbers at a time.
         numbers = np.random.Philox(key=self.seed).advance(self.frames)
         draws = np.random.Generator(numbers).random((len(records), 4))[:, 0]
-        kept = torch.from_numpy(draws >= self.lost).to(records[NEXT_MASK].device)
+        kept = torch.from_numpy(draws >= self.mask_dropout).to(records[NEXT_MASK].device)
         true_masks = records[NEXT_MASK]
         records = records.copy()
         records[NEXT_MASK] = true_masks & kept[:, None, None, None]
@@ -120,11 +120,11 @@ class MaskSource:
 
 
 class SegmentedSource(MaskSource):
-    """Masks from a segmenter, each frame segmented once on its way into the replay.
+    """Masks from a segmenter, which segments each frame once before it enters the replay.
 
     Args:
-        name: What ``segmentation`` chose.
-        segmenter: Makes bool masks.
+        name: Name of the source, as in ``segmentation.source``.
+        segmenter: Returns bool masks.
     """
 
     def __init__(self, name: str, segmenter: Segmenter) -> None:
@@ -147,34 +147,34 @@ class SegmentedSource(MaskSource):
         return self._transform(records.copy())
 
     def state_dict(self) -> dict[str, Any]:
-        """The counters, and a background that was learned."""
+        """Return the counters, and the background that was learned."""
         state = super().state_dict()
         if isinstance(self.segmenter, MedianSegmenter):
             state["background"] = self.segmenter.background
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over a saved state."""
+        """Load a saved state."""
         super().load_state_dict(state)
         if isinstance(self.segmenter, MedianSegmenter):
             self.segmenter.background = state["background"].cpu()
 
 
 class TaughtSource(SegmentedSource):
-    """A student segments all frames; its teacher labels every k-th, and it learns from those.
+    """A student that segments all frames and learns from every k-th, which its teacher labels.
 
     Further metrics: ``segmentation/agreement``, the IoU of student and teacher on the frames that
-    the teacher labelled, before the student learned from them; ``segmentation/teacher_share`` of
-    all frames so far; ``segmentation/teacher_milliseconds`` a frame that it labels.
+    the teacher labelled, before the student learned from them; ``segmentation/teacher_share``, the
+    labelled share of all frames so far; ``segmentation/teacher_milliseconds`` per labelled frame.
 
     Args:
-        student: The student, trained.
-        teacher: Labels frames; None for the simulator's masks.
-        every: k; 0 for never.
-        refit_steps: Gradient steps after each 200 frames of the teacher's.
-        pool: Frames and masks the student has learned from so far, None for none.
-        capacity: Labelled frames that are kept; later ones take random places.
-        seed: Seed of the choice and of the training.
+        student: The trained student.
+        teacher: Labels frames; None uses the simulator's masks.
+        every: k; 0 disables the teacher.
+        refit_steps: Gradient steps after every 200 frames that the teacher labels.
+        pool: Frames and masks that the student has learned from so far, or None.
+        capacity: Maximum number of labelled frames kept; later ones replace random ones.
+        seed: Seed of the replacement and of the training.
     """
 
     def __init__(
@@ -195,36 +195,36 @@ class TaughtSource(SegmentedSource):
         self.refit_steps = refit_steps
         self.capacity = capacity
         self.seed = seed
-        self.taught = 0
+        self.labelled_by_teacher = 0
         """Frames that the teacher labelled during the run."""
         self.pool = pool
         self._new = 0
 
     def label(self, records: TensorDictBase) -> TensorDictBase:
-        """Segment all records with the student, and let the teacher label every k-th."""
+        """Segment all records with the student, and label every k-th with the teacher."""
         true_masks = records.get(NEXT_MASK, None)
         chosen = torch.zeros(0, dtype=torch.int64)
-        if self.every:  # of the frames of this call those whose number in the run divides by k
+        if self.every:  # the frames of this call whose number in the run is a multiple of k
             first = -self.frames % self.every
             chosen = torch.arange(len(records))[first :: self.every]
         records = super().label(records)
         if chosen.numel():
             frames = records[PIXELS][chosen]
             start = time.perf_counter()
-            taught = true_masks[chosen] if self.teacher is None else self.teacher(frames)
+            labels = true_masks[chosen] if self.teacher is None else self.teacher(frames)
             self._note("teacher_milliseconds", 1e3 * (time.perf_counter() - start), len(chosen))
-            agreement = mask_iou(records[NEXT_MASK][chosen], taught)
+            agreement = mask_iou(records[NEXT_MASK][chosen], labels)
             self._note("agreement", float(agreement.sum()), len(chosen))
-            self._learn(frames, taught)
+            self._learn(frames, labels)
         return records
 
     def metrics(self) -> dict[str, float]:
-        """The metrics since the last call."""
-        share = self.taught / max(self.frames, 1)
+        """Return the metrics since the last call."""
+        share = self.labelled_by_teacher / max(self.frames, 1)
         return super().metrics() | {"segmentation/teacher_share": share}
 
     def learned(self) -> Iterable[Tensor]:
-        """The student's weights and statistics."""
+        """Return the student's weights and statistics."""
         weights: Iterable[Tensor] = self.student.state_dict().values()
         return weights
 
@@ -233,23 +233,25 @@ class TaughtSource(SegmentedSource):
         self.student.save(path)
 
     def state_dict(self) -> dict[str, Any]:
-        """The counters, the student, and the labelled frames that it learns from."""
+        """Return the counters, the student, and the labelled frames that it learns from."""
         network = {"widths": self.student.network.widths, "network": self.student.state_dict()}
         frames = {"pool": self.pool, "new": self._new}
-        return super().state_dict() | {"taught": self.taught} | network | frames
+        counts = {"labelled_by_teacher": self.labelled_by_teacher}
+        return super().state_dict() | counts | network | frames
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over a saved state."""
+        """Load a saved state."""
         super().load_state_dict(state)
-        self.taught = state["taught"]
+        former = state.get("taught", 0)  # the key in checkpoints of older versions
+        self.labelled_by_teacher = state.get("labelled_by_teacher", former)
         self.student.load_state_dict(state["network"])
         self._new = state.get("new", 0)
-        if state.get("pool") is not None:  # checkpoints of version 1 have none
+        if state.get("pool") is not None:  # missing in checkpoints of format version 1
             self.pool = state["pool"]
 
     def _learn(self, frames: Tensor, masks: Tensor) -> None:
         self._keep(frames, masks)
-        self.taught += len(frames)
+        self.labelled_by_teacher += len(frames)
         self._new += len(frames)
         if self._new < REFIT_FRAMES:
             return
@@ -259,7 +261,7 @@ class TaughtSource(SegmentedSource):
             *self.pool,
             steps=self.refit_steps,
             learning_rate=1e-3,
-            seed=self.seed + self.taught,
+            seed=self.seed + self.labelled_by_teacher,
             device=self.student.device,
             student=self.student,
         )
@@ -269,7 +271,7 @@ class TaughtSource(SegmentedSource):
             self.pool = frames.clone(), masks.clone()
             return
         room = max(self.capacity - len(self.pool[0]), 0)
-        generator = torch.Generator().manual_seed(self.seed + self.taught)
+        generator = torch.Generator().manual_seed(self.seed + self.labelled_by_teacher)
         places = torch.randperm(len(self.pool[0]), generator=generator)[: len(frames[room:])]
         for old, new in zip(self.pool, (frames, masks), strict=True):
             old[places] = new[room:][: len(places)]

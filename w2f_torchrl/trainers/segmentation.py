@@ -107,7 +107,7 @@ def build_mask_source(config: RunConfig, source: str, env_has_mask: bool) -> Mas
     settings = config.segmentation
     if source == "simulator":
         seed = derive_seed(config.seed, "lost masks", 0)
-        return MaskSource(source, lost=settings.lost, seed=seed)
+        return MaskSource(source, mask_dropout=settings.mask_dropout, seed=seed)
     if source == "median":
         return SegmentedSource(source, MedianSegmenter(settings.threshold))
     try:

@@ -1,13 +1,11 @@
-"""The one check that every number of a configuration passes: its type, finite, within its range."""
+"""Checks of single values: the type and range of a number, a flag, one of a few words."""
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from typing import Any
 
 LARGEST_INTEGER = 2**63 - 1
-"""What tensors and files hold."""
+"""The largest integer that tensors and files can hold."""
 
 
 def check_number(
@@ -15,21 +13,25 @@ def check_number(
     value: object,
     *,
     integer: bool = False,
+    odd: bool = False,
+    optional: bool = False,
     minimum: float | None = None,
     above: float | None = None,
     maximum: float | None = None,
     below: float | None = None,
 ) -> None:
-    """Check a number; nan and the infinities are in no range.
+    """Check a number; nan and the infinities are never allowed.
 
     Args:
-        name: Of the setting, for the message.
+        name: Name of the setting, for the message.
         value: What the user gave.
         integer: Whether it must be an integer.
-        minimum: The least value that is allowed.
-        above: A value that it must exceed.
-        maximum: The greatest value that is allowed.
-        below: A value that it must not reach.
+        odd: Whether it must be odd; needs one of the limits.
+        optional: Whether null would be allowed; only for the message.
+        minimum: Smallest allowed value.
+        above: Value that must be exceeded.
+        maximum: Largest allowed value.
+        below: Value that must not be reached.
 
     Raises:
         ValueError: Naming the setting, its value and what is allowed.
@@ -41,30 +43,40 @@ def check_number(
         or (above is not None and value <= above)
         or (maximum is not None and value > maximum)
         or (below is not None and value >= below)
+        or (odd and value % 2 == 0)
     ):
-        raise ValueError(f"{name}={value} must be {_range(minimum, above, maximum, below)}.")
+        allowed = describe_range(minimum, above, maximum, below)
+        allowed = f"{'odd and ' if odd else ''}{allowed}{', or null' if optional else ''}"
+        raise ValueError(f"{name}={value} must be {allowed}.")
 
 
-def check_fields(group: str, config: Any) -> None:
-    """Check that every field of a dataclass that is a number or a flag holds one.
+def check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    """Check a setting that is one of a few words.
 
     Args:
-        group: The name of the group of settings, for the messages.
-        config: An instance of the dataclass.
+        name: Name of the setting, for the message.
+        value: What the user gave.
+        allowed: The allowed words.
 
     Raises:
-        ValueError: Naming the first field that doesn't, its value and what is allowed.
+        ValueError: Naming the setting, its value and what is allowed.
     """
-    for field in dataclasses.fields(config):
-        name, value = f"{group}.{field.name}", getattr(config, field.name)
-        declared = field.type.__name__ if isinstance(field.type, type) else str(field.type)
-        kinds = declared.split(" | ")
-        if value is None and "None" in kinds:
-            continue
-        if "bool" in kinds and not isinstance(value, bool):
-            raise ValueError(f"{name}={value!r} must be true or false.")
-        if "float" in kinds or "int" in kinds:
-            _check_type(name, value, integer="float" not in kinds)
+    if value not in allowed:
+        raise ValueError(f"{name}={value!r} is unknown; allowed: {', '.join(allowed)}.")
+
+
+def check_flag(name: str, value: object) -> None:
+    """Check a setting that is true or false.
+
+    Args:
+        name: Name of the setting, for the message.
+        value: What the user gave.
+
+    Raises:
+        ValueError: Naming the setting and its value.
+    """
+    if not isinstance(value, bool):
+        raise ValueError(f"{name}={value!r} must be true or false.")
 
 
 def _check_type(name: str, value: object, *, integer: bool) -> None:
@@ -77,9 +89,13 @@ def _check_type(name: str, value: object, *, integer: bool) -> None:
         raise ValueError(f"{name} must be at most {LARGEST_INTEGER}, got a larger integer.")
 
 
-def _range(
-    minimum: float | None, above: float | None, maximum: float | None, below: float | None
+def describe_range(
+    minimum: float | None = None,
+    above: float | None = None,
+    maximum: float | None = None,
+    below: float | None = None,
 ) -> str:
+    """Return a range in words; at least one of the limits must be given."""
     if maximum is None and below is None:
         return f"above {above:g}" if above is not None else f"at least {_shown(minimum)}"
     if minimum is None and above is None:
