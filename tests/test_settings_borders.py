@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import pickle
 import subprocess
 import sys
+from dataclasses import FrozenInstanceError
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,7 +23,7 @@ from w2f_torchrl.envs import register_env, tasks
 from w2f_torchrl.modules import ModelConfig
 from w2f_torchrl.objectives import LossConfig
 from w2f_torchrl.trainers import ConfigError, RunConfig, Trainer
-from w2f_torchrl.trainers.config import OptimizerConfig, to_run_config
+from w2f_torchrl.trainers.config import OptimizerConfig, config_to_dict, to_run_config
 from w2f_torchrl.trainers.run_evaluations import RunEvaluations
 from w2f_torchrl.utils.checks import check_number
 from w2f_torchrl.utils.settings import check_fields
@@ -334,3 +336,35 @@ def test_the_best_checkpoint_is_never_one_that_is_not_finite(tmp_path, boxes):
     trainer.writer.wait()
     assert not (run / "checkpoints" / BEST_NAME).exists()
     trainer._close()
+
+
+# ------------------------------------------------------------------ frozen settings
+
+
+def test_validated_settings_cannot_be_set_and_copies_can(tmp_path):
+    config = tiny_run(tmp_path / "run")
+    frozen = config.validated(ranks=2)
+    assert (config.frozen, config.distributed.ranks) == (False, 1)
+    assert (frozen.frozen, frozen.distributed.ranks) == (True, 2)
+    assert frozen.validated(ranks=2) is frozen
+    for settings, name in ((frozen, "seed"), (frozen.training, "batch_size"), (frozen.loss, "kl")):
+        with pytest.raises(FrozenInstanceError, match=f"cannot set {name}"):
+            setattr(settings, name, 3)
+    changed = frozen.thawed(seed=7)
+    changed.training.batch_size = 3
+    assert (changed.seed, frozen.seed, config.seed) == (7, config.seed, 0)
+    assert frozen.training.batch_size == config.training.batch_size != 3
+    copied = pickle.loads(pickle.dumps(frozen))
+    assert copied == frozen
+    assert copied.frozen  # in worker processes too
+
+
+@pytest.mark.usefixtures("no_curves")
+def test_a_run_writes_to_no_setting(tmp_path, boxes):
+    config = tiny_run(tmp_path / "run", **boxes, segmentation={"source": "auto"})
+    before = config_to_dict(config)
+    trainer = Trainer(config)
+    trainer.train()
+    assert config_to_dict(config) == before
+    assert trainer.config.frozen
+    assert trainer.config.segmentation.chosen == trainer.masks.name

@@ -130,7 +130,7 @@ def load_learner(
     payload = load_checkpoint(checkpoint, device).payload
     with malformed_is_an_error(checkpoint):
         payload["config"]["model"] = complete_model(payload["config"]["model"])
-        config = to_run_config(payload["config"]).thawed(device=str(device)).freeze()
+        config = to_run_config(payload["config"]).thawed(device=str(device))
         learner = Learner.from_config(config, payload["action_size"])
         if payload.get("exported"):
             learner.load_networks(payload["learner"]["loss"])

@@ -104,17 +104,20 @@ class Settings:
     Settings are written until they are validated; afterwards everything only reads them.
     """
 
+    # Not in an instance's __dict__, which holds its settings and nothing else.
+    __slots__ = ("_frozen",)
+
     @property
     def frozen(self) -> bool:
         """Whether attributes can no longer be set."""
-        return bool(self.__dict__.get("_frozen"))
+        return bool(getattr(self, "_frozen", False))
 
     def freeze(self: Self) -> Self:
         """Refuse to set any attribute from now on, in nested settings too; return the instance."""
         for value in vars(self).values():
             if isinstance(value, Settings):
                 value.freeze()
-        self.__dict__["_frozen"] = True
+        object.__setattr__(self, "_frozen", True)
         return self
 
     def thawed(self: Self, **changes: Any) -> Self:
