@@ -34,6 +34,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+sys.path += [str(Path(__file__).parent / name) for name in ("speed", "shared")]
+
+
 import gpu_stages
 from gpu_stages import Options, failures
 from results_file import provenance

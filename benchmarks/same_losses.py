@@ -25,14 +25,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+sys.path.append(str(Path(__file__).parent / "shared"))
+
+
 import torch
 from fault_runs import final_state, leave_curves_out, rows, small_run
 from results_file import write_results
+from revisions import unpack
 
 import w2f_torchrl
 from w2f_torchrl.trainers import Trainer
 
-ROOT = Path(__file__).parents[1]
 ALGORITHMS: dict[str, dict[str, Any]] = {
     "dreamer_v3": {"name": "dreamer_v3", "latent": None},
     **{
@@ -176,38 +179,6 @@ def compare(root: Path, algorithm: str) -> dict[str, Any]:
         "first_difference": first_difference(before, root / "after" / algorithm),
         "first_difference_handed_over": first_difference(before, root / "handed_over" / algorithm),
     }
-
-
-def git(folder: Path, *arguments: str) -> str:
-    """What git prints in a folder; empty where it fails."""
-    done = subprocess.run(["git", "-C", folder, *arguments], capture_output=True, text=True)
-    return done.stdout.strip() if done.returncode == 0 else ""
-
-
-def unpack(version: str, folder: Path) -> tuple[Path, dict[str, Any]]:
-    """Find a checkout, or unpack a revision.
-
-    Args:
-        version: A folder, or a revision of this file's repository.
-        folder: Where a revision is unpacked.
-
-    Returns:
-        The checkout, and what the results say of it.
-    """
-    if Path(version).is_dir():
-        checkout = Path(version).resolve()
-        commit = git(checkout, "rev-parse", "--short", "HEAD")
-        changed = bool(git(checkout, "status", "--porcelain", "--untracked-files=no"))
-        return checkout, {"version": "CHECKOUT", "commit": commit, "changed": changed}
-    commit = git(ROOT, "rev-parse", "--short", "--verify", f"{version}^{{commit}}")
-    if not commit:
-        raise SystemExit(f"{version} is neither a folder nor a revision.")
-    folder.mkdir()
-    archive = subprocess.Popen(["git", "-C", ROOT, "archive", commit], stdout=subprocess.PIPE)
-    subprocess.run(["tar", "-x", "-C", folder], stdin=archive.stdout, check=True)
-    if archive.wait():
-        raise RuntimeError(f"git archive {commit} failed.")
-    return folder, {"version": commit, "commit": commit, "changed": False}
 
 
 def compare_versions(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -77,6 +78,12 @@ def nav_pages(nav: list[Any]) -> list[str]:
         for value in entry.values() if isinstance(entry, dict) else [entry]:
             found += nav_pages(value) if isinstance(value, list) else [value]
     return found
+
+
+def test_the_commands_of_results_name_programs_that_exist():
+    commands = re.findall(r"`python (benchmarks/\S+\.py)", docs_hooks.results_table())
+    assert len(commands) > 40
+    assert [path for path in commands if not (ROOT / path).is_file()] == []
 
 
 def test_the_navigation_has_every_page_once():

@@ -1,8 +1,8 @@
 """What a GPU would mind, found without one: on fake CUDA tensors, and with stand-ins for streams.
 
 An update, acting, films, probes and a resume run on tensors that only say they are on a GPU
-(benchmarks/fake_cuda.py): none may mix devices, and nothing that a CUDA graph would capture may be
-read by the host.
+(benchmarks/shared/fake_cuda.py): none may mix devices, and nothing that a CUDA graph would capture
+may be read by the host.
 """
 
 from __future__ import annotations

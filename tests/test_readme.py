@@ -286,7 +286,7 @@ def test_a_command_that_nothing_treats_is_noticed(monkeypatch):
     with pytest.raises(BaseException, match="trainign"):
         check_training("w2f-train trainign.total_frames=3")
     with pytest.raises(AssertionError):
-        check_arguments("python benchmarks/render.py --no-such-option", monkeypatch)
+        check_arguments("python benchmarks/speed/render.py --no-such-option", monkeypatch)
     with pytest.raises(subprocess.CalledProcessError):
         check_target("make no-such-target")
 

@@ -65,7 +65,7 @@ def test_a_list_of_configurations_is_all_of_them_with_each_seed(tmp_path):
     jobs = curve_runs.read_jobs(write_list(tmp_path / "list.yaml"))
     assert [job.name for job in jobs] == ["a_seed0", "b_seed0", "a_seed1", "b_seed1"]
     assert jobs[0].overrides == ("experiment=smoke", "algo=dreamer_v3")
-    for path in (ROOT / "benchmarks" / "curves").glob("*.yaml"):
+    for path in (ROOT / "benchmarks" / "evidence" / "curves").glob("*.yaml"):
         assert curve_runs.read_jobs(path)
 
 

@@ -41,7 +41,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-sys.path.append(str(Path(__file__).parents[1]))
+sys.path.append(str(Path(__file__).parents[1] / "shared"))
 
 from curve_runs import SCRIPT, is_finished
 from parity_report import write_report
@@ -53,6 +53,7 @@ from parity_settings import (
     note_settings,
     run_name,
 )
+from results_file import RESULTS
 
 from w2f_torchrl.utils.metrics_file import last_counters
 
@@ -240,8 +241,7 @@ def parse(arguments: Sequence[str] | None = None) -> Any:
         "--override", nargs="+", default=[], metavar="KEY=VALUE", help="more settings of ours"
     )
     parser.add_argument("--report", action="store_true", help="compare the runs, train none")
-    results = HERE.parent / "results"
-    parser.add_argument("--json", type=Path, default=results / "parity.json", help="the report's")
+    parser.add_argument("--json", type=Path, default=RESULTS / "parity.json", help="the report's")
     images = HERE.parents[1] / "docs" / "images"
     parser.add_argument("--picture", type=Path, default=images / "parity.png", help="the report's")
     args = parser.parse_args(arguments)

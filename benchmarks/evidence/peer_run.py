@@ -11,7 +11,8 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
-sys.path.append(str(Path(__file__).parents[1]))
+sys.path.append(str(Path(__file__).parents[1] / "shared"))
+
 
 from parity_settings import ROW, Settings, read_settings
 from peer_envs import EnvBatch
