@@ -36,7 +36,6 @@ from typing import Any
 
 sys.path += [str(Path(__file__).parent / name) for name in ("speed", "shared")]
 
-
 import gpu_stages
 from gpu_stages import Options, failures
 from results_file import provenance

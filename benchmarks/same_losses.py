@@ -27,7 +27,6 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).parent / "shared"))
 
-
 import torch
 from fault_runs import final_state, leave_curves_out, rows, small_run
 from results_file import write_results

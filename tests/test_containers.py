@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
-from documents import ROOT, load_script
+from helpers.checkout import ROOT, load_script
 
 replay = load_script("replay_dockerfile")
 STEPS = replay.instructions(ROOT / "Dockerfile")

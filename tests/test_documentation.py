@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from documents import ROOT, blocks, load_script, name_of, pages
+from documents import blocks, name_of, pages
+from helpers.checkout import ROOT, load_script
 from omegaconf import OmegaConf
 
 from w2f_torchrl.trainers import RunConfig

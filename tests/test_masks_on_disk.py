@@ -10,17 +10,16 @@ import numpy as np
 import pytest
 import relabel_replay
 import torch
-from _segmenters import BrightSegmenter, bright, random_pixels
+from helpers.checkout import ROOT
+from helpers.extras import needs_sam3
+from helpers.segmenters import BrightSegmenter, bright, random_pixels
 from matplotlib.image import imread
 from tensordict import TensorDict
-from test_sam3 import needs_sam3
 from torchrl.data import LazyMemmapStorage, TensorDictReplayBuffer
 
 from w2f_torchrl.data import MaskStore, load_masks
 from w2f_torchrl.segmenters import StudentSegmenter
 from w2f_torchrl.utils.contact_sheet import draw_contact_sheet, overlay
-
-ROOT = Path(__file__).parents[1]
 
 
 def load_script(name: str):

@@ -15,7 +15,7 @@ import parity
 import parity_report
 import pytest
 import torch
-from _counting_env import SIZE, CountingEnv, decode, episode_length, reward_of
+from helpers.counting_env import SIZE, CountingEnv, decode, episode_length, reward_of
 from parity_settings import ROW, Settings, as_dict, note_settings, run_name
 from peer_envs import EnvBatch
 from peer_loop import PeerLoop, Rows

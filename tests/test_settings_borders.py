@@ -11,10 +11,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from _box_env import BoxEnv
+from helpers.box_env import BoxEnv
+from helpers.checkout import ROOT
+from helpers.models import make_learner
+from helpers.runs import tiny_run
 from hypothesis import given
 from hypothesis import strategies as st
-from test_trainers import make_learner, tiny_run
 
 from w2f_torchrl.envs import register_env, tasks
 from w2f_torchrl.modules import ModelConfig
@@ -24,8 +26,6 @@ from w2f_torchrl.trainers.checkpointing import BEST_NAME, list_checkpoints, load
 from w2f_torchrl.trainers.config import OptimizerConfig, to_run_config
 from w2f_torchrl.trainers.run_evaluations import RunEvaluations
 from w2f_torchrl.utils.checks import check_fields, check_number
-
-ROOT = Path(__file__).parents[1]
 
 
 def number_fields():

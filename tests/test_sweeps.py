@@ -15,8 +15,8 @@ import curve_runs
 import curves
 import pytest
 import yaml
+from helpers.checkout import ROOT
 from hydra import compose, initialize_config_module
-from test_trainers import ROOT
 from tiny_run import missing_and_repeated, tiny_overrides
 
 import sota_configs.world2filter as program

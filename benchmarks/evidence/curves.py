@@ -21,7 +21,6 @@ from typing import Any, NamedTuple
 
 sys.path.append(str(Path(__file__).parents[1] / "shared"))
 
-
 import numpy as np
 from curve_runs import Runs, read_jobs
 from matplotlib.axes import Axes

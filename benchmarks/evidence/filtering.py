@@ -17,7 +17,6 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).parents[1] / "shared"))
 
-
 import torch
 from find_checkpoint import find_checkpoint
 from results_file import write_results

@@ -17,7 +17,6 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[1] / "shared"))
 
-
 import torch
 from find_checkpoint import find_checkpoint
 from generalisation_table import OWN, Played, draw, markdown, summarise

@@ -21,7 +21,6 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).parents[1] / "shared"))
 
-
 import numpy as np
 import torch
 from matplotlib.figure import Figure

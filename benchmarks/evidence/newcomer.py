@@ -31,7 +31,6 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).parents[1] / "shared"))
 
-
 from documents import ROOT, commands, python_blocks
 from results_file import RESULTS, write_results
 from slurm_cluster import SlurmCluster, missing_requirement

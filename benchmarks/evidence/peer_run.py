@@ -13,7 +13,6 @@ from types import SimpleNamespace
 
 sys.path.append(str(Path(__file__).parents[1] / "shared"))
 
-
 from parity_settings import ROW, Settings, read_settings
 from peer_envs import EnvBatch
 from peer_loop import PeerLoop

@@ -11,7 +11,6 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[1] / "shared"))
 
-
 import numpy as np
 from results_file import RESULTS, write_results
 

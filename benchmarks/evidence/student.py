@@ -26,7 +26,6 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).parents[1] / "shared"))
 
-
 import torch
 from masks import TASKS, cost, frames_of, score
 from results_file import RESULTS, write_results

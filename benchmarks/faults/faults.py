@@ -27,7 +27,6 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).parents[1] / "shared"))
 
-
 import torch
 from fault_runs import flip_bit, fork, has_ended, leave_curves_out, rows, small_run, wait_for
 from results_file import RESULTS, write_results

@@ -22,7 +22,6 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).parents[1] / "shared"))
 
-
 import torch
 from fault_runs import (
     ALGORITHMS,

@@ -26,7 +26,6 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).parents[1] / "shared"))
 
-
 from results_file import write_results
 from tiny_run import EVERY, missing_and_repeated, tiny_overrides
 

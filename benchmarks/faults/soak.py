@@ -20,7 +20,6 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).parents[1] / "shared"))
 
-
 import numpy as np
 import torch
 from fault_runs import leave_curves_out, small_run

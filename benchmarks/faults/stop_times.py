@@ -25,9 +25,8 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).parents[1] / "shared"))
 
-
-from fault_runs import MODEL
 from results_file import RESULTS, write_results
+from tiny_run import MODEL
 
 from w2f_torchrl.utils.leftovers import SHARED_MEMORY, Leftovers
 

@@ -15,7 +15,6 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[1] / "shared"))
 
-
 import torch
 from results_file import write_results
 from torchrl.envs.utils import ExplorationType, set_exploration_type

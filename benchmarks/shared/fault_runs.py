@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tiny_run import MODEL
 
 import w2f_torchrl  # noqa: F401  # before anything that may import dm_control
 from w2f_torchrl.envs import PixelDMControlEnv, register_env
@@ -24,21 +25,6 @@ CONTROL_STEPS = 42
 ALGORITHMS: dict[str, dict[str, Any]] = {
     "world2filter": {"name": "world2filter", "latent": "split"},
     "dreamer_v3": {"name": "dreamer_v3", "latent": None},
-}
-MODEL = {
-    "preset": "tiny",
-    "belief_size": 16,
-    "hidden_size": 8,
-    "num_categoricals": 4,
-    "num_classes": 4,
-    "cnn_depth": 4,
-    "units": 8,
-    "background_belief_size": 8,
-    "background_hidden_size": 8,
-    "background_num_classes": 4,
-    "background_cnn_depth": 4,
-    "num_blocks": 4,
-    "num_bins": 41,
 }
 
 

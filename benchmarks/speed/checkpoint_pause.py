@@ -18,7 +18,6 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).parents[1] / "shared"))
 
-
 import torch
 from results_file import RESULTS, write_results
 from tensordict import TensorDict

@@ -22,7 +22,6 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[1] / "shared"))
 
-
 import torch
 from results_file import RESULTS, write_results
 

@@ -26,7 +26,6 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).parents[1] / "shared"))
 
-
 import numpy as np
 import torch
 from learner import measure

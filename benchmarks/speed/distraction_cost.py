@@ -33,7 +33,6 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).parents[1] / "shared"))
 
-
 import numpy as np
 import numpy.typing as npt
 import torch

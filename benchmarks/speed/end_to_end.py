@@ -31,7 +31,6 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).parents[1] / "shared"))
 
-
 import torch
 from hydra import compose, initialize_config_module
 from results_file import RESULTS, write_results

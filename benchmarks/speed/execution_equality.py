@@ -36,14 +36,14 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).parents[1] / "shared"))
 
-
 import torch
 from results_file import RESULTS, write_results
 from tensordict import TensorDictBase
+from tiny_run import TINY
 from torch import Tensor
 from torchrl.modules import symexp
 
-from w2f_torchrl.modules import PRESETS, ModelConfig
+from w2f_torchrl.modules import PRESETS
 from w2f_torchrl.trainers import Learner
 from w2f_torchrl.trainers.config import EXECUTIONS, OptimizerConfig
 from w2f_torchrl.trainers.execution import PIECES, compile_core
@@ -62,22 +62,6 @@ NUDGED_RUNS = 5
 MEAN_RTOL, MEAN_ATOL, MEAN_FACTOR = 5e-2, 3e-2, 3
 #: The outermost bin of rewards and values, in DreamerV3's units before symexp: 147 after it.
 LARGEST_BIN = 5.0
-#: A model of a few thousand parameters for pictures of 16 x 16: compiles in a minute or two.
-TINY = ModelConfig(
-    preset="tiny",
-    belief_size=16,
-    hidden_size=8,
-    num_categoricals=4,
-    num_classes=4,
-    cnn_depth=4,
-    units=8,
-    background_belief_size=8,
-    background_hidden_size=8,
-    background_num_classes=4,
-    background_cnn_depth=4,
-    num_blocks=4,
-    num_bins=41,
-)
 
 Make = Callable[[str], Learner]
 Batch = Callable[[int], TensorDictBase]

@@ -122,8 +122,9 @@ def _tiny_update(
     capture: bool = False,
     execution: str = "eager",
 ) -> dict[str, Any]:
-    from execution_equality import TINY, make_batch
+    from execution_equality import make_batch
     from learner import ACTION_SIZE
+    from tiny_run import TINY
 
     from w2f_torchrl.trainers import Learner
     from w2f_torchrl.trainers.config import OptimizerConfig

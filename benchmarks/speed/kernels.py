@@ -38,7 +38,6 @@ from unittest import mock
 
 sys.path.append(str(Path(__file__).parents[1] / "shared"))
 
-
 from compiled_groups import count_pictures, count_pieces
 from fake_cuda import Watch, fake_cuda, fake_like
 from learner import ACTION_SIZE, Update, make_sample, torchrl_update

@@ -30,7 +30,6 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).parents[1] / "shared"))
 
-
 import torch
 from peers import r2dreamer_update
 from results_file import RESULTS, write_results

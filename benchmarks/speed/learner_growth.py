@@ -26,7 +26,6 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).parents[1] / "shared"))
 
-
 import torch
 from learner import ACTION_SIZE, count, make_clock, make_sample, measure, product_gflops
 from results_file import RESULTS, write_results

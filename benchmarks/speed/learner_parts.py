@@ -21,7 +21,6 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).parents[1] / "shared"))
 
-
 import torch
 from learner import ACTION_SIZE, Update, make_sample, measure, torchrl_update
 from results_file import RESULTS, write_results

@@ -25,7 +25,6 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).parents[1] / "shared"))
 
-
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp

@@ -6,7 +6,13 @@ from typing import NoReturn
 
 import pytest
 
+from w2f_torchrl.segmenters.sam3_requirements import missing_requirement
+
 PACKAGES = ("rliable", "sklearn")
+needs_sam3 = pytest.mark.skipif(
+    missing_requirement(__file__, None) is not None,
+    reason="needs the packages of the extra sam3: run make extras",
+)
 
 
 def skip_without_an_extra(error: ModuleNotFoundError) -> NoReturn:

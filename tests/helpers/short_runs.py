@@ -1,18 +1,32 @@
-"""A Control Suite task whose episodes end early, so that short runs see many of them."""
+"""Short runs of a task whose episodes end early, so that they see many of them."""
 
 from __future__ import annotations
 
+import os
+import signal
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
-from fault_runs import make_short_env, rows, small_run
+from fault_runs import flip_bit, make_short_env, rows, small_run, wait_for
 
 from w2f_torchrl.envs import PixelDMControlEnv, register_env
-from w2f_torchrl.trainers import RunConfig
+from w2f_torchrl.trainers import RunConfig, Trainer
 from w2f_torchrl.trainers.checkpointing import latest_checkpoint, load_checkpoint
 
+__all__ = [
+    "crash",
+    "differences",
+    "flip_bit",
+    "rows",
+    "run",
+    "short_run",
+    "signal_at",
+    "wait_for",
+]
 DOMAIN = "shorter_cartpole"
 CONTROL_STEPS = 26
 #: Where :func:`short_run` differs from the benchmarks' small run.
@@ -47,12 +61,51 @@ def short_run(run_dir: Path, **settings: Any) -> RunConfig:
     return small_run(run_dir, "world2filter", **settings)
 
 
+def run(run_dir: Path, before_update: Callable[[Trainer], None] | None = None, **settings: Any):
+    trainer = Trainer(short_run(run_dir, **settings))
+    if before_update is not None:
+        update = trainer.learner.update
+
+        def interrupted(sample):
+            before_update(trainer)
+            return update(sample)
+
+        trainer.learner.update = interrupted
+    trainer.train()
+    return trainer
+
+
+def signal_at(updates: int, number: int = signal.SIGTERM) -> Callable[[Trainer], None]:
+    def interrupt(trainer: Trainer) -> None:
+        if trainer.updates == updates:
+            os.kill(os.getpid(), number)
+
+    return interrupt
+
+
+class Crash(BaseException):
+    """Ends the process's work as a kill does: nothing is saved."""
+
+
+def crash(run_dir: Path, updates: int, **settings: Any) -> None:
+    """Run until so many updates, then leave the directory as a kill at that moment would."""
+
+    def interrupt(trainer: Trainer) -> None:
+        if trainer.updates == updates:
+            trainer.writer.wait()
+            trainer._built = False
+            raise Crash
+
+    with pytest.raises(Crash):
+        run(run_dir, interrupt, **settings)
+
+
 def differences(first: Path, second: Path) -> list[str]:
     """Where two runs differ: metrics, networks, optimizer, replay's heads, random streams."""
     found = [] if rows(first) == rows(second) else ["metrics"]
     states = []
-    for run in (first, second):
-        path = latest_checkpoint(run / "checkpoints")
+    for run_dir in (first, second):
+        path = latest_checkpoint(run_dir / "checkpoints")
         assert path is not None
         states.append(load_checkpoint(path).payload)
     for name in ("learner", "steps", "schedule", "segmentation"):
