@@ -1,15 +1,15 @@
-"""Whether two versions of the code train alike: each loss of each update, and the last weights.
+"""Check that two versions of the code train alike: every loss, and the final weights.
 
     python benchmarks/same_losses.py d6b63be HEAD
     python benchmarks/same_losses.py ../before . --algorithms split
 
 A version is a checkout, or a revision, which is unpacked in a temporary folder. Each trains the
-same tiny runs in a process of its own, on the CPU with one thread: short distracted episodes,
+same tiny runs in its own process, on the CPU with one thread: short distracted episodes,
 evaluations, checkpoints, a row of metrics after every update. A third run of each algorithm begins
-with the first version, gets SIGTERM after 20 updates, and goes on with the second, so the form of
-the checkpoints is compared too. All numbers must be equal bit for bit, but for what a clock says.
-With ``--from-zero`` versions that can keep latents in the replay do not (``replay.latents=false``).
-The exit code is 1 if one isn't, and the first difference is printed.
+with the first version, gets SIGTERM after 20 updates, and is resumed with the second, so the format
+of the checkpoints is compared too. All numbers but times must be equal bit for bit. With
+``--from-zero`` versions that can keep latents in the replay do not (``replay.latents=false``). If
+two numbers differ, the first difference is printed and the exit code is 1.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def train(
     from_zero: bool = False,
     stop_at: int | None = None,
 ) -> int:
-    """Train, or go on, with the package that this process imports.
+    """Train, or resume, with the package that this process imports.
 
     Args:
         run_dir: The run's directory.
@@ -167,7 +167,7 @@ def first_difference(before: Path, after: Path) -> str | None:
 
 
 def compare(root: Path, algorithm: str) -> dict[str, Any]:
-    """What was compared of an algorithm's three runs, and where they differ first, if they do."""
+    """Return the size of the comparison of an algorithm's runs, and the first difference."""
     before = root / "before" / algorithm
     made = rows(before)
     return {
@@ -190,7 +190,7 @@ def compare_versions(
     """Train with two versions, and compare.
 
     Returns:
-        What the results file holds, but for its provenance.
+        The results file's contents without their provenance.
     """
     with tempfile.TemporaryDirectory() as folder:
         root, said = Path(folder) / "runs", []

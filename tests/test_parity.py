@@ -493,7 +493,7 @@ def test_a_stop_signal_lets_the_run_save_and_starts_no_other(tmp_path, monkeypat
 def test_a_missing_checkout_is_reported(tmp_path):
     from peers import r2dreamer_agent
 
-    with pytest.raises(FileNotFoundError, match="is no checkout of r2dreamer"):
+    with pytest.raises(FileNotFoundError, match="is not a checkout of r2dreamer"):
         r2dreamer_agent(tmp_path, "size1m", 1)
 
 

@@ -47,7 +47,7 @@ def test_curves_collect_a_sweeps_runs(tmp_path):
     (tmp_path / "sweep" / "2_not_begun").mkdir()
     assert set(curves.collect_runs([tmp_path / "sweep"])) == set(runs)
     assert curves.collect_runs([runs[2], runs[0]]) == [runs[2], runs[0]]
-    with pytest.raises(FileNotFoundError, match="is no run directory and holds none"):
+    with pytest.raises(FileNotFoundError, match="is not a run directory and contains none"):
         curves.collect_runs([tmp_path / "sweep" / "2_not_begun"])
 
 
@@ -185,7 +185,7 @@ def test_an_interrupted_list_ends_with_a_sentence(tmp_path, monkeypatch, capsys)
     with pytest.raises(SystemExit) as ended:
         curves.main(["--train", str(path), "--runs", str(tmp_path / "runs"), *outputs])
     assert ended.value.code == 130
-    assert "the same command goes on from here" in capsys.readouterr().err
+    assert "run the same command to continue" in capsys.readouterr().err
 
 
 def test_ctrl_c_before_the_first_update_ends_a_run_without_a_traceback(tmp_path, monkeypatch):

@@ -1,9 +1,9 @@
-"""Statistics of moving backgrounds, beside those of real video.
+"""Compare statistics of moving backgrounds with those of real video.
 
     python benchmarks/evidence/backgrounds.py            # the procedural clips, train and val
     python benchmarks/evidence/backgrounds.py --source /path/to/clips --json clips.json
 
-Measured on grey frames (the mean of the channels) of 64 x 64 pixels, one figure a clip:
+Measured on grey frames (the mean of the channels) of 64 x 64 pixels, one figure per clip:
 
 - slope: of log power against log frequency, power averaged over frames and over rings of whole
   frequencies from 2 to 24 waves a frame (Hann window, mean removed);
@@ -58,7 +58,7 @@ def statistics(clip: Clip) -> dict[str, float]:
 
 
 def spectrum_slope(grey: npt.NDArray[np.float64]) -> float:
-    """Slope of log power over log frequency of frames [T, S, S]."""
+    """Return the slope of log power over log frequency of frames [T, S, S]."""
     size = grey.shape[-1]
     window = np.hanning(size + 2)[1:-1]
     centred = grey - grey.mean(axis=(1, 2), keepdims=True)
@@ -78,7 +78,7 @@ def gradient_kurtosis(grey: npt.NDArray[np.float64]) -> float:
 
 
 def summarise(figures: list[dict[str, float]]) -> dict[str, list[float]]:
-    """10 % quantile, median and 90 % quantile of each figure over the clips."""
+    """Return the 10 % quantile, median and 90 % quantile of each figure over the clips."""
     return {
         name: np.nanquantile([row[name] for row in figures], [0.1, 0.5, 0.9]).round(3).tolist()
         for name in REAL_VIDEO
@@ -89,7 +89,7 @@ def main() -> None:
     """Measure and write the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--source", default="procedural", help="procedural, davis or a folder")
-    parser.add_argument("--clips", type=int, default=30, help="at most so many of each split")
+    parser.add_argument("--clips", type=int, default=30, help="maximum number per split")
     parser.add_argument("--json", type=Path, default=RESULTS / "backgrounds.json")
     args = parser.parse_args()
     results = {}

@@ -1,4 +1,4 @@
-"""Trains a list of configurations with several seeds, for :mod:`curves`.
+"""Train a list of configurations with several seeds, for :mod:`curves`.
 
 The list is a YAML file::
 
@@ -8,7 +8,7 @@ The list is a YAML file::
       dreamer_v3: [algo=dreamer_v3]
       split: [algo.latent=split, loss.background=0.1]
 
-Each run is a process of ``sota_configs/world2filter.py`` with a directory of its own, and goes on
+Each run is a process of ``sota_configs/world2filter.py`` with its own directory, and continues
 where it was interrupted.
 """
 
@@ -66,7 +66,7 @@ def read_jobs(path: Path) -> list[Job]:
         has something to compare.
 
     Raises:
-        ValueError: Naming the file and what is wrong in it.
+        ValueError: If the list is invalid; names the file and the error.
     """
     content = yaml.safe_load(path.read_text())
     known = {"overrides", "seeds", "configurations"}
@@ -133,7 +133,7 @@ def check_same_settings(job: Job, run_dir: Path) -> None:
 
 
 def is_finished(run_dir: Path) -> bool:
-    """Whether a run has got to its last frame and saved it; a signal ends runs earlier."""
+    """Whether a run has reached its last frame and saved it; a signal ends runs earlier."""
     config, metrics = run_dir / "config.yaml", run_dir / "metrics.jsonl"
     checkpoint = latest_checkpoint(run_dir / "checkpoints")
     if checkpoint is None or not config.exists() or not metrics.exists():
@@ -147,7 +147,7 @@ class Runs:
     """Trains runs, some at a time.
 
     Args:
-        folder: Their directories are made here, each with a ``.log`` beside it.
+        folder: Run directories are created here, each next to its ``.log``.
         parallel: How many at a time. The cores are shared out among them, unless OMP_NUM_THREADS
             says otherwise.
         say: Gets a line for each start and end.
@@ -161,7 +161,7 @@ class Runs:
         self._stopped = False
 
     def train(self, jobs: Sequence[Job]) -> dict[str, list[Path]]:
-        """Train what is not trained yet; Ctrl+C and SIGTERM end the runs with checkpoints.
+        """Train the runs that are not finished; Ctrl+C and SIGTERM end them with checkpoints.
 
         Returns:
             The run directories of each label.
@@ -207,7 +207,7 @@ class Runs:
         self.say(f"{job.name}: training, see {log}")
         settings = [*job.overrides, f"seed={job.seed}", f"run_dir={run_dir.resolve()}"]
         with log.open("a") as output:
-            # A session of its own: Ctrl+C comes to it once, from here.
+            # In its own session, so that Ctrl+C reaches it only once, from here.
             process = subprocess.Popen(
                 [sys.executable, str(SCRIPT), *settings, "resume=auto"],
                 stdout=output,

@@ -1,11 +1,11 @@
-r"""Return curves of runs beside the published DreamerV3 curve and a random policy.
+r"""Draw return curves of runs, the published DreamerV3 curve and a random policy.
 
 python benchmarks/evidence/curves.py runs/a runs/b --out curves.png --json curves.json
 python benchmarks/evidence/curves.py --train benchmarks/evidence/curves/cartpole_easy.yaml \
     --runs runs/cartpole_easy --parallel 2 --out curves.png --json curves.json
 
-The second form trains a list of configurations with several seeds first, or goes on where it was
-interrupted. Runs of one name but other seeds are drawn as one curve.
+The second form first trains a list of configurations with several seeds, or continues where it was
+interrupted. Runs that differ only in their seeds are drawn as one curve.
 """
 
 from __future__ import annotations
@@ -120,14 +120,14 @@ def collect_runs(paths: Sequence[Path]) -> list[Path]:
         Run directories; a sweep's in the order of their names.
 
     Raises:
-        FileNotFoundError: If a path is no run and holds none.
+        FileNotFoundError: If a path neither is nor contains a run.
     """
     found: list[Path] = []
     for path in paths:
         below = sorted(config.parent for config in path.rglob("config.yaml"))
         runs = [run for run in below if (run / "metrics.jsonl").exists()]
         if not runs:
-            raise FileNotFoundError(f"{path} is no run directory and holds none.")
+            raise FileNotFoundError(f"{path} is not a run directory and contains none.")
         found += [path] if path in runs else runs
     return found
 
@@ -152,7 +152,7 @@ def bin_means(frames: Array, values: Array, edges: Array) -> list[dict[str, Any]
 
 
 def follows_protocol(run: Run) -> bool:
-    """Whether a run's environment is that of the published curves: no number is comparable else.
+    """Whether a run's environment is that of the published curves, so that they are comparable.
 
     Args:
         run: The run.
@@ -190,7 +190,7 @@ def read_published(path: Path, task: str) -> list[dict[str, float]]:
 
 
 def summarise(run: Run, edges: Array, published: Sequence[Mapping[str, float]]) -> dict[str, Any]:
-    """Return what the JSON file says of a run.
+    """Return a run's entry in the JSON file.
 
     Args:
         run: The run.
@@ -364,7 +364,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if len(tasks) > 1:
         parser.error(f"one task makes a picture, these are {', '.join(tasks)}.")
     if (labels := len(by_label(runs))) > len(COLORS):
-        parser.error(f"{labels} curves are too many for one picture: at most {len(COLORS)}.")
+        parser.error(f"{labels} curves are too many for one picture; the maximum is {len(COLORS)}.")
     task = tasks[0]
     default = RESULTS / f"random_policy_{task}.json"
     random_file = args.random or (default if default.exists() else None)
@@ -404,13 +404,13 @@ def _runs(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[Run
             jobs
         )
     except KeyboardInterrupt:
-        sys.stderr.write("interrupted; the same command goes on from here\n")
+        sys.stderr.write("interrupted; run the same command to continue\n")
         raise SystemExit(130) from None
     return [load_run(path, label) for label, paths in trained.items() for path in paths]
 
 
 def _draw_label(axes: Axes, label: str, runs: Sequence[Run], edges: Array, color: str) -> None:
-    """The mean over seeds of the binned training returns, between the least and the greatest."""
+    """The mean over seeds of the binned training returns, between the minimum and the maximum."""
     last_frame = max(run.last_frame for run in runs)
     table = np.array(
         [[_or_nan(entry["mean"]) for entry in bin_means(*run.episodes, edges)] for run in runs]

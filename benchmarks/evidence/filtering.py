@@ -1,4 +1,4 @@
-"""What the latents of checkpoints hold of the agent and of the scenery.
+"""Probe what the latents of checkpoints know about the agent and about the scenery.
 
 python benchmarks/evidence/filtering.py runs/a/checkpoints/checkpoint_000000001000.pt runs/b \
     --set train_videos_easy --json benchmarks/results/filtering.json
@@ -41,7 +41,7 @@ CHANGES = ("action_change", "action_change_relative", "value_change", "value_cha
 
 
 def measure(path: Path, set_name: str | None, episodes: int, seed: int) -> dict[str, Any]:
-    """Measure one checkpoint, with an untrained model of the same sizes beside it."""
+    """Measure one checkpoint, and an untrained model of the same sizes."""
     checkpoint = find_checkpoint(path)
     config, learner, _ = load_learner(checkpoint)
     config.evaluation.filtering_episodes = episodes
@@ -73,7 +73,7 @@ def plain(value: Any) -> Any:
 
 
 def tables(results: list[dict[str, Any]]) -> str:
-    """Two tables in Markdown: what probes read, and what is drawn and changed."""
+    """Return two tables in Markdown: the probes' scores, and pictures and changes."""
     head = ["run", "latent", *(name for name, *_ in COLUMNS)]
     rows = []
     for each in results:

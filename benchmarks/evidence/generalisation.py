@@ -1,4 +1,4 @@
-"""Returns of trained runs under distractions that they have seen and that they have not.
+"""Measure returns of trained runs under distractions that they have and have not seen.
 
 python benchmarks/evidence/generalisation.py runs/a runs/b runs/c --episodes 10 \
     --json table.json --markdown table.md --plot table.png

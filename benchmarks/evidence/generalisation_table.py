@@ -1,4 +1,4 @@
-"""The statistics of a generalisation table, by rliable, and how it is written down and drawn."""
+"""Compute the statistics of a generalisation table with rliable; format and draw it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Played(NamedTuple):
         task: Domain and task.
         seed: The run's.
         set: The evaluation set's name.
-        returns: One an episode.
+        returns: One per episode.
         mask_iou: Mean over the episodes; None without masks.
     """
 
@@ -48,7 +48,7 @@ class Estimate(NamedTuple):
     low: float
     high: float
     over: str
-    """What was resampled: seeds or episodes."""
+    """The samples that were resampled: seeds or episodes."""
 
 
 def cell(played: Sequence[Played]) -> Estimate:

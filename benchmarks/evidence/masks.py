@@ -1,4 +1,4 @@
-r"""IoU, boundary error and cost of segmenters, against the simulator's own masks.
+r"""Measure IoU, boundary error and cost of segmenters against the simulator's masks.
 
 python benchmarks/evidence/masks.py --segmenter student=runs/demo/student.pt --segmenter median
 python benchmarks/evidence/masks.py --segmenter sam3=checkpoints/sam3.pt --prompts robot figure
@@ -63,7 +63,7 @@ def frames_of(
 
 
 def make_segmenter(spec: str, prompts: list[str], resolution: int | None) -> Segmenter:
-    """Make a segmenter of what the command line says."""
+    """Make a segmenter from its name on the command line."""
     kind, _, path = spec.partition("=")
     if kind == "median":
         return MedianSegmenter()
@@ -152,7 +152,7 @@ def main() -> None:
     parser.add_argument("--picture", type=Path, help="of overlays, with the last distraction")
     args = parser.parse_args()
     if args.choose_prompts and not Path(args.choose_prompts).is_file():
-        parser.error(f"--choose-prompts {args.choose_prompts} is no file.")
+        parser.error(f"--choose-prompts {args.choose_prompts} does not exist.")
     torch.set_num_threads(1)
     table: dict[str, Any] = {}
     segmenters = {

@@ -5,11 +5,11 @@
     python benchmarks/evidence/newcomer.py --r2dreamer CHECKOUT
 
 The commit at hand is cloned into a temporary folder; each command of README.md is run there in the
-order of STEPS, which says what it is given when it would take hours here: Ctrl+C after a while, a
-shorter form, or, for what a machine without a network, an account or weights can't do, the error
-that the reader has to see. A command that STEPS doesn't have is an error, so the list can't age.
-Packages come from uv's cache where it has them. The sweep on SLURM has one of a single node
-(slurm_cluster.py), where its packages are installed.
+order of STEPS. A command that would take hours gets Ctrl+C after a while or a shorter form; where
+a network, an account or weights are missing, STEPS has the error that the reader has to see. A
+command that STEPS lacks is an error, so the list can't age. Packages come from uv's cache where it
+has them. The sweep on SLURM has one of a single node (slurm_cluster.py), where its packages are
+installed.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Step:
 
     start: str
     instead: str | None = None
-    """What is run in its place; ``None``: the command itself."""
+    """Run in its place; ``None``: the command itself."""
     before: tuple[str, ...] = ()
     """What has to be run first, because the page's own way to it takes hours."""
     interrupt: float | None = None
@@ -99,7 +99,7 @@ STEPS = (
     Step(f"{TRAIN} segmentation=student segmentation.labels", error="frames.npz"),
     Step(f"{TRAIN} segmentation=student", f"{TRAIN} segmentation=student seed=1", interrupt=120),
     Step("python sota_configs/preprocess_masks.py", error="is no file"),
-    Step("python benchmarks/evidence/masks.py --choose-prompts", error="is no file"),
+    Step("python benchmarks/evidence/masks.py --choose-prompts", error="does not exist"),
     Step("python sota_configs/download_davis.py", error="davis"),
     Step("make docs"),
     Step(f"{TRAIN} experiment=smoke"),
@@ -181,10 +181,10 @@ STEPS = (
 
 
 def plan(page: Path) -> list[tuple[str, Step]]:
-    """Every command of a page with its step: the one that begins with the most of its words.
+    """Return every command of a page with its step: the one that matches the longest beginning.
 
     Raises:
-        ValueError: Naming the commands that no step is for, or the steps that no command is for.
+        ValueError: If commands have no step, or steps no command; names them.
     """
     found: dict[Step, list[str]] = {step: [] for step in STEPS}
     unknown = []
@@ -196,7 +196,7 @@ def plan(page: Path) -> list[tuple[str, Step]]:
             unknown.append(command)
     unused = [step.start for step, its in found.items() if not its]
     if unknown or unused:
-        raise ValueError(f"STEPS lacks {unknown}, and has {unused}, which README.md has not.")
+        raise ValueError(f"STEPS lacks {unknown}, and has {unused}, which README.md lacks.")
     return [(command, step) for step, its in found.items() for command in its]
 
 

@@ -1,4 +1,4 @@
-"""Return of a uniform random policy on a Control Suite task, without rendering.
+"""Measure the return of a uniform random policy on a Control Suite task, without rendering.
 
 python benchmarks/evidence/random_policy.py cartpole balance --episodes 10
 """
@@ -57,7 +57,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     if (args.domain, args.task) not in suite.ALL_TASKS:
-        parser.error(f"{args.domain} {args.task} is no Control Suite task.")
+        parser.error(f"{args.domain} {args.task} is not a Control Suite task.")
     returns = [
         random_return(args.domain, args.task, derive_seed(args.seed, "env", i), args.action_repeat)
         for i in range(args.episodes)

@@ -1,15 +1,15 @@
-r"""What a student learns: from the simulator, from ten labelled frames, from a corrupted teacher.
+r"""Train students from the simulator, from ten labelled frames, and from a corrupted teacher.
 
 python benchmarks/evidence/student.py
 
 For each task and seed 2,000 frames of a random policy on the distraction's four training videos
 teach a student of the default size; half of each batch is pasted onto other computed clips (the
 training clips of procedural:1). 300 frames of other episodes on the validation videos, which the
-training never saw, test it. Steps are 600 of 64 frames, and 250 for walker and cheetah, which need
-no more. The corrupted teacher grows or shrinks the simulator's mask by a pixel and drops or adds
-patches. The few labels are the most diverse ten; these students and those of the corrupted teacher
-learn in 250 steps of 32, the latter without pasting. The cost is set against the collection of the
-demo: its envs and its policy, CPU time of an agent step.
+training never saw, test it. Steps are 600 of 64 frames, and 250 for walker and cheetah. The
+corrupted teacher grows or shrinks the simulator's mask by a pixel and drops or adds patches. The
+few labels are the ten most diverse; these students and those of the corrupted teacher learn in 250
+steps of 32, the latter without pasting. The cost is compared with the collection of the demo: its
+envs and its policy, CPU time of an agent step.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Break runs on purpose, and write down what happened, when it was noticed and what was lost.
+"""Break runs on purpose, and record what happened, when it was noticed and what was lost.
 
     python benchmarks/faults/faults.py --out benchmarks/results/faults.json
     python benchmarks/faults/faults.py --only worker_killed disk_full
 
 Every fault is real: signals, a file system of a few megabytes (needs root), changed bytes, an env
-that fails in its worker, a server that isn't there. SIGKILL again and again is kills.py.
+that fails in its worker, an unreachable server. Repeated SIGKILL is in kills.py.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Attempt:
     """One run in a child process, with what its log says.
 
     Args:
-        root: A folder of its own.
+        root: Its folder.
         before_update: Called in the child before each update.
         log: Its log, if not in that folder.
         settings: Of the run.
@@ -113,7 +113,7 @@ def line(attempt: Attempt, *words: str) -> str:
     return found[0][:300].replace(str(attempt.run_dir), "RUN") if found else "nothing"
 
 
-def goes_on(root: Path, **settings: Any) -> int:
+def resume_to_end(root: Path, **settings: Any) -> int:
     """Resume to the end; returns the updates that it began with."""
     attempt = Attempt(root, **settings)
     if attempt.end():
@@ -167,7 +167,7 @@ def hangup(root: Path) -> Row:
     return {
         "fault": "SIGHUP: the terminal is closed",
         "what_happened": f"checkpoint after the update at hand (update {saved}), exit code {code}; "
-        f"with nohup the run goes on to its end, exit code {ended}",
+        f"with nohup the run continues to its end, exit code {ended}",
         "seconds_to_notice": round(seconds, 2),
         "lost": "nothing",
     }
@@ -202,7 +202,7 @@ def evaluation_cut(root: Path) -> Row:
     code = attempt.end()
     seconds = time.monotonic() - start
     done = sum("eval/return_mean" in row for row in rows(attempt.run_dir))
-    begun = goes_on(root, **long)
+    begun = resume_to_end(root, **long)
     same = rows(attempt.run_dir) == rows(undisturbed.run_dir)
     return {
         "fault": "SIGTERM within an evaluation of 40 episodes",
@@ -233,7 +233,7 @@ def worker_lost(root: Path, number: int) -> Row:
         else "SIGKILL of a collector's worker",
         "what_happened": f"the workers are replaced, {len(left)} of the old processes and "
         f"{len(left_over)} semaphores or folders left, train/worker_restarts {counted:.0f}; the "
-        f"run goes on to its end, exit code {code}",
+        f"run continues to its end, exit code {code}",
         "seconds_to_notice": round(noticed, 2),
         "lost": "the batch that was being collected; episodes begin anew",
         "message": line(attempt, "hangs" if hangs else "was killed"),
@@ -241,7 +241,7 @@ def worker_lost(root: Path, number: int) -> Row:
 
 
 def workers_lost_for_good(root: Path) -> Row:
-    """Workers that are killed again and again."""
+    """Workers that are killed each time they are restarted."""
     attempt = Attempt(root, collection={"num_workers": 2, "max_restarts": 1})
     attempt.reaches(5)
     start = time.monotonic()
@@ -253,7 +253,7 @@ def workers_lost_for_good(root: Path) -> Row:
         time.sleep(0.2)
     code = attempt.end()
     seconds = time.monotonic() - start
-    begun = goes_on(root, collection={"num_workers": 2})
+    begun = resume_to_end(root, collection={"num_workers": 2})
     return {
         "fault": "workers are lost more than collection.max_restarts (1 here) times in a row",
         "what_happened": f"WorkerError, emergency checkpoint, exit code {code}; resumed at update "
@@ -285,7 +285,7 @@ def evaluation_fails(root: Path) -> Row:
     kept = (attempt.run_dir / "exceptions.txt").read_text().count("Traceback")
     return {
         "fault": "an evaluation fails",
-        "what_happened": f"{kept} traceback in exceptions.txt, training goes on, {done} later "
+        "what_happened": f"{kept} traceback in exceptions.txt, training continues, {done} later "
         f"evaluations are made, exit code {code}; evaluation.max_failures in a row end the run",
         "seconds_to_notice": 0,
         "lost": "that evaluation",
@@ -321,7 +321,7 @@ def torn_disk(root: Path) -> Row:
     code = attempt.end()
     torn = sum(1 for text in (attempt.run_dir / "metrics.jsonl").open() if '"frames"' not in text)
     message = line(attempt, "No space left")
-    begun = goes_on(root)
+    begun = resume_to_end(root)
     return {
         "fault": "a disk that takes a part of a line of metrics, then nothing",
         "what_happened": f"{torn} torn lines; emergency checkpoint, exit code {code}; resumed at "
@@ -351,7 +351,7 @@ def shared_record(root: Path) -> Row:
     return {
         "fault": "a bit of a record flipped that all checkpoints share",
         "what_happened": f"the newest is taken (update {newest}), with a warning; no sequence has "
-        "one of the 256 records under that digest; the run goes on to its end",
+        "one of the 256 records under that digest; the run continues to its end",
         "seconds_to_notice": round(noticed, 2),
         "lost": "at most 256 records of the replay",
         "message": line(again, "All checkpoints lack records"),
@@ -359,7 +359,7 @@ def shared_record(root: Path) -> Row:
 
 
 def render_failure(root: Path) -> Row:
-    """An env that can't draw any more after 150 pictures, in a worker process."""
+    """An env in a worker process whose renderer fails after 150 pictures."""
     os.environ["W2F_FAULT_DRAWS"] = "150"
     attempt = Attempt(root, collection={"num_workers": 1})
     try:
@@ -380,7 +380,7 @@ def render_failure(root: Path) -> Row:
 
 
 def disk_full(root: Path) -> Row:
-    """A file system of 24 MB that another file fills while the run goes on."""
+    """A file system of 24 MB that another file fills during the run."""
     disk = root / "disk"
     disk.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "none", str(disk)], check=True)
@@ -400,7 +400,7 @@ def disk_full(root: Path) -> Row:
         good = newest_good(attempt.run_dir)
         filler.unlink()
         message = line(attempt, "No space left")
-        begun = goes_on(disk)
+        begun = resume_to_end(disk)
     finally:
         subprocess.run(["umount", "--lazy", str(disk)], check=True)
     return {
@@ -475,7 +475,7 @@ def not_a_number(root: Path, on_nan: str) -> Row:
         happened = (
             f"no update is applied from then on; {batch} batch and the state of before (update "
             f"{saved.updates}, all finite: {finite}) saved; exit code {code}; resumed at update "
-            f"{goes_on(root)}"
+            f"{resume_to_end(root)}"
         )
         lost = "at most logging.every_updates updates, done again"
     return {
@@ -488,7 +488,7 @@ def not_a_number(root: Path, on_nan: str) -> Row:
 
 
 def two_runs(root: Path) -> Row:
-    """A second process on the run directory of one that is at work."""
+    """A second process on the run directory of a running one."""
     first = Attempt(root)
     first.reaches(5)
     log = root / "second.log"
@@ -524,7 +524,7 @@ def wandb_at(port: int) -> Iterator[None]:
 
 
 def wandb_unreachable(root: Path) -> Row:
-    """The online mode of wandb, and a server that isn't there."""
+    """The online mode of wandb with an unreachable server."""
     start = time.monotonic()
     with wandb_at(9):
         attempt = Attempt(root, logging=ONLINE)
@@ -543,7 +543,7 @@ def wandb_unreachable(root: Path) -> Row:
 
 
 def wandb_lost(root: Path) -> Row:
-    """The online mode of wandb, and a server that is killed in the middle of the run."""
+    """The online mode of wandb with a server that is killed during the run."""
     with wandb_stub(root / "server.log") as (_, port):
         with wandb_at(port):
             attempt = Attempt(root, logging=ONLINE)
@@ -556,7 +556,7 @@ def wandb_lost(root: Path) -> Row:
     logged = json.loads((attempt.run_dir / "wandb_run.json").read_text())["rows"]
     return {
         "fault": "wandb's server lost while a run is online",
-        "what_happened": f"lost at update {lost}, training goes on to its end at {last}; the "
+        "what_happened": f"lost at update {lost}, training continues to its end at {last}; the "
         f"upload is given up {FINISH_SECONDS:.0f} seconds later; exit code {code} {ended:.0f} "
         f"seconds after that; {kept} of {logged} rows are in wandb's own file",
         "seconds_to_notice": FINISH_SECONDS,
@@ -612,7 +612,7 @@ FAULTS: dict[str, Callable[[Path], Row]] = {
 
 
 def main() -> None:
-    """Break what was asked for, and write the table."""
+    """Cause the requested faults, and write the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", nargs="*", choices=list(FAULTS), default=list(FAULTS))
     parser.add_argument("--out", default=RESULTS / "faults.json")

@@ -1,8 +1,8 @@
-"""Kill a run with SIGKILL again and again, and compare what comes out with an undisturbed run.
+"""Kill a run with SIGKILL repeatedly, and compare its result with an undisturbed run's.
 
     python benchmarks/faults/kills.py --kills 30 --out benchmarks/results/kills.json
 
-Every attempt is a process of its own, forked after the imports. It is killed at a random moment
+Every attempt is a separate process, forked after the imports. It is killed at a random moment
 after a random number of updates, or, every third time, while a checkpoint is being written.
 """
 
@@ -66,7 +66,7 @@ class Progress:
 
 
 def train(run_dir: Path, algorithm: str, progress: Progress) -> None:
-    """Run, or go on, until the last frame."""
+    """Run, or resume, until the last frame."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
     logging.getLogger("torchrl").setLevel(logging.WARNING)
     leave_curves_out()

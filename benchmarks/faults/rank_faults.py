@@ -1,9 +1,9 @@
-"""Kill one of two ranks of a run, again and again, and see it end, name the rank, and resume.
+"""Repeatedly kill one of a run's two ranks, and check that it ends, names the rank, and resumes.
 
 ``python benchmarks/faults/rank_faults.py --json benchmarks/results/rank_faults.json``
 
 torchrun starts a tiny run on two gloo ranks. At a random update a random rank gets SIGKILL. From
-the kill it measures until torchrun's log names the rank, and until every process of it has gone.
+the kill it measures until torchrun's log names the rank, and until all its processes are gone.
 torchrun starts the ranks again, they resume, and the next kill comes. After the last one it may not
 start again: its end is that of a run without restarts, and resume=auto finishes the run. At the end
 every update's line must be in metrics.jsonl once.
@@ -108,7 +108,7 @@ def kill_a_rank(run: Run, chosen: random.Random, timeout: float = 60) -> dict[st
     """Kill a rank and watch the attempt end.
 
     Returns:
-        What was killed when, and the seconds until it was named and all had gone.
+        The rank and update of the kill, and the seconds until the rank was named and all were gone.
     """
     run.wait_for_updates(run.updates() + chosen.randint(2 * EVERY, 6 * EVERY))
     time.sleep(chosen.uniform(0, 0.5))
@@ -136,7 +136,7 @@ def kill_a_rank(run: Run, chosen: random.Random, timeout: float = 60) -> dict[st
 
 
 def check_metrics(run_dir: Path) -> dict[str, Any]:
-    """Look for lines of training metrics that are missing or there twice."""
+    """Look for missing and duplicate lines of training metrics."""
     rows = read_metrics(run_dir)
     missing, repeated = missing_and_repeated(rows)
     frames = [row["frames"] for row in rows]

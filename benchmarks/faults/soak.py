@@ -1,4 +1,4 @@
-"""Many updates of a very small run: does memory, or the number of open files, threads grow?
+"""Make many updates of a tiny run, and see whether memory, open files or threads grow.
 
     python benchmarks/faults/soak.py --updates 20000 --minutes 60
 
@@ -41,7 +41,7 @@ def usage() -> dict[str, float]:
 
 
 def soak(run_dir: Path, updates: int, minutes: float, every: int) -> list[dict[str, Any]]:
-    """Train, and look at memory and handles every so many updates."""
+    """Train, and measure memory and handles every so many updates."""
     config = small_run(
         run_dir,
         "world2filter",
@@ -72,7 +72,7 @@ def soak(run_dir: Path, updates: int, minutes: float, every: int) -> list[dict[s
 
 
 def growth(records: list[dict[str, Any]]) -> dict[str, float]:
-    """Slope over the second half, for each 1000 updates."""
+    """Slope over the second half, per 1000 updates."""
     half = records[len(records) // 2 :]
     thousands = np.array([record["updates"] for record in half]) / 1000
     return {
@@ -82,11 +82,11 @@ def growth(records: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def main() -> None:
-    """Soak, and write what memory and handles did."""
+    """Soak, and write how memory and handles changed."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--updates", type=int, default=20_000)
     parser.add_argument("--minutes", type=float, default=60.0, help="stop earlier after these")
-    parser.add_argument("--every", type=int, default=250, help="updates between two looks")
+    parser.add_argument("--every", type=int, default=250, help="updates between measurements")
     parser.add_argument("--out", default=RESULTS / "soak.json")
     options = parser.parse_args()
     torch.set_num_threads(1)

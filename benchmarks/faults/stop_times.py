@@ -1,11 +1,11 @@
-"""How long a run takes to end after SIGTERM, at random moments from its start on.
+"""Measure how long a run takes to end after SIGTERM at random moments.
 
     python benchmarks/faults/stop_times.py --moments 20 --out benchmarks/results/stop_times.json
 
 Each run is the command line's, with worker processes, evaluations in the run's own environment and
-in a named set, videos and a report. It is resumed where it was until it has ended, then another
-begins. Counted is the time until the process is gone, and what it leaves behind: processes,
-semaphores, its temporary folder. The moments are evenly spread over phases: the start (imports,
+in a named set, videos and a report. It is resumed until it has ended, then another begins.
+Measured are the time until the process is gone, and its leftovers: processes, semaphores, its
+temporary folder. The moments are evenly spread over phases: the start (imports,
 networks, workers), and random ones later on.
 """
 
@@ -32,7 +32,7 @@ from w2f_torchrl.utils.leftovers import SHARED_MEMORY, Leftovers
 
 ROOT = Path(__file__).resolve().parents[2]
 START, WHOLE = 15.0, 90.0
-"""Seconds that the start takes at least, and over which the moments are spread."""
+"""Minimum seconds that the start takes, and over which the moments are spread."""
 OVERRIDES = {
     "environment.domain": "cartpole",
     "environment.task": "balance",
@@ -57,7 +57,7 @@ OVERRIDES = {
 
 
 def start(run_dir: Path, log: Path) -> subprocess.Popen[bytes]:
-    """Start the command line in a session of its own."""
+    """Start the command line in its own session."""
     settings = OVERRIDES | {f"model.{name}": value for name, value in MODEL.items()}
     settings.pop("model.preset")
     command = [sys.executable, str(ROOT / "sota_configs" / "world2filter.py")]
@@ -84,7 +84,7 @@ _ERROR = re.compile(r"[A-Za-z_.]*(Error|Exception|Interrupt|Requested)\b")
 
 
 def phase(log: str) -> str:
-    """What the log says was under way."""
+    """Return the phase that the log shows."""
     if "stopping after this update" not in log:
         return "imports"
     return "start" if "nothing new to save" in log or "checkpoint:" not in log else "training"

@@ -1,4 +1,4 @@
-"""A picture of what distracts: one row a task, one column a distraction, each with its mask.
+"""Draw the distractions: one row per task, one column per distraction, each with its mask.
 
 python benchmarks/pictures/distraction_gallery.py --out docs/images/distractions.png
 """
@@ -39,7 +39,7 @@ COLUMNS = {
 def frame_beside_mask(
     name: str, distraction: str | DistractionConfig, render: str, image_size: int, seed: int
 ) -> Picture:
-    """A frame after a few random steps, and its mask beside it.
+    """Return a frame after a few random steps, next to its mask.
 
     Returns:
         uint8 [H, 2 W, 3].

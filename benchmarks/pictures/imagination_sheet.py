@@ -1,4 +1,4 @@
-"""Draw what a run's model imagines as one picture: ``RUN_OR_CHECKPOINT --out picture.png``.
+"""Draw a run's imagination as one picture: ``RUN_OR_CHECKPOINT --out picture.png``.
 
 Plays an episode with the mode action and imagines from the middle of it, as the run's own
 ``train/imagination/comparison`` does.

@@ -1,4 +1,4 @@
-r"""A picture of what the simulator's masks hold: frames, and the same with the background dimmed.
+r"""Draw the simulator's masks: frames, and the same frames with the background dimmed.
 
 python benchmarks/pictures/mask_gallery.py --out docs/images/masks.png
 """

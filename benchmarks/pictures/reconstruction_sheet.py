@@ -1,4 +1,4 @@
-"""Draw what a trained world model sees of an episode that it acts in, and measure its mask.
+"""Draw a trained world model's reconstruction of an episode that it plays; measure its mask.
 
     python benchmarks/pictures/reconstruction_sheet.py \
         runs/demo/checkpoints/checkpoint_000000000792.pt \

@@ -1,10 +1,10 @@
-r"""One episode as two world models see it: reconstructed, and imagined from its first frames on.
+r"""Draw one episode as two world models reconstruct it, and imagine it from its first frames.
 
 python benchmarks/pictures/side_by_side.py runs/dreamer_v3 runs/split --set unseen_videos_easy \
     --out docs/images/side_by_side.png
 
 Takes checkpoints or run directories (their newest checkpoint). The last run's policy acts, with
-sampled actions; after the context no picture is read, only the actions taken.
+sampled actions; after the context only the actions are read, and no pictures.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def columns_of(
         context: Frames before ``start`` that imagination sees; its first imagined frame is
             ``start``.
         length: Frames.
-        name: What the model is called.
+        name: The model's label.
     """
     seen, _ = reconstruct(model, records)
     window = records[:, start - context : start + length]

@@ -1,4 +1,4 @@
-"""What the documentation tells readers to run: the commands and the Python of its pages."""
+"""Find the commands and the Python that the documentation tells readers to run."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def python_blocks(page: Path) -> list[Block]:
 def commands(page: Path) -> list[str]:
     """The shell commands of a page, each once: in unnamed or shell blocks, and in code spans.
 
-    Blocks that are no commands have to be named: ```text say.
+    Other blocks must be named, for example ```text.
     """
     found = []
     for block in blocks(page):

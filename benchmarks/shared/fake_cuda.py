@@ -1,4 +1,4 @@
-"""CUDA tensors on a machine without a GPU: what is computed where is seen, no number is computed.
+"""CUDA tensors on a machine without a GPU: operations are recorded, no numbers are computed.
 
 Torch's fake tensors have shape, dtype and device and no memory. Under :func:`fake_cuda` whole
 updates run on them as on a GPU, autocast and backward pass included, and :class:`Watch` notes every
@@ -65,7 +65,7 @@ def why_not() -> str | None:
 
 @contextmanager
 def fake_cuda() -> Iterator[FakeTensorMode]:
-    """Within it every new tensor is fake, and ``device="cuda"`` is one that torch believes in.
+    """Make every new tensor fake, and torch believe in ``device="cuda"``.
 
     Tensors from outside are refused, so models and samples must be made within.
     """
@@ -120,7 +120,7 @@ class Watch(TorchDispatchMode):
     ) -> None:
         super().__init__()
         self.found: Counter[str] = Counter()
-        """What a GPU, or the capture of a graph, would mind, with the line that did it."""
+        """Operations that a GPU, or the capture of a graph, would not accept, with their lines."""
         self.operations: Counter[str] = Counter()
         """How often each operation ran on the device."""
         self._reads_are_allowed, self._device, self._note = reads_are_allowed, device, note
@@ -178,7 +178,7 @@ def _apply(module: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = Tr
 
 
 def _is_read(name: str, args: tuple[Any, ...]) -> bool:
-    """Whether the host must know values, or by a mask how many entries there are, to go on."""
+    """Whether the host must know values, or by a mask how many entries there are, to continue."""
     if name not in ("aten::index", "aten::index_put_"):
         return name in HOST_READS
     indices = [x for x in args[1] if isinstance(x, Tensor)]
@@ -230,7 +230,7 @@ def _context_slot() -> tuple[int, int]:
 
     Raises:
         RuntimeError: If the headers are others than expected.
-        OSError: If there are none.
+        OSError: If they are missing.
     """
     functions = []
     for name in ("AcceleratorHooksInterface", "CUDAHooksInterface"):
@@ -243,7 +243,7 @@ def _context_slot() -> tuple[int, int]:
         raise RuntimeError(f"autograd's hooks are laid out otherwise: {functions[:4]}")
     library = _torch() / "lib" / "libtorch_cpu.so"
     if not library.exists():
-        raise RuntimeError(f"there is no {library.name}")
+        raise RuntimeError(f"{library.name} does not exist")
     return functions.index("hasPrimaryContext") + 1, len(functions) + 1
 
 

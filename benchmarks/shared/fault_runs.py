@@ -1,4 +1,4 @@
-"""Small whole runs for what breaks or compares them: real physics, short episodes."""
+"""Small whole runs for programs that break or compare them: real physics, short episodes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def make_short_env(
 ) -> PixelDMControlEnv:
     """Cart-pole with all distractions, whose episodes end early.
 
-    With W2F_FAULT_DRAWS=N it can draw no more after N pictures, in a worker process.
+    With W2F_FAULT_DRAWS=N drawing fails after N pictures in a worker process.
     """
     env = PixelDMControlEnv("cartpole", task, distraction="hard", **settings)
     env._env._step_limit = control_steps
@@ -64,13 +64,13 @@ register_env("short_cartpole", make_short_env)
 
 
 def leave_curves_out() -> None:
-    """Drawing curves takes longer than the rest of these runs."""
+    """Draw no curves: that takes longer than the rest of these runs."""
     for module in (diagnostics, run_logging):
         module.plot_curves = lambda run_dir: run_dir / "curves.png"  # type: ignore[attr-defined]
 
 
 def small_run(run_dir: Path, algorithm: str, **settings: Any) -> RunConfig:
-    """A run that goes on where it is, with many checkpoints, evaluations and rows of metrics."""
+    """Make a run that resumes itself, with many checkpoints, evaluations and rows of metrics."""
     values: dict[str, Any] = {
         "algo": ALGORITHMS[algorithm],
         "environment": {
@@ -139,7 +139,7 @@ def kill(child: int) -> int | None:
 
 
 def rows(run_dir: Path) -> list[dict[str, float]]:
-    """The rows of metrics, but for what a clock says."""
+    """Return the rows of metrics without those that contain times."""
     lines = (run_dir / "metrics.jsonl").read_text().splitlines()
     return [
         {
@@ -174,7 +174,7 @@ def flip_bit(path: Path, position: int) -> None:
 
 
 def wait_for(condition: Callable[[], bool], seconds: float, every: float = 0.0005) -> bool:
-    """Look again and again; returns whether it came true in time."""
+    """Poll a condition; return whether it became true in time."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if condition():

@@ -1,4 +1,4 @@
-"""Runs and checkpoints on a command line."""
+"""Find the checkpoints that a command line names."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from w2f_torchrl.trainers.checkpointing import latest_valid_checkpoint
 
 
 def find_checkpoint(path: Path) -> Path:
-    """The checkpoint that a path means.
+    """Return the checkpoint that a path names: itself, or a run's newest.
 
     Raises:
-        FileNotFoundError: If there is none.
+        FileNotFoundError: If the path neither is nor contains a checkpoint.
     """
     if path.is_file():
         return path
     for folder in (path, path / "checkpoints"):
         if folder.is_dir() and (found := latest_valid_checkpoint(folder)) is not None:
             return found
-    raise FileNotFoundError(f"{path} is no checkpoint, and no run directory that holds one.")
+    raise FileNotFoundError(f"{path} is neither a checkpoint nor a run directory with one.")

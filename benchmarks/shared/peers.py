@@ -1,6 +1,6 @@
-"""Other projects from their checkouts, for :mod:`learner` and :mod:`evidence.parity`.
+"""Other projects from their checkouts, for :mod:`learner` and :mod:`parity`.
 
-Nothing of theirs is kept here: a checkout is named on the command line and imported as it is.
+None of their code is kept here: a checkout is named on the command line and imported unchanged.
 """
 
 from __future__ import annotations
@@ -82,7 +82,9 @@ def r2dreamer_agent(
     """
     base = checkout / "configs" / "model" / "_base_.yaml"
     if not base.exists():
-        raise FileNotFoundError(f"--r2dreamer={checkout} is no checkout of r2dreamer: no {base}.")
+        raise FileNotFoundError(
+            f"--r2dreamer={checkout} is not a checkout of r2dreamer: {base} does not exist."
+        )
     config = _configuration(base, preset, device, settings or {})
     dreamer = import_from(checkout, "dreamer")
     if device == "cpu":  # its float16 is for GPUs
@@ -94,7 +96,7 @@ def r2dreamer_agent(
 
 
 def import_from(checkout: Path, name: str) -> ModuleType:
-    """Import a module of a checkout that is no package.
+    """Import a module from a checkout that is not a package.
 
     Args:
         checkout: The folder that holds it.
@@ -127,7 +129,7 @@ def _configuration(base: Path, preset: str, device: str, settings: Mapping[str, 
 
 
 class _Buffer:
-    """One batch in the place of its replay."""
+    """One batch instead of its replay."""
 
     def __init__(self, sample: TensorDictBase, rssm: Any):
         following = sample["next"]

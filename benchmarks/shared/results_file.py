@@ -1,4 +1,4 @@
-"""What every benchmark writes beside its numbers: command, versions, machine."""
+"""Write results with the command, the versions and the machine that made them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def provenance() -> dict[str, Any]:
     """Return the command, the versions and the kind of machine of this process.
 
     Returns:
-        Plain values; no host name and no path but those on the command line.
+        Plain values; neither host names nor paths, except those on the command line.
     """
     versions = {"python": platform.python_version()}
     versions |= {name: importlib.metadata.version(name) for name in PACKAGES}

@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def git(folder: Path, *arguments: str) -> str:
-    """What git prints in a folder; empty where it fails."""
+    """Return git's output in a folder; empty if it fails."""
     done = subprocess.run(["git", "-C", folder, *arguments], capture_output=True, text=True)
     return done.stdout.strip() if done.returncode == 0 else ""
 
@@ -23,7 +23,7 @@ def unpack(version: str, folder: Path) -> tuple[Path, dict[str, Any]]:
         folder: Where a revision is unpacked.
 
     Returns:
-        The checkout, and what the results say of it.
+        The checkout, and its description for the results.
     """
     if Path(version).is_dir():
         checkout = Path(version).resolve()

@@ -1,7 +1,7 @@
 """A real SLURM of one node on this machine, from Debian's packages slurm-wlm and munge.
 
 ``with SlurmCluster(folder) as cluster``: munged, slurmctld and slurmd on the loopback device, with
-keys, state and logs of their own in the folder, beside whatever else the machine runs.
+their own keys, state and logs in the folder, independent of anything else on the machine.
 """
 
 from __future__ import annotations

@@ -110,7 +110,7 @@ class _TorchRLWorldModel(torch.nn.Module):
 
 
 def with_torchrls_pictures(config: ModelConfig) -> ModelConfig:
-    """The same sizes with TorchRL's encoder and decoder, the only ones its forward passes fit."""
+    """Return the sizes with TorchRL's encoder and decoder, which its forward passes need."""
     return replace(config, decoder="torchrl", resample="stride")
 
 

@@ -1,10 +1,10 @@
-"""As much of a wandb server as an online run needs, on this machine: it takes all and keeps none.
+"""A wandb server for online runs on this machine, which accepts everything and stores nothing.
 
     python benchmarks/shared/wandb_stub.py
     WANDB_BASE_URL=http://127.0.0.1:<port> WANDB_API_KEY=<any 40 letters> python ...
 
-For what a run does when its server goes away (``faults.py``). It takes a free port; the port is the
-first line on stdout, and each request is another.
+``faults.py`` tests with it what a run does when its server dies. It takes a free port, prints the
+port as the first line, and a line for each request.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def main() -> None:
-    """Serve until the process is ended."""
+    """Serve until the process ends."""
     argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     print(server.server_port, flush=True)

@@ -1,9 +1,9 @@
-"""How long a checkpoint holds training up, how long it is written in the background, and its size.
+"""Measure how long a checkpoint delays training, how long its writing takes, and its size.
 
     python benchmarks/speed/checkpoint_pause.py --out benchmarks/results/checkpoint_pause.json
 
 The networks are those of size12m; the replay holds pictures of 64 x 64 with masks, and 4000 records
-are new since the checkpoint before, as with the default settings.
+are new since the previous checkpoint, as with the default settings.
 """
 
 from __future__ import annotations

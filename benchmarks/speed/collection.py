@@ -1,4 +1,4 @@
-"""Agent steps per second of 1, 2 and 4 collector workers, and of other envs and pictures.
+"""Measure agent steps per second of 1, 2 and 4 collector workers, and of other envs and pictures.
 
     python benchmarks/speed/collection.py
 

@@ -1,10 +1,9 @@
-"""What Inductor makes of the pieces that ``training.execution=compile`` compiles, without a GPU.
+"""Count the kernels that Inductor plans for the pieces that are compiled, without a GPU.
 
 Inductor is asked for CUDA's graph, of fake tensors (:mod:`fake_cuda`), with the properties of an
-H100, and is stopped before it writes code. What it has planned by then, groups of operations that
-are fused and calls of libraries, is the number of kernels that a call of the piece takes, and one
-more for each product whose summand must be copied first. cuBLAS may launch a second kernel for a
-product, which isn't counted.
+H100, and is stopped before it writes code. Each planned group of fused operations and each library
+call is a kernel, and so is a copy for each product whose summand must be copied first. cuBLAS may
+launch a second kernel for a product, which isn't counted.
 """
 
 from __future__ import annotations
@@ -60,7 +59,7 @@ def planned_kernels(function: Callable[..., Any], args: tuple[Any, ...]) -> list
     A function that computes gradients itself gets one graph for both passes.
 
     Args:
-        function: What is compiled.
+        function: The function to compile.
         args: Fake CUDA tensors, alone, in tuples or in objects that the function reads.
 
     Raises:

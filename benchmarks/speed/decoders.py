@@ -1,4 +1,4 @@
-"""What each image decoder and way of resampling costs and how fast it learns.
+"""Measure the cost of each image decoder and way of resampling, and how fast it learns.
 
     python benchmarks/speed/decoders.py
 

@@ -1,11 +1,11 @@
-"""CPU time of a distracted frame, against the clean one and against the reference code's way.
+"""Compare the CPU time of a distracted frame with a clean one's and the reference code's.
 
     python benchmarks/speed/distraction_cost.py
 
 Every variant of a task lives in this process, in the same state and with the same background, and
-they take turns. A frame is what is drawn for one agent step: the walks of video, camera and colours
-(one step), the picture, and the mask where it says so. A figure is the median over the rounds of
-the process's CPU time a frame, all its threads together.
+they take turns. A frame is all that is drawn for one agent step: the walks of video, camera and
+colours (one step), the picture, and the mask where noted. A figure is the median over the rounds
+of the process's CPU time per frame, all its threads together.
 
 The reference code's way, on today's MuJoCo: dm_control's own picture (4 samples a pixel, a shadow
 map of 2048), the video's frame at 800 x 800, decoded beforehand, copied into the model's sky box

@@ -1,4 +1,4 @@
-"""Environment frames per second of whole runs, and where the time goes.
+"""Measure environment frames per second of whole runs, and where the time is spent.
 
     python benchmarks/speed/end_to_end.py
     python benchmarks/speed/end_to_end.py --overrides model=size12m environment.num_envs=16 \

@@ -1,22 +1,22 @@
-"""Every mode of execution learns what eager learns: update by update, and left to itself.
+"""Check that every mode of execution learns what eager learns: update by update, and freely.
 
     python benchmarks/speed/execution_equality.py
     python benchmarks/speed/execution_equality.py --device cuda --modes eager compile cuda_graph \
         --model size1m --batch-size 8 --batch-length 32
 
 One by one: before each update the mode's learner is given eager's parameters, optimizer and return
-statistics, the same batch and the same seed, so that nothing accumulates. What is left are the
+statistics, the same batch and the same seed, so that nothing accumulates. What remains are the
 rounding differences of one update: of the world model's losses, and of those that learn from
 returns (actor, critic, replayed critic), each relative to eager's; of the gradients; and of the
 parameters' change; the latter two as norms of the difference over norms of eager's. The medians
 over all updates must be within ``MEDIANS``, and each update within ``TOLERANCES``; a rounding
-difference can turn a draw (a uniform number lies between two roundings of a probability), so one
-update in ten may be out. Beside them stands what a third learner differs by: eager, from parameters
-that were nudged by one unit in the last place.
+difference can flip a sampled class (a uniform number lies between two roundings of a probability),
+so one update in ten may exceed them. For comparison the results have the differences of a third
+learner: eager, from parameters that were nudged by one unit in the last place.
 
 Free-running: the same batches and seeds from the same first parameters, and nothing else in common.
-Draws that turn grow as in any chaotic system, so means over all updates are compared, with the
-largest of five eager runs that were nudged at their start beside them.
+Flipped samples grow as in any chaotic system, so means over all updates are compared, and set
+against the largest difference of five eager runs that were nudged at their start.
 
 Rewards and values are read off bins that reach ``LARGEST_BIN`` here, not 4.8e8. With those, where a
 head is still unsure, one unit in the last place of an outer bin's probability moves a reward by one
@@ -228,7 +228,7 @@ def _relative(got: Tensor, want: Tensor) -> float:
 
 
 def _distance(got: Sequence[Any], want: Sequence[Any]) -> float:
-    """Norm of the difference over the norm of what is wanted; 0 where nothing is to change."""
+    """Norm of the difference over the norm of the expected change; 0 where none is expected."""
     pairs = zip(got, want, strict=True)
     difference = sum(float((a.double() - b.double()).square().sum()) for a, b in pairs)
     size = sum(float(b.double().square().sum()) for b in want)
@@ -257,7 +257,7 @@ def run(
     updates: int = 50,
     device: str = "cpu",
 ) -> dict[str, Any]:
-    """Compare each mode with eager, for each latent; eager with itself shows what is no mode's."""
+    """Compare each mode with eager, and eager with itself, for each latent."""
     from learner import ACTION_SIZE
 
     sizes, image = (TINY, 16) if model == "tiny" else (PRESETS[model], 64)

@@ -1,4 +1,4 @@
-"""The stages of gpu_acceptance.py: what each checks or measures."""
+"""The stages of gpu_acceptance.py."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 class Options(NamedTuple):
-    """What the command line says to every stage."""
+    """The command line's options for every stage."""
 
     out: Path
     """The folder of the results."""
@@ -110,7 +110,7 @@ def smoke(options: Options) -> dict[str, Any]:
             )
         auto = partial(_tiny_update, options, "split", "bfloat16", execution="auto")
         rows.add("auto", auto)
-        rows.add("copies beside updates", partial(_copies, options))
+        rows.add("copies overlapped with updates", partial(_copies, options))
     return rows
 
 
@@ -278,7 +278,7 @@ def _kernels(work: Callable[[], Any]) -> dict[str, Any]:
             work()
             torch.cuda.synchronize()
         events = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
-    except Exception as error:  # noqa: BLE001  # a profiler is no part of what is measured
+    except Exception as error:  # noqa: BLE001  # the profiler is not part of the measurement
         return {"kernels": f"not counted: {error}"}
     spent: dict[str, list[float]] = {}
     for event in events:
@@ -392,7 +392,7 @@ def equality(options: Options) -> dict[str, Any]:
 
 # ---------------------------------------------------------------- learning curves
 
-#: Folder of the runs while they train; what is kept of them lies beside it.
+#: Folder of the runs while they train; the kept files lie next to it.
 RUNS = "runs"
 #: What the curves have in common: one update per agent step of eight frames.
 CURVES = [
@@ -546,7 +546,7 @@ def peers(options: Options) -> dict[str, Any]:
 
 
 def masks(options: Options) -> dict[str, Any]:
-    """Frames a second of the student and of SAM3 with random weights."""
+    """Frames per second of the student and of SAM3 with random weights."""
     from w2f_torchrl.segmenters import StudentNetwork, StudentSegmenter
 
     pixels = torch.randint(0, 256, (8 if options.small else 256, 3, 64, 64), dtype=torch.uint8)
@@ -567,7 +567,7 @@ def _rate(segmenter: Callable[[Any], Any], pixels: Any) -> dict[str, Any]:
 
 
 def _random_sam3(options: Options) -> Any:
-    """SAM3 with random weights: of its own size, or tiny."""
+    """SAM3 with random weights: full-size or tiny."""
     import tempfile
     from dataclasses import asdict
 

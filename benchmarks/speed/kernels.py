@@ -9,15 +9,15 @@ is counted, below autograd and autocast, by kind and by the part of the update t
 captured graph replays the same kernels, one after the other, each of which takes 1.5 to 2
 microseconds on a GPU however little it computes, and a compiler fuses some of them.
 
-What counts as how many kernels:
+Kernels per operation:
 
 - views, ``empty`` and ``detach``: none, they touch no memory of the device;
 - an operation on a list of tensors (``_foreach``): as many as the tensors need at 65,536 elements
-  a block, 320 blocks and a limited number of tensors a launch, as torch's ``multi_tensor_apply``
-  cuts them; a norm one more, which joins the blocks;
+  per block, 320 blocks and a limited number of tensors per launch, as ``multi_tensor_apply`` cuts
+  them; a norm one more, which joins the blocks;
 - ``cat`` and ``stack``: one for each 128 tensors;
 - a convolution's backward pass: one for each gradient that it gives;
-- ``addmm`` and ``baddbmm`` whose summand is no row, and so must first be copied: two;
+- ``addmm`` and ``baddbmm`` whose summand is not a row, so must be copied first: two;
 - all others: one. cuBLAS, cuDNN and sorting may take more, fused random numbers fewer.
 
 The second update is counted: the first makes the optimizer's state. ``compiled`` is the update
@@ -56,7 +56,7 @@ from w2f_torchrl.trainers.config import PRECISIONS, OptimizerConfig
 CHUNK, BLOCKS, TENSORS = 65_536, 320, (110, 64, 48, 36, 30)
 CAT_TENSORS = 128
 PEER_MODEL, PEER_BATCH = "size1m", 2
-#: Operations that touch no memory of the device, beside views.
+#: Operations other than views that touch no memory of the device.
 FREE = tuple(
     f"aten::{name}"
     for name in ("empty", "new_empty", "detach", "lift_fresh", "alias", "_unsafe_view")
@@ -101,7 +101,7 @@ class Count:
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """What runs within is counted as this part's."""
+        """Count the operations within as this part's."""
         self._parts.append(name)
         try:
             yield
@@ -291,7 +291,7 @@ def count_peer(update: Update, time: int) -> Count:
     """Count another project's eager update, as a whole.
 
     Those read values as they go, which fake tensors lack, so it runs on the CPU: small, since
-    neither widths nor the batch change what is dispatched.
+    neither widths nor the batch change the operations.
 
     Args:
         update: Of a learner of the preset :data:`PEER_MODEL`, on the CPU.

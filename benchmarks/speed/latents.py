@@ -1,4 +1,4 @@
-"""What latents in the replay cost: bytes, and time to sample, to write back and in an update.
+"""Measure the cost of latents in the replay: bytes, and time to sample, write back and update.
 
 Run from the repository's root::
 

@@ -131,7 +131,7 @@ def count(update: Update, sample: TensorDictBase) -> dict[str, float]:
 
 
 def product_gflops(device: str, dtype: torch.dtype, clock: Callable[[], float]) -> float:
-    """GFLOP a second of a product of two large square matrices, the best of five."""
+    """GFLOP per second of a product of two large square matrices, the best of five."""
     size = 1024 if device == "cpu" else 8192
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     times = []
@@ -214,7 +214,7 @@ def make_contenders(args: argparse.Namespace) -> dict[str, tuple[Update, TensorD
     for latent in args.latents:
         for execution in ("eager", *args.modes):
             if execution == "cuda_graph_parallel" and latent != "split":
-                continue  # there is nothing beside
+                continue  # there is no other
             learner = Learner(
                 sizes,
                 action_size=ACTION_SIZE,
@@ -270,9 +270,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--decoder", default="torchrl", choices=DECODERS, help="of ours")
     parser.add_argument("--resample", default="stride", choices=RESAMPLINGS, help="of ours")
     parser.add_argument(
-        "--modes", nargs="*", default=["compile"], choices=EXECUTIONS[1:], help="beside eager"
+        "--modes", nargs="*", default=["compile"], choices=EXECUTIONS[1:], help="besides eager"
     )
-    parser.add_argument("--r2dreamer", type=Path, help="a checkout of r2dreamer, timed beside")
+    parser.add_argument("--r2dreamer", type=Path, help="a checkout of r2dreamer, timed too")
     parser.add_argument(
         "--stepper", action=argparse.BooleanOptionalAction, default=True, help="TorchRL's, on CUDA"
     )

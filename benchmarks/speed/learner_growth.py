@@ -1,14 +1,14 @@
-"""How an update's time, arithmetic, operations and memory grow, one axis at a time.
+"""Measure how an update's time, arithmetic, operations and memory grow, one axis at a time.
 
     python benchmarks/speed/learner_growth.py
     python benchmarks/speed/learner_growth.py --device cuda --precision bfloat16 \
         --execution cuda_graph --model size12m --batch-size 16 --batch-length 64
 
-Around a base shape the batch, the length, the picture and the model vary. Each point is a process
-of its own, so that its peak memory is its own; all points take turns, ``--repeats`` times. Kept are
-medians of CPU time (on CUDA the time until the device has finished), and everything as a multiple
-of the base's. Memory is what the process holds beyond what it held before there was a sample or a
-learner: on a CPU its resident memory, on CUDA what torch has reserved. FLOP (a multiplication and
+Around a base shape the batch, the length, the picture and the model vary. Each point runs in a
+separate process, which measures its peak memory; all points take turns, ``--repeats`` times. Kept
+are medians of CPU time (on CUDA the time until the device has finished), and everything as a
+multiple of the base's. Memory is the growth since before there was a sample or a learner: on a CPU
+of resident memory, on CUDA of what torch has reserved. FLOP (a multiplication and
 an addition are two) and operations are an eager update's.
 """
 
@@ -53,7 +53,7 @@ def points(base: dict[str, Any], axes: dict[str, tuple[Any, ...]]) -> dict[str, 
 
 
 def held_mib(device: str) -> float:
-    """The most memory that this process has held so far."""
+    """Peak memory of this process so far."""
     if device == "cpu":
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     return torch.cuda.max_memory_reserved() / 2**20
@@ -92,14 +92,14 @@ def _count(settings: dict[str, Any], sample: Any) -> dict[str, float]:
 
 
 def product_rate(settings: dict[str, Any]) -> float:
-    """GFLOP a second of a large product, in this process."""
+    """GFLOP per second of a large product, in this process."""
     torch.set_num_threads(settings["threads"])
     dtype = torch.bfloat16 if settings["precision"] == "bfloat16" else torch.float32
     return product_gflops(settings["device"], dtype, make_clock(settings["device"]))
 
 
 def in_own_process(device: str, function: Callable[..., Any], *arguments: Any) -> Any:
-    """Call a function in a process of its own.
+    """Call a function in a separate process.
 
     Raises:
         EOFError: If it failed; its traceback is on the standard error.

@@ -1,4 +1,4 @@
-"""Where an update's time goes on a CPU, and which of its parts are faster compiled.
+"""Measure where an update's time is spent on a CPU, and which parts are faster compiled.
 
     python benchmarks/speed/learner_parts.py
     python benchmarks/speed/learner_parts.py --threads 2

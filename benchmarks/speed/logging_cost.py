@@ -1,10 +1,10 @@
-"""What logging costs the training: how long each kind of it holds the next update up.
+"""Measure how long each kind of logging delays the next update.
 
 Measures, with the demo's model and batch on random pictures, in milliseconds of CPU time of the
 calling thread (what other programs do on the machine doesn't count) and of wall-clock time:
 
 - an update, to compare with;
-- handing an evaluation episode's two videos over, and encoding them, which happens beside;
+- handing an evaluation episode's two videos over, and encoding them in the background;
 - computing the imagination of three windows and handing its two videos over;
 - a row of the spread of weights, gradients and latents; the pictures of a training batch;
 - a row of metrics, with and without CSV files.
@@ -96,7 +96,7 @@ def measure_all(run_dir: Path, rounds: int) -> dict[str, dict[str, float]]:
     results["imagine three windows, hand over two videos"] = settled(
         lambda: diagnostics._log_imagination(evaluation, 0, 1)
     )
-    results["encode an episode's two videos (beside the training)"] = measure(
+    results["encode an episode's two videos (in the background)"] = measure(
         lambda: (
             write_video(run_dir / "a.mp4", frames),
             write_video(run_dir / "b.mp4", panel(columns), scale=1),

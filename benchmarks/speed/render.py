@@ -1,6 +1,6 @@
-r"""CPU time per agent step of the pixel environments, beside TorchRL's own.
+r"""Compare CPU time per agent step of the pixel environments with TorchRL's.
 
-The baseline is what a TorchRL user writes, ``DMControlEnv(from_pixels=True, frame_skip=2)``, with
+The baseline is a TorchRL user's env, ``DMControlEnv(from_pixels=True, frame_skip=2)``, with
 its 240 x 320 picture permuted and resized to 64 x 64. All variants of a task live in one process
 and take turns, a few steps each, so that a disturbance of the machine meets all of them. A figure
 is the median over the rounds of the process's CPU time per agent step, all its threads together.

@@ -1,4 +1,4 @@
-"""Time to sample slices from the replay, against a raw gather and TorchRL's SliceSampler.
+"""Compare sampling slices from the replay with a raw gather and TorchRL's SliceSampler.
 
 Run from the repository's root::
 
@@ -6,7 +6,7 @@ Run from the repository's root::
     python benchmarks/speed/replay.py --no-masks --output other.json
 
 All three read B x T records out of the same number of records in memory, in turn, in one process
-with one thread; what is reported is the median over the rounds of CPU time. ``growth`` has the same
+with one thread; reported is the median CPU time over the rounds. ``growth`` has the same
 of other batches and lengths, for all but TorchRL's.
 
 - ours: ``StreamReplayBuffer.sample``: draw, gather, unpack the masks;

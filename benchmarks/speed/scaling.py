@@ -1,11 +1,11 @@
-"""What several ranks cost: measured on this machine's cores, and modelled for GPUs.
+"""Estimate the cost of several ranks: measured on this machine's cores, modelled for GPUs.
 
 ``python benchmarks/speed/scaling.py --json benchmarks/results/scaling.json``
 
 Measured: two gloo ranks, one thread each, the same update. ``alone``: the two learn apart at
 the same time, so that both cases load the machine alike; then with DistributedDataParallel and with
-one flat all-reduce. Rounds alternate; CPU seconds are the process's own, and the wall-clock time is
-what a loaded machine makes of it.
+one flat all-reduce. Rounds alternate; CPU seconds are the process's; the wall-clock time depends on
+the machine's other load.
 
 Modelled: efficiency = update / (update + exposed communication) on 1 to 64 GPUs, for update times
 and networks that are assumptions, named in the results.

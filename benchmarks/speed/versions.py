@@ -3,11 +3,11 @@
     python benchmarks/speed/versions.py eea98db HEAD --model size1m --latents whole split
     python benchmarks/speed/versions.py ../before . --model size12m --rounds 5
 
-A version is a checkout, or a revision, which is unpacked in a temporary folder. Each runs in a
-process of its own, on one thread of a CPU, and they make updates in turn, so that a drift of the
+A version is a checkout, or a revision, which is unpacked in a temporary folder. Each runs in its
+own process, on one thread of a CPU, and they make updates in turn, so that a drift of the
 machine's speed hits both. Kept are medians of the CPU seconds, and each round's ratio.
-``--setting`` gives a version that knows it a field of the model other than its default: with
-``decoder=torchrl resample=stride`` a version after these settings builds the networks of before.
+``--setting`` sets a field of the model in versions that have it: with ``decoder=torchrl
+resample=stride`` a version that has these settings builds the same networks as one that does not.
 """
 
 from __future__ import annotations
