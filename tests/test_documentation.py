@@ -8,9 +8,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import docs_hooks
 import pytest
+import settings_reference
 from documents import blocks, name_of, pages
-from helpers.checkout import ROOT, load_script
+from helpers.checkout import ROOT
 from omegaconf import OmegaConf
 
 from w2f_torchrl.trainers import RunConfig
@@ -18,8 +20,6 @@ from w2f_torchrl.trainers import RunConfig
 SCREEN = 75  # lines of a how-to page, at most
 
 
-settings_reference = load_script("settings_reference")
-docs_hooks = load_script("docs_hooks")
 SETTINGS = list(settings_reference.all_settings(settings_reference.read_dataclasses()))
 
 

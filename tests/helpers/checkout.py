@@ -1,26 +1,13 @@
-"""The checkout that is tested: its folder, its scripts, fresh interpreters in it."""
+"""The checkout that is tested: its folder, and fresh interpreters in it."""
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def load_script(name: str) -> ModuleType:
-    """A program of scripts/ as a module."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 def run_python(code: str, **environment: str | None) -> subprocess.CompletedProcess[str]:
