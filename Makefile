@@ -36,10 +36,11 @@ test-all: export OMP_NUM_THREADS ?= 1
 test-all: $(STAMP) gl  ## Run every test that this machine can run.
 	$(VENV_PYTHON) -m pytest $(PYTEST_ARGS)
 
-lint: $(STAMP)  ## Ruff's rules and format, mypy's types: what CI refuses.
+lint: $(STAMP)  ## Ruff's rules and format, mypy's types, the package's structure: what CI refuses.
 	$(VENV_PYTHON) -m ruff check .
 	$(VENV_PYTHON) -m ruff format --check .
 	$(VENV_PYTHON) -m mypy
+	$(VENV_PYTHON) scripts/structure.py --check
 
 format: $(STAMP)  ## Mend what ruff can mend.
 	$(VENV_PYTHON) -m ruff check --fix .

@@ -1,24 +1,24 @@
-"""Every check of this project that wants a GPU, for a machine that is lent for minutes.
+"""Run every check of this project that needs a GPU, on a machine that is lent for minutes.
 
     python benchmarks/gpu_acceptance.py --out results_gpu
     python benchmarks/gpu_acceptance.py --out results_gpu --stages environment smoke learner \
         --seconds 120
     python benchmarks/gpu_acceptance.py --out results_gpu --small      # the same steps on a CPU
 
-No network is used, and nothing is written outside of ``--out``: at most eight files of less than
-16 MiB. The stages run in one process, which imports and compiles once, the most valuable first, and
-each row is written at once. A stage that raises stops no other; one that takes too long, or that
-leaves the GPU unusable, ends the process, and another continues with the next stage. The exit
-code is the number of rows that failed.
+No network is used, and nothing is written outside of ``--out``, which gets up to eight files of
+less than 16 MiB. The stages run in one process, which imports and compiles once, the most valuable
+first, and each row is written at once. A stage that raises does not stop the others; one that takes
+too long, or leaves the GPU unusable, ends the process, and another continues with the next stage.
+The exit code is the number of rows that failed.
 
 - environment: versions, the device, rates of a large product;
 - smoke: a tiny update of each latent and precision, captured with and without compilation, copies;
 - learner: milliseconds, kernels and memory of an update of size12m, 16 x 64, in each mode;
-- render: frames a second with the simulator's mask on this machine's OpenGL;
+- render: frames per second with the simulator's mask on this machine's OpenGL;
 - equality: size1m split in each mode against eager, and eager against itself;
 - curves: World2Filter and DreamerV3 learn side by side until the time is up.
 
-By name only, for a second time: convolutions (the decoder's, done in two ways), peers (TorchRL's
+Only by name, for a second run: convolutions (the decoder's, done in two ways), peers (TorchRL's
 parts and stepper and, with ``--r2dreamer``, that project's update) and masks (the student, SAM3
 with random weights).
 """
@@ -34,11 +34,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+sys.path += [str(Path(__file__).parent / name) for name in ("speed", "shared")]
+
 import gpu_stages
 from gpu_stages import Options, failures
 from results_file import provenance
 
-#: Seconds of each stage at most; ``curves`` takes what is left of all.
+#: Maximum seconds of each stage; ``curves`` takes the remaining time.
 LIMITS = {
     "environment": 25,
     "smoke": 60,
@@ -73,7 +75,7 @@ class Results:
             self.stages = json.loads(self.path.read_text())["stages"]
 
     def keep(self, stage: str, result: Any) -> None:
-        """Write what a stage has so far."""
+        """Write a stage's results so far."""
         self.stages[stage] = result
         text = json.dumps(provenance() | {"stages": self.stages}, indent=2)
         written = self.path.with_suffix(".new")
@@ -149,7 +151,7 @@ def limits_of(args: argparse.Namespace) -> dict[str, float]:
 
 
 def main() -> None:
-    """Run the stages that there is time for."""
+    """Run the stages for which there is time."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     stages = list(LIMITS)
     parser.add_argument("--out", type=Path, required=True, help="folder of the results")

@@ -1,15 +1,15 @@
-"""Whether two versions of the code train alike: each loss of each update, and the last weights.
+"""Check that two versions of the code train alike: every loss, and the final weights.
 
     python benchmarks/same_losses.py d6b63be HEAD
     python benchmarks/same_losses.py ../before . --algorithms split
 
 A version is a checkout, or a revision, which is unpacked in a temporary folder. Each trains the
-same tiny runs in a process of its own, on the CPU with one thread: short distracted episodes,
+same tiny runs in its own process, on the CPU with one thread: short distracted episodes,
 evaluations, checkpoints, a row of metrics after every update. A third run of each algorithm begins
-with the first version, gets SIGTERM after 20 updates, and goes on with the second, so the form of
-the checkpoints is compared too. All numbers must be equal bit for bit, but for what a clock says.
-With ``--from-zero`` versions that can keep latents in the replay do not (``replay.latents=false``).
-The exit code is 1 if one isn't, and the first difference is printed.
+with the first version, gets SIGTERM after 20 updates, and is resumed with the second, so the format
+of the checkpoints is compared too. All numbers but times must be equal bit for bit. With
+``--from-zero`` versions that can keep latents in the replay do not (``replay.latents=false``). If
+two numbers differ, the first difference is printed and the exit code is 1.
 """
 
 from __future__ import annotations
@@ -25,14 +25,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+sys.path.append(str(Path(__file__).parent / "shared"))
+
 import torch
 from fault_runs import final_state, leave_curves_out, rows, small_run
 from results_file import write_results
+from revisions import unpack
 
 import w2f_torchrl
 from w2f_torchrl.trainers import Trainer
 
-ROOT = Path(__file__).parents[1]
 ALGORITHMS: dict[str, dict[str, Any]] = {
     "dreamer_v3": {"name": "dreamer_v3", "latent": None},
     **{
@@ -53,7 +55,7 @@ def train(
     from_zero: bool = False,
     stop_at: int | None = None,
 ) -> int:
-    """Train, or go on, with the package that this process imports.
+    """Train, or resume, with the package that this process imports.
 
     Args:
         run_dir: The run's directory.
@@ -165,7 +167,7 @@ def first_difference(before: Path, after: Path) -> str | None:
 
 
 def compare(root: Path, algorithm: str) -> dict[str, Any]:
-    """What was compared of an algorithm's three runs, and where they differ first, if they do."""
+    """Return the size of the comparison of an algorithm's runs, and the first difference."""
     before = root / "before" / algorithm
     made = rows(before)
     return {
@@ -178,38 +180,6 @@ def compare(root: Path, algorithm: str) -> dict[str, Any]:
     }
 
 
-def git(folder: Path, *arguments: str) -> str:
-    """What git prints in a folder; empty where it fails."""
-    done = subprocess.run(["git", "-C", folder, *arguments], capture_output=True, text=True)
-    return done.stdout.strip() if done.returncode == 0 else ""
-
-
-def unpack(version: str, folder: Path) -> tuple[Path, dict[str, Any]]:
-    """Find a checkout, or unpack a revision.
-
-    Args:
-        version: A folder, or a revision of this file's repository.
-        folder: Where a revision is unpacked.
-
-    Returns:
-        The checkout, and what the results say of it.
-    """
-    if Path(version).is_dir():
-        checkout = Path(version).resolve()
-        commit = git(checkout, "rev-parse", "--short", "HEAD")
-        changed = bool(git(checkout, "status", "--porcelain", "--untracked-files=no"))
-        return checkout, {"version": "CHECKOUT", "commit": commit, "changed": changed}
-    commit = git(ROOT, "rev-parse", "--short", "--verify", f"{version}^{{commit}}")
-    if not commit:
-        raise SystemExit(f"{version} is neither a folder nor a revision.")
-    folder.mkdir()
-    archive = subprocess.Popen(["git", "-C", ROOT, "archive", commit], stdout=subprocess.PIPE)
-    subprocess.run(["tar", "-x", "-C", folder], stdin=archive.stdout, check=True)
-    if archive.wait():
-        raise RuntimeError(f"git archive {commit} failed.")
-    return folder, {"version": commit, "commit": commit, "changed": False}
-
-
 def compare_versions(
     versions: Sequence[str],
     algorithms: Sequence[str],
@@ -220,7 +190,7 @@ def compare_versions(
     """Train with two versions, and compare.
 
     Returns:
-        What the results file holds, but for its provenance.
+        The results file's contents without their provenance.
     """
     with tempfile.TemporaryDirectory() as folder:
         root, said = Path(folder) / "runs", []

@@ -26,7 +26,17 @@ PAGES = {
     "changelog.md": "CHANGELOG.md",
 }
 """Pages of the site that lie outside docs/."""
+PROGRAM = re.compile(r"benchmarks/(?:\w+/)*(\w+\.py)")
 LINK = re.compile(r"\[([^\[\]]*)\]\((?!\w+:|#|/)([^)\s#]+)(#[^)\s]*)?\)")
+
+
+def command_today(command: str) -> str:
+    """A recorded command with the present path of a program that has moved since."""
+    found = PROGRAM.search(command)
+    if found is None or (ROOT / found[0]).exists():
+        return command
+    moved = [path.relative_to(ROOT) for path in (ROOT / "benchmarks").rglob(found[1])]
+    return command.replace(found[0], str(moved[0])) if moved else command
 
 
 def results_table() -> str:
@@ -40,7 +50,7 @@ def results_table() -> str:
             machine = ", ".join(machine["gpus"]) or f"{machine['cpus']} CPU cores"
         name = path.relative_to(folder).as_posix()
         link = f"[{name}](../benchmarks/results/{name})"
-        rows.append(f"| {link} | `{results.get('command', '')}` | {machine} |")
+        rows.append(f"| {link} | `{command_today(results.get('command', ''))}` | {machine} |")
     return "\n".join(rows)
 
 

@@ -6,8 +6,8 @@ import logging
 
 import pytest
 import torch
-from _ranks import run_ranks
-from test_objectives import SIZE, TINY, make_sample
+from helpers.models import make_learner, make_sample
+from helpers.ranks import run_ranks
 from torch import nn
 
 from w2f_torchrl.trainers import Learner
@@ -28,10 +28,9 @@ def stand_in_for_cuda(replace) -> None:
     replace(torch.cuda, "empty_cache", lambda: None)
 
 
-def make_learner() -> Learner:
+def make_cuda_learner() -> Learner:
     """A learner whose optimizer is CUDA's."""
-    torch.manual_seed(0)
-    learner = Learner(TINY, action_size=2, image_size=SIZE, latent="split")
+    learner = make_learner()
     settings = OptimizerConfig(lr=1e-3, warmup_updates=2)
     learner.optimizer = CapturableOptimizer(
         learner.parameters_trained, lr=settings.lr, warmup_steps=settings.warmup_updates
@@ -86,7 +85,7 @@ def another(learner: Learner, factor: float):
 
 def test_the_first_mode_that_works_is_taken_and_the_trial_leaves_no_trace(caplog):
     caplog.set_level(logging.INFO)
-    learner, plain = make_learner(), make_learner()
+    learner, plain = make_cuda_learner(), make_cuda_learner()
     calls = []
 
     def make():
@@ -121,7 +120,7 @@ def test_the_first_mode_that_works_is_taken_and_the_trial_leaves_no_trace(caplog
     ],
 )
 def test_a_mode_that_fails_is_left_with_one_warning(first, words, caplog):
-    learner = make_learner()
+    learner = make_cuda_learner()
     update, undone = auto(learner, graph=first, compiled=lambda: learner.update)
     update(make_sample())
     assert (update.mode, undone) == ("compiled", ["undone"])
@@ -130,7 +129,7 @@ def test_a_mode_that_fails_is_left_with_one_warning(first, words, caplog):
 
 
 def test_an_update_that_differs_by_more_than_rounding_is_not_trusted(caplog):
-    learner, plain = make_learner(), make_learner()
+    learner, plain = make_cuda_learner(), make_cuda_learner()
     update, _ = auto(learner, graph=another(learner, 5.0), close=another(learner, 1 + 1e-6))
     torch.manual_seed(1)
     update(make_sample())
@@ -143,7 +142,7 @@ def test_an_update_that_differs_by_more_than_rounding_is_not_trusted(caplog):
 
 
 def test_eager_remains_where_nothing_else_works(caplog):
-    learner, plain = make_learner(), make_learner()
+    learner, plain = make_cuda_learner(), make_cuda_learner()
     update, undone = auto(learner, graph=broken_at_running, compiled=broken_at_making)
     torch.manual_seed(1)
     got = update(make_sample())
@@ -154,7 +153,7 @@ def test_eager_remains_where_nothing_else_works(caplog):
 
 
 def test_a_nan_update_is_no_rounding():
-    learner = make_learner()
+    learner = make_cuda_learner()
     update, _ = auto(learner, graph=another(learner, float("nan")))
     update(make_sample())
     assert update.mode == "eager"
@@ -162,7 +161,7 @@ def test_a_nan_update_is_no_rounding():
 
 def _decide(rank: int, size: int) -> tuple[str, int]:
     stand_in_for_cuda(setattr)
-    learner = make_learner()
+    learner = make_cuda_learner()
     first = broken_at_making if rank == size - 1 else (lambda: learner.update)
     update, undone = auto(learner, graph=first, compiled=lambda: learner.update)
     update(make_sample())
@@ -176,6 +175,6 @@ def test_ranks_decide_together():
 
 @pytest.mark.parametrize("mode", ["auto", "eager"])
 def test_a_cpu_runs_eager(mode):
-    learner = Learner(TINY, action_size=2, image_size=SIZE, latent="whole", execution=mode)
+    learner = make_learner("whole", execution=mode)
     assert learner.mode == "eager"
     assert learner.precision == "float32"

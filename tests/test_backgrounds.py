@@ -460,7 +460,7 @@ def test_the_kurtosis_of_known_gradients() -> None:
 
 
 def test_procedural_clips_look_like_real_video_by_the_numbers() -> None:
-    """A few clips here; benchmarks/backgrounds.py measures more."""
+    """A few clips here; benchmarks/evidence/backgrounds.py measures more."""
     rows = [statistics(clip.read(64)) for clip in list_clips(None, "train")[:8]]
     median = {name: np.median([row[name] for row in rows]) for name in REAL_VIDEO}
     for name in ("slope", "contrast", "frame_difference"):

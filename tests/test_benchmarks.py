@@ -18,8 +18,8 @@ import pytest
 import same_losses
 import torch
 import versions
+from helpers.models import TINY
 from tensordict import TensorDict
-from test_objectives import TINY
 
 from w2f_torchrl.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 

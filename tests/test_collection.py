@@ -10,12 +10,11 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
-from _counting_env import (
-    RECURRENT,
+from helpers.collecting import BATCHES, NUM_ENVS, NUM_WORKERS, OPTIONS, STEPS, THREADS, Run, collect
+from helpers.counting_env import (
     DummyPolicy,
     decode,
     episode_length,
@@ -24,58 +23,13 @@ from _counting_env import (
     mask_of,
     reward_of,
 )
-from tensordict import TensorDict
 
 from w2f_torchrl.data import (
     make_collector,
     make_replay,
     records_from_rollout,
-    sync_policy_weights,
 )
 from w2f_torchrl.utils.seeding import derive_seed
-
-NUM_ENVS, NUM_WORKERS, STEPS, BATCHES = 4, 2, 7, 12
-THREADS = 3
-OPTIONS = {
-    "primers": RECURRENT,
-    "num_envs": NUM_ENVS,
-    "num_workers": NUM_WORKERS,
-    "frames_per_batch": NUM_ENVS * STEPS,
-    "seed": 3,
-    "extra_keys": ["seed", "belief", "previous_action", ("next", "state"), ("next", "belief")],
-}
-
-
-class Run(NamedTuple):
-    """Batches [N, T], the policy's weight when each was collected, this process's threads."""
-
-    batches: list[TensorDict]
-    weights: list[float]
-    threads: int
-
-
-def collect(num_batches: int = BATCHES, **changes) -> Run:
-    """Collect with weights that change before every batch."""
-    policy = DummyPolicy()
-    with torch.no_grad():
-        policy.bias.fill_(5)
-    threads_before = torch.get_num_threads()
-    torch.set_num_threads(THREADS)
-    collector = make_collector(make_counting_env, policy, **(OPTIONS | changes))
-    batches, weights, threads = [], [], torch.get_num_threads()
-    try:
-        for batch in collector:
-            batches.append(batch)
-            weights.append(policy.bias.item())
-            if len(batches) == num_batches:
-                break
-            with torch.no_grad():
-                policy.bias += 1
-            sync_policy_weights(collector, policy)
-    finally:
-        collector.shutdown()
-        torch.set_num_threads(threads_before)
-    return Run(batches, weights, threads)
 
 
 @pytest.fixture(scope="module", params=[NUM_WORKERS, 0], ids=["workers", "in_process"])
@@ -232,7 +186,7 @@ def test_the_learners_threads_are_not_taken_away(run: Run):
 PROGRAM = """
 import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it
-from _counting_env import RECURRENT, DummyPolicy, make_bare_env, make_counting_env
+from helpers.counting_env import RECURRENT, DummyPolicy, make_bare_env, make_counting_env
 from w2f_torchrl.data import make_collector
 
 def main():

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import replay_dockerfile as replay
 import yaml
-from documents import ROOT, load_script
+from helpers.checkout import ROOT
 
-replay = load_script("replay_dockerfile")
 STEPS = replay.instructions(ROOT / "Dockerfile")
 
 

@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from _short_env import differences, short_run
-from fault_runs import flip_bit
+from helpers.short_runs import differences, flip_bit, short_run
 
 from w2f_torchrl.checkpoint import (
     CheckpointError,

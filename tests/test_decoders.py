@@ -7,7 +7,7 @@ from itertools import pairwise, product
 
 import pytest
 import torch
-from test_objectives import SIZE, TINY, make_sample
+from helpers.models import SIZE, TINY, make_sample
 from torch.nn import functional as F
 
 from w2f_torchrl.modules import LATENTS, DualImageDecoder, build_world_model, convolution

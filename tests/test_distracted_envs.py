@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickle
 from functools import partial
 
-from test_envs_mask import TARGETS, moving_bodies, where_the_foreground_shows
+from helpers.foreground import TARGETS, moving_bodies, where_the_foreground_shows
 
 from w2f_torchrl.envs import (
     BackgroundConfig,

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from _ranks import run_ranks
-from test_trainers import tiny_run
+from helpers.ranks import run_ranks
+from helpers.runs import tiny_run
 
 from w2f_torchrl.checkpoint import latest_checkpoint, load_checkpoint
 from w2f_torchrl.data import UpdateSchedule

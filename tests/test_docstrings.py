@@ -20,7 +20,7 @@ from types import FunctionType, ModuleType
 from typing import Any
 
 import pytest
-from _extras import skip_without_an_extra
+from helpers.extras import skip_without_an_extra
 
 import w2f_torchrl
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import docs_hooks
 import pytest
-from documents import ROOT, blocks, load_script, name_of, pages
+import settings_reference
+from documents import blocks, name_of, pages
+from helpers.checkout import ROOT
 from omegaconf import OmegaConf
 
 from w2f_torchrl.trainers import RunConfig
@@ -16,8 +20,6 @@ from w2f_torchrl.trainers import RunConfig
 SCREEN = 75  # lines of a how-to page, at most
 
 
-settings_reference = load_script("settings_reference")
-docs_hooks = load_script("docs_hooks")
 SETTINGS = list(settings_reference.all_settings())
 
 
@@ -80,6 +82,12 @@ def nav_pages(nav: list[Any]) -> list[str]:
         for value in entry.values() if isinstance(entry, dict) else [entry]:
             found += nav_pages(value) if isinstance(value, list) else [value]
     return found
+
+
+def test_the_commands_of_results_name_programs_that_exist():
+    commands = re.findall(r"`python (benchmarks/\S+\.py)", docs_hooks.results_table())
+    assert len(commands) > 40
+    assert [path for path in commands if not (ROOT / path).is_file()] == []
 
 
 def test_the_navigation_has_every_page_once():

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import torch
-from _counting_env import SIZE, CountingEnv
-from test_objectives import TINY
+from helpers.counting_env import SIZE, CountingEnv
+from helpers.models import TINY
 from torchrl.envs import Compose, InitTracker, RewardSum, StepCounter, TransformedEnv
 
 from w2f_torchrl.data import make_collector, make_replay, records_from_rollout

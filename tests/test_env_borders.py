@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from _box_env import BoxEnv
+from helpers.box_env import BoxEnv
+from helpers.runs import tiny_run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tensordict import TensorDict
-from test_trainers import tiny_run
 from torchrl.data import (
     Binary,
     Bounded,

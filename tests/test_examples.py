@@ -10,7 +10,8 @@ import pytest
 import render_imagination
 import torch
 import train_without_hydra
-from test_trainers import tiny_run
+from helpers.checkout import ROOT
+from helpers.runs import tiny_run
 from torchrl.envs.utils import check_env_specs
 
 from w2f_torchrl.envs import make_env
@@ -19,7 +20,6 @@ from w2f_torchrl.trainers import Trainer
 from w2f_torchrl.trainers.imagination import CONTEXT, HORIZON
 from w2f_torchrl.utils.video import read_video
 
-ROOT = Path(__file__).parents[1]
 TESTED = {
     "ppo_with_sam3": "test_masks_on_disk.py",
     "relabel_replay": "test_masks_on_disk.py",

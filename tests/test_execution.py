@@ -5,42 +5,29 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
 from execution_equality import TOLERANCES, compare, nudge, run, unique_graphs
-from test_objectives import SIZE, TINY, make_sample
-from test_trainers import tiny_run
+from helpers.models import make_learner as tiny_learner
+from helpers.models import make_sample
+from helpers.runs import tiny_run
 from torch import Tensor
 from torchrl.trainers.algorithms import DreamerV3Optimizer
 
 from w2f_torchrl.modules import layers, scan
 from w2f_torchrl.objectives import LossConfig
 from w2f_torchrl.trainers import ConfigError, Learner, execution
-from w2f_torchrl.trainers.config import OptimizerConfig
 from w2f_torchrl.trainers.device_copy import DeviceCopy
 from w2f_torchrl.trainers.execution import PIECES, compile_core
 from w2f_torchrl.trainers.optimizer import CapturableOptimizer
 
 
 def make_learner(
-    execution: str,
-    latent: str = "split",
-    device: str = "cpu",
-    lr: float = 1e-3,
-    loss: LossConfig | None = None,
+    execution: str, latent: str = "split", lr: float = 1e-3, **settings: Any
 ) -> Learner:
-    torch.manual_seed(0)
-    return Learner(
-        TINY,
-        action_size=2,
-        image_size=SIZE,
-        latent=latent,
-        loss=loss,
-        optimizer=OptimizerConfig(lr=lr, warmup_updates=3),
-        execution=execution,
-        device=device,
-    )
+    return tiny_learner(latent, lr=lr, execution=execution, **settings)
 
 
 @pytest.mark.parametrize("mode", ["compile", "compile_all"])

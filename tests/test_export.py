@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import watch_policy
-from test_trainers import tiny_run
+from helpers.runs import tiny_run
 
 from w2f_torchrl.checkpoint import (
     CheckpointError,

@@ -1,8 +1,8 @@
 """What a GPU would mind, found without one: on fake CUDA tensors, and with stand-ins for streams.
 
 An update, acting, films, probes and a resume run on tensors that only say they are on a GPU
-(benchmarks/fake_cuda.py): none may mix devices, and nothing that a CUDA graph would capture may be
-read by the host.
+(benchmarks/shared/fake_cuda.py): none may mix devices, and nothing that a CUDA graph would capture
+may be read by the host.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from _streams import Streams
 from fake_cuda import Watch, fake_cuda, fake_like, why_not
+from helpers.models import LATENTS, SIZE, TINY, make_sample
+from helpers.models import make_learner as tiny_learner
+from helpers.streams import Streams
 from tensordict import TensorDict, TensorDictBase
-from test_objectives import LATENTS, SIZE, TINY, make_sample
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 from torchrl.envs.utils import ExplorationType, set_exploration_type
@@ -51,12 +52,8 @@ def make_learner(
     on_nan: str = "stop",
     loss: LossConfig | None = None,
 ) -> Learner:
-    torch.manual_seed(0)
-    return Learner(
-        TINY,
-        action_size=2,
-        image_size=SIZE,
-        latent=latent,
+    return tiny_learner(
+        latent,
         loss=loss or LossConfig(imagination_horizon=HORIZON),
         optimizer=OptimizerConfig(lr=1e-3, warmup_updates=3, precision=precision),
         device=device,

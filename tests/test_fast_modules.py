@@ -6,7 +6,7 @@ import platform
 
 import pytest
 import torch
-from test_objectives import SIZE, TINY
+from helpers.models import SIZE, TINY
 from torch.nn import functional as F
 from torchrl.modules import (
     DreamerV3ImageDecoder,

@@ -7,7 +7,7 @@ import importlib.util
 import numpy as np
 import pytest
 import torch
-from test_objectives import TINY
+from helpers.models import TINY
 
 from w2f_torchrl.envs import PixelDMControlEnv
 from w2f_torchrl.modules import build_actor, build_critic, build_world_model

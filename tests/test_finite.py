@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from _short_env import short_run
-from fault_runs import rows as metrics
-from test_objectives import SIZE, TINY, make_sample
+from helpers.models import make_learner as tiny_learner
+from helpers.models import make_sample
+from helpers.short_runs import rows as metrics
+from helpers.short_runs import short_run
 from torch import nn
 
 from w2f_torchrl.checkpoint import latest_checkpoint, load_checkpoint
@@ -19,8 +20,7 @@ from w2f_torchrl.trainers.optimizer import CapturableOptimizer
 
 
 def make_learner(on_nan: str, optimizer_class: type | None = None) -> Learner:
-    torch.manual_seed(0)
-    learner = Learner(TINY, action_size=2, image_size=SIZE, on_nan=on_nan)
+    learner = tiny_learner(on_nan=on_nan)
     if optimizer_class is not None:
         learner.optimizer = optimizer_class(learner.parameters_trained, warmup_steps=2, lr=1e-3)
     return learner

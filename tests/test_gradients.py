@@ -10,8 +10,9 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-from _ranks import run_ranks
-from test_objectives import LATENTS, SIZE, TINY, make_sample
+from helpers.models import LATENTS, make_sample
+from helpers.models import make_learner as tiny_learner
+from helpers.ranks import run_ranks
 
 from w2f_torchrl.objectives import LossConfig
 from w2f_torchrl.trainers import Learner
@@ -24,12 +25,9 @@ _rand, _randn_like = torch.rand, torch.randn_like
 
 
 def make_learner(latent: str, gradients: str, execution: str = "eager", seed: int = 0) -> Learner:
-    torch.manual_seed(seed)
-    learner = Learner(
-        TINY,
-        action_size=2,
-        image_size=SIZE,
-        latent=latent,
+    learner = tiny_learner(
+        latent,
+        seed=seed,
         loss=LossConfig(return_rate=1.0),  # so that the percentiles count at once
         optimizer=OptimizerConfig(lr=1e-3, warmup_updates=0),
         execution=execution,

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers.models import LATENTS, SIZE, TINY
+from helpers.models import make_learner as tiny_learner
 from tensordict import TensorDict
-from test_objectives import LATENTS, SIZE, TINY
 from torchrl.modules.models.model_based import RSSMPriorV3
 
 from w2f_torchrl.modules.rssm import BlockGRUStep
@@ -17,8 +18,7 @@ CONTEXT, TIME, WINDOWS = 5, 12, 3
 
 
 def make_learner(latent: str) -> Learner:
-    torch.manual_seed(0)
-    learner = Learner(TINY, action_size=2, image_size=SIZE, latent=latent)
+    learner = tiny_learner(latent)
     with torch.no_grad():  # what starts at zero would hide a wrong action or a wrong latent
         for parameter in learner.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_objectives import SIZE, make_loss, make_sample
-from test_trainers import tiny_run
+from helpers.models import SIZE, make_loss, make_sample
+from helpers.runs import tiny_run
 from torch import Tensor, nn
 
 from w2f_torchrl.objectives import LossConfig, background_loss, foreground_loss, image_loss

@@ -6,16 +6,14 @@ import ctypes
 import importlib
 import os
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from helpers.checkout import run_python
 
 from w2f_torchrl.envs import _gl
 
 pytestmark = pytest.mark.render
 
-ROOT = Path(__file__).parents[1]
 LIBRARIES = {"egl": "libEGL.so.1", "osmesa": "libOSMesa.so.8"}
 
 RENDER = """
@@ -25,24 +23,6 @@ assert env.reset()["pixels"].float().std() > 0
 env.close()
 print("rendered")
 """
-
-
-def run_python(code: str, **environment: str | None) -> subprocess.CompletedProcess[str]:
-    """Run code in a fresh interpreter; a variable that is None is unset."""
-    variables = dict(os.environ) | {"PYTHONPATH": str(ROOT)}
-    variables.pop("PYOPENGL_PLATFORM", None)  # dm_control's import in this process set it
-    for name, value in environment.items():
-        variables.pop(name, None)
-        if value is not None:
-            variables[name] = value
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        env=variables,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
 
 
 def available(backend: str) -> bool:

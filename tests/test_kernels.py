@@ -11,10 +11,10 @@ import pytest
 import torch
 from compiled_groups import count_pieces
 from fake_cuda import Watch, fake_cuda, why_not
+from helpers.models import SIZE, TINY, make_learner, make_sample
 from kernels import BLOCKS, CHUNK, Count, _launches, count_ours
 from learner import ACTION_SIZE
 from learner import make_sample as bench_sample
-from test_objectives import SIZE, TINY, make_sample
 from torch.utils._pytree import tree_leaves
 
 from w2f_torchrl.modules import PRESETS, rssm, scan
@@ -36,8 +36,7 @@ PLANNED = {"step_forward": 14, "imagine_step": 27, "step_backward": 14}
 
 
 def tiny_learner(latent: str, precision: str) -> Learner:
-    optimizer = OptimizerConfig(precision=precision)
-    return Learner(TINY, action_size=2, image_size=SIZE, latent=latent, optimizer=optimizer)
+    return make_learner(latent, optimizer=OptimizerConfig(precision=precision))
 
 
 def count(act: Any) -> Count:

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.records import numbered, slices_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tensordict import TensorDict
-from test_data import numbered, slices_of
 
 from w2f_torchrl.data import StreamReplayBuffer, make_replay
 from w2f_torchrl.data.latents import LatentStore, latent_fields

@@ -16,8 +16,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.checkout import ROOT
+from helpers.runs import tiny_run
 from PIL import Image
-from test_trainers import tiny_run
 from torchrl.record.loggers.csv import CSVLogger
 from wandb_stub import wandb_stub
 
@@ -30,7 +31,6 @@ from w2f_torchrl.utils.file_loggers import make_csv_logger
 from w2f_torchrl.utils.logging import MetricsLogger, read_metrics
 from w2f_torchrl.utils.video import read_video
 
-ROOT = Path(__file__).parents[1]
 HAS = {name: importlib.util.find_spec(name) is not None for name in ("wandb", "tensorboard")}
 needs_wandb = pytest.mark.skipif(not HAS["wandb"], reason="needs wandb: make extras")
 needs_tensorboard = pytest.mark.skipif(

@@ -16,9 +16,8 @@ from typing import Any
 
 import pytest
 import torch
-from _counting_env import RECURRENT, DummyPolicy, make_counting_env
-from _short_env import short_run
-from fault_runs import rows, wait_for
+from helpers.counting_env import RECURRENT, DummyPolicy, make_counting_env
+from helpers.short_runs import rows, short_run, wait_for
 from tensordict import TensorDict
 
 from w2f_torchrl.checkpoint import latest_checkpoint, load_checkpoint
@@ -225,7 +224,7 @@ def run_and_lose_a_worker(run_dir: Path, number: int, settings: dict[str, Any]) 
 def test_no_worker_outlives_a_killed_process_not_even_a_hung_one(tmp_path):
     program = """
 import os, signal, sys, time
-from _counting_env import RECURRENT, DummyPolicy, make_counting_env
+from helpers.counting_env import RECURRENT, DummyPolicy, make_counting_env
 from w2f_torchrl.data import make_collector
 if __name__ == "__main__":
     collector = make_collector(

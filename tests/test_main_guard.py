@@ -9,8 +9,8 @@ import textwrap
 from pathlib import Path
 
 import pytest
+from helpers.checkout import ROOT
 
-ROOT = Path(__file__).parents[1]
 UNGUARDED = {
     "make_env": """
         from w2f_torchrl.envs import make_env

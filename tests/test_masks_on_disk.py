@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 
@@ -10,27 +9,16 @@ import numpy as np
 import pytest
 import relabel_replay
 import torch
-from _segmenters import BrightSegmenter, bright, random_pixels
+from helpers.extras import needs_sam3
+from helpers.segmenters import BrightSegmenter, bright, random_pixels
 from matplotlib.image import imread
 from tensordict import TensorDict
-from test_sam3 import needs_sam3
 from torchrl.data import LazyMemmapStorage, TensorDictReplayBuffer
 
+from sota_configs import preprocess_masks
 from w2f_torchrl.data import MaskStore, load_masks
 from w2f_torchrl.segmenters import StudentSegmenter
 from w2f_torchrl.utils.contact_sheet import draw_contact_sheet, overlay
-
-ROOT = Path(__file__).parents[1]
-
-
-def load_script(name: str):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "sota_configs" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-preprocess_masks = load_script("preprocess_masks")
 
 
 @pytest.fixture

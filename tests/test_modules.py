@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from helpers.models import SIZE, TINY, filled, make_sample
 from tensordict import TensorDict
-from test_objectives import SIZE, TINY, make_sample
 from torch.nn import functional as F
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.modules import RSSMRolloutV3
@@ -32,17 +32,12 @@ from w2f_torchrl.objectives import World2FilterLoss
 @pytest.fixture
 def no_noise(monkeypatch):
     """Make every draw of the RSSM and of the policy a constant, in our code and in TorchRL's."""
-    monkeypatch.setattr(torch, "rand", lambda *a, **k: _full(0.37, a, k))
+    monkeypatch.setattr(torch, "rand", lambda *a, **k: filled(0.37, a, k))
     monkeypatch.setattr(torch, "randn_like", torch.zeros_like)
     for module in (torch.distributions.utils, torch.distributions.normal):
         monkeypatch.setattr(
             module, "_standard_normal", lambda shape, dtype, device: torch.zeros(shape, dtype=dtype)
         )
-
-
-def _full(value, shape, kwargs):
-    shape = shape[0] if len(shape) == 1 and not isinstance(shape[0], int) else shape
-    return torch.full(tuple(shape), value, **{k: v for k, v in kwargs.items() if k != "generator"})
 
 
 def make_world_model(latent: str = "whole", seed: int = 0, config=TINY):

@@ -8,7 +8,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from execution_equality import TINY
+from helpers.models import LATENTS, make_loss, make_sample
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tensordict import TensorDict
@@ -16,7 +16,6 @@ from torch.nn import functional as F
 from torchrl.modules import PercentileValueNorm, SymExpTwoHot
 from torchrl.objectives import categorical_kl_terms
 
-from w2f_torchrl.modules import build_actor, build_critic, build_world_model
 from w2f_torchrl.modules.config import BACKGROUND_ENCODERS
 from w2f_torchrl.objectives import (
     LossConfig,
@@ -29,42 +28,6 @@ from w2f_torchrl.objectives import (
 )
 from w2f_torchrl.objectives.world2filter import LossTerm
 from w2f_torchrl.segmenters import mask_iou
-
-SIZE = 16
-LATENTS = ["whole", "split", "shared", "foreground"]
-
-
-def make_loss(latent: str, encoder: str = "own", **loss: object) -> World2FilterLoss:
-    torch.manual_seed(0)
-    config = dataclasses.replace(TINY, background_encoder=encoder)
-    world_model = build_world_model(config, action_size=2, image_size=SIZE, latent=latent)
-    actor, critic = build_actor(TINY, 2), build_critic(TINY)
-    # Reward and critic start at zero, which would hide what a gradient test looks for.
-    for head in (world_model.reward, critic):
-        torch.nn.init.normal_(head.model[-1].weight, std=0.3)
-    return World2FilterLoss(world_model, actor[0].module, critic, LossConfig(**loss))
-
-
-def make_sample(batch: int = 3, time: int = 6) -> TensorDict:
-    generator = torch.Generator().manual_seed(1)
-    is_init = torch.zeros(batch, time, 1, dtype=torch.bool)
-    is_init[0, 0] = is_init[1, 3] = True
-    done = torch.zeros_like(is_init)
-    done[1, 2] = True
-    action = torch.randn(batch, time, 2, generator=generator) * ~is_init
-    pixels = torch.randint(0, 256, (batch, time, 3, SIZE, SIZE), generator=generator)
-    following = {
-        "pixels": pixels.to(torch.uint8),
-        "foreground_mask": torch.rand(batch, time, 1, SIZE, SIZE, generator=generator) < 0.2,
-        "reward": torch.randn(batch, time, 1, generator=generator) * ~is_init,
-        "terminated": done.clone(),
-        "done": done,
-    }
-    return TensorDict(
-        {"action": action, "is_init": is_init, "next": TensorDict(following, [batch, time])},
-        [batch, time],
-    )
-
 
 # ------------------------------------------------------------------ returns
 

@@ -6,8 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_execution import make_learner
-from test_objectives import TINY, make_sample
+from helpers.models import TINY, make_learner, make_sample
 
 from w2f_torchrl.checkpoint import CheckpointError
 from w2f_torchrl.checkpoint.older import check_same_networks, complete_model
@@ -88,9 +87,9 @@ def test_a_checkpoint_before_the_first_update_is_cut_too():
 
 
 def test_a_checkpoint_of_now_is_not_cut():
-    learner = make_learner("eager")
+    learner = make_learner(lr=1e-3)
     learner.update(make_sample())
-    other = make_learner("eager")
+    other = make_learner(lr=1e-3)
     other.load_state_dict(learner.state_dict())
     for one, two in zip(learner.parameters_trained, other.parameters_trained, strict=True):
         moments, same = learner.optimizer.state[one], other.optimizer.state[two]

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 import torch
-from test_collection import NUM_ENVS, STEPS, Run, collect
+from helpers.collecting import NUM_ENVS, STEPS, Run, collect
 
 from w2f_torchrl.data import OverlappedCollector
 from w2f_torchrl.trainers import ConfigError, RunConfig

@@ -14,13 +14,13 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+from helpers.checkout import ROOT
 from omegaconf import OmegaConf
 from packaging.requirements import Requirement
 from packaging.version import Version
 
 import w2f_torchrl
 
-ROOT = Path(__file__).resolve().parents[1]
 PACKAGED = {".py", ".yaml", ".typed", ".html", ".css", ".js"}
 LOCKS = {
     "locked.txt": ["dev", "docs"],

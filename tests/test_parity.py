@@ -15,7 +15,7 @@ import parity
 import parity_report
 import pytest
 import torch
-from _counting_env import SIZE, CountingEnv, decode, episode_length, reward_of
+from helpers.counting_env import SIZE, CountingEnv, decode, episode_length, reward_of
 from parity_settings import ROW, Settings, as_dict, note_settings, run_name
 from peer_envs import EnvBatch
 from peer_loop import PeerLoop, Rows
@@ -493,7 +493,7 @@ def test_a_stop_signal_lets_the_run_save_and_starts_no_other(tmp_path, monkeypat
 def test_a_missing_checkout_is_reported(tmp_path):
     from peers import r2dreamer_agent
 
-    with pytest.raises(FileNotFoundError, match="is no checkout of r2dreamer"):
+    with pytest.raises(FileNotFoundError, match="is not a checkout of r2dreamer"):
         r2dreamer_agent(tmp_path, "size1m", 1)
 
 

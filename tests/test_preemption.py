@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from test_trainers import ROOT
+from helpers.checkout import ROOT
 
 from w2f_torchrl.trainers.preemption import hand_over, is_restart, stop_signals
 

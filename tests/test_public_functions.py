@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.models import SIZE, TINY, make_learner, make_loss, make_sample
+from helpers.runs import tiny_run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tensordict import TensorDict
-from test_objectives import SIZE, TINY, make_loss, make_sample
-from test_trainers import make_learner, tiny_run
 from torch import Tensor
 
 from w2f_torchrl.data import (

@@ -24,13 +24,14 @@ from typing import Any
 import newcomer
 import pytest
 import torch
-from _extras import skip_without_an_extra
-from documents import ROOT, Block, commands, name_of, pages, python_blocks
+from documents import Block, commands, name_of, pages, python_blocks
+from helpers.checkout import ROOT
+from helpers.extras import skip_without_an_extra
+from helpers.runs import tiny_run
 from hydra import compose, initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
-from test_trainers import tiny_run
 from torchrl.envs import SerialEnv
 
 from w2f_torchrl.trainers import Trainer, to_run_config
@@ -286,7 +287,7 @@ def test_a_command_that_nothing_treats_is_noticed(monkeypatch):
     with pytest.raises(BaseException, match="trainign"):
         check_training("w2f-train trainign.total_frames=3")
     with pytest.raises(AssertionError):
-        check_arguments("python benchmarks/render.py --no-such-option", monkeypatch)
+        check_arguments("python benchmarks/speed/render.py --no-such-option", monkeypatch)
     with pytest.raises(subprocess.CalledProcessError):
         check_target("make no-such-target")
 

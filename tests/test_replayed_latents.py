@@ -9,15 +9,13 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from _counting_env import RECURRENT, decode, make_counting_env
-from _short_env import short_run
-from fault_runs import flip_bit
-from fault_runs import rows as metrics
+from helpers.counting_env import RECURRENT, decode, make_counting_env
+from helpers.models import LATENTS, SIZE, filled
+from helpers.models import make_learner as tiny_learner
+from helpers.short_runs import crash, flip_bit, run, short_run, signal_at
+from helpers.short_runs import rows as metrics
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
-from test_modules import _full
-from test_objectives import LATENTS, SIZE, TINY
-from test_resume import crash, run, signal_at
 
 from w2f_torchrl.checkpoint import latest_checkpoint, load_checkpoint
 from w2f_torchrl.data import StreamReplayBuffer, make_collector, make_replay, records_from_rollout
@@ -27,7 +25,6 @@ from w2f_torchrl.data.write_back import LatentWriteBack
 from w2f_torchrl.modules import WorldModel
 from w2f_torchrl.modules.packed_latents import pack_state
 from w2f_torchrl.trainers import Learner, Trainer
-from w2f_torchrl.trainers.config import OptimizerConfig
 from w2f_torchrl.trainers.device_copy import DeviceCopy
 
 # ------------------------------------------------------------------ acting's latents
@@ -102,20 +99,12 @@ T, EPISODES = 4, (10, 14, 8)
 @pytest.fixture
 def no_draws(monkeypatch):
     """Make every draw of a state the same function of its probabilities."""
-    monkeypatch.setattr(torch, "rand", lambda *a, **k: _full(0.37, a, k))
+    monkeypatch.setattr(torch, "rand", lambda *a, **k: filled(0.37, a, k))
 
 
 def make_learner(latent: str, lr: float = 1e-30, **settings: Any) -> Learner:
     """A learner of which every weight counts: some are zero at a run's beginning."""
-    torch.manual_seed(0)
-    learner = Learner(
-        TINY,
-        action_size=2,
-        image_size=SIZE,
-        latent=latent,
-        optimizer=OptimizerConfig(lr=lr, warmup_updates=3),
-        **settings,
-    )
+    learner = tiny_learner(latent, lr=lr, **settings)
     change_weights(learner)
     return learner
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.checkout import ROOT
 
 from w2f_torchrl.report import page, write_report
 from w2f_torchrl.report.__main__ import main
@@ -20,7 +21,6 @@ from w2f_torchrl.utils.environment import note_environment
 from w2f_torchrl.utils.logging import MetricsLogger
 from w2f_torchrl.utils.metric_names import METRICS, meaning_of
 
-ROOT = Path(__file__).parents[1]
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
 

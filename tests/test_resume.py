@@ -7,17 +7,14 @@ import os
 import shutil
 import signal
 import tarfile
-from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from _short_env import differences, short_run
 from dm_control import suite
-from fault_runs import flip_bit
-from fault_runs import rows as metrics
+from helpers.short_runs import crash, differences, flip_bit, run, short_run, signal_at
+from helpers.short_runs import rows as metrics
 from tensordict import TensorDict
 
 from w2f_torchrl.checkpoint import (
@@ -40,45 +37,6 @@ pytestmark = [pytest.mark.render, pytest.mark.usefixtures("no_curves")]
 DREAMER = {"algo": {"name": "dreamer_v3", "latent": None}}
 SECRETS = {"WANDB_API_KEY": "wandb-0123456789abcdef", "HF_TOKEN": "hf_fedcba9876543210"}
 DISK = {"replay": {"storage": "disk"}}
-
-
-def run(run_dir: Path, before_update: Callable[[Trainer], None] | None = None, **settings: Any):
-    trainer = Trainer(short_run(run_dir, **settings))
-    if before_update is not None:
-        update = trainer.learner.update
-
-        def interrupted(sample):
-            before_update(trainer)
-            return update(sample)
-
-        trainer.learner.update = interrupted
-    trainer.train()
-    return trainer
-
-
-def signal_at(updates: int, number: int = signal.SIGTERM) -> Callable[[Trainer], None]:
-    def interrupt(trainer: Trainer) -> None:
-        if trainer.updates == updates:
-            os.kill(os.getpid(), number)
-
-    return interrupt
-
-
-class Crash(BaseException):
-    """Ends the process's work as a kill does: nothing is saved."""
-
-
-def crash(run_dir: Path, updates: int, **settings: Any) -> None:
-    """Run until so many updates, then leave the directory as a kill at that moment would."""
-
-    def interrupt(trainer: Trainer) -> None:
-        if trainer.updates == updates:
-            trainer.writer.wait()
-            trainer.started = False
-            raise Crash
-
-    with pytest.raises(Crash):
-        run(run_dir, interrupt, **settings)
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from _short_env import short_run
-from fault_runs import rows
+from helpers.short_runs import rows, short_run
 
 from w2f_torchrl.checkpoint import CheckpointError, latest_checkpoint, load_checkpoint
 from w2f_torchrl.checkpoint.rules import (
@@ -109,8 +108,7 @@ def test_frames_are_counted_and_not_recomputed():
 
 
 def test_an_optimizers_settings_are_the_runs_and_its_moments_the_checkpoints():
-    from test_objectives import make_sample
-    from test_trainers import make_learner
+    from helpers.models import make_learner, make_sample
 
     first, sample = (
         make_learner(optimizer=OptimizerConfig(lr=1e-3, warmup_updates=5)),

@@ -6,10 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from _counting_env import make_counting_env
-from _short_env import short_run
-from fault_runs import rows
-from test_trainers import tiny_run
+from helpers.counting_env import make_counting_env
+from helpers.runs import tiny_run
+from helpers.short_runs import rows, short_run
 from torchrl.envs import StepCounter, TransformedEnv
 
 from w2f_torchrl.checkpoint import latest_checkpoint, load_checkpoint

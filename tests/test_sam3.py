@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from _segmenters import random_pixels
+from helpers.extras import needs_sam3
+from helpers.segmenters import random_pixels
 from tensordict import TensorDict
 
 from w2f_torchrl.segmenters import Sam3Segmenter, SegmenterUnavailableError, sam3_requirements
@@ -17,10 +18,6 @@ from w2f_torchrl.segmenters.sam3_requirements import find_weights, missing_requi
 from w2f_torchrl.segmenters.sam3_segmenter import mask_box
 from w2f_torchrl.transforms import SAM3MaskTransform
 
-needs_sam3 = pytest.mark.skipif(
-    missing_requirement(__file__, None) is not None,
-    reason="needs the packages of the extra sam3: run make extras",
-)
 PROMPTS = ["robot", "a leg"]
 CPU = torch.device("cpu")
 

@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from _counting_env import CountingEnv
-from _segmenters import BrightSegmenter, bright, random_pixels
+from helpers.counting_env import CountingEnv
+from helpers.extras import needs_sam3
+from helpers.runs import tiny_run
+from helpers.segmenters import BrightSegmenter, bright, random_pixels
 from omegaconf import OmegaConf
 from tensordict import TensorDict
-from test_sam3 import needs_sam3
-from test_trainers import tiny_run
 from torchrl.data import Bounded, Composite, Unbounded
 
 from w2f_torchrl.checkpoint import list_checkpoints, load_checkpoint

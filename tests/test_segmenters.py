@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from _segmenters import bright, random_pixels
+from helpers.segmenters import bright, random_pixels
 from torch.utils.flop_counter import FlopCounterMode
 
 from w2f_torchrl.segmenters import (

@@ -13,10 +13,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from _box_env import BoxEnv
+from helpers.box_env import BoxEnv
+from helpers.checkout import ROOT
+from helpers.models import make_learner
+from helpers.runs import tiny_run
 from hypothesis import given
 from hypothesis import strategies as st
-from test_trainers import make_learner, tiny_run
 
 from w2f_torchrl.checkpoint import BEST_NAME, list_checkpoints, load_checkpoint
 from w2f_torchrl.envs import register_env, tasks
@@ -27,8 +29,6 @@ from w2f_torchrl.trainers.config import OptimizerConfig, config_to_dict, to_run_
 from w2f_torchrl.trainers.run_evaluations import RunEvaluations
 from w2f_torchrl.utils.checks import check_number
 from w2f_torchrl.utils.settings import check_fields
-
-ROOT = Path(__file__).parents[1]
 
 
 def number_fields():

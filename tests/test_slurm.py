@@ -17,8 +17,8 @@ from pathlib import Path
 
 import curves
 import pytest
+from helpers.checkout import ROOT
 from slurm_cluster import SlurmCluster, missing_requirement
-from test_trainers import ROOT
 from tiny_run import missing_and_repeated, tiny_overrides
 
 from w2f_torchrl.checkpoint import latest_checkpoint, load_checkpoint

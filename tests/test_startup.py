@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_imports import ROOT, run_python
+from helpers.checkout import ROOT, run_python
 
 from w2f_torchrl.envs.suite_tasks import TASKS_BY_DOMAIN
 

@@ -12,8 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from _short_env import differences, short_run
-from fault_runs import rows
+from helpers.short_runs import differences, rows, short_run
 
 from w2f_torchrl.checkpoint import latest_checkpoint, load_checkpoint
 from w2f_torchrl.trainers import Trainer

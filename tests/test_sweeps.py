@@ -15,8 +15,8 @@ import curve_runs
 import curves
 import pytest
 import yaml
+from helpers.checkout import ROOT
 from hydra import compose, initialize_config_module
-from test_trainers import ROOT
 from tiny_run import missing_and_repeated, tiny_overrides
 
 import sota_configs.world2filter as program
@@ -47,7 +47,7 @@ def test_curves_collect_a_sweeps_runs(tmp_path):
     (tmp_path / "sweep" / "2_not_begun").mkdir()
     assert set(curves.collect_runs([tmp_path / "sweep"])) == set(runs)
     assert curves.collect_runs([runs[2], runs[0]]) == [runs[2], runs[0]]
-    with pytest.raises(FileNotFoundError, match="is no run directory and holds none"):
+    with pytest.raises(FileNotFoundError, match="is not a run directory and contains none"):
         curves.collect_runs([tmp_path / "sweep" / "2_not_begun"])
 
 
@@ -65,7 +65,7 @@ def test_a_list_of_configurations_is_all_of_them_with_each_seed(tmp_path):
     jobs = curve_runs.read_jobs(write_list(tmp_path / "list.yaml"))
     assert [job.name for job in jobs] == ["a_seed0", "b_seed0", "a_seed1", "b_seed1"]
     assert jobs[0].overrides == ("experiment=smoke", "algo=dreamer_v3")
-    for path in (ROOT / "benchmarks" / "curves").glob("*.yaml"):
+    for path in (ROOT / "benchmarks" / "evidence" / "curves").glob("*.yaml"):
         assert curve_runs.read_jobs(path)
 
 
@@ -185,7 +185,7 @@ def test_an_interrupted_list_ends_with_a_sentence(tmp_path, monkeypatch, capsys)
     with pytest.raises(SystemExit) as ended:
         curves.main(["--train", str(path), "--runs", str(tmp_path / "runs"), *outputs])
     assert ended.value.code == 130
-    assert "the same command goes on from here" in capsys.readouterr().err
+    assert "run the same command to continue" in capsys.readouterr().err
 
 
 def test_ctrl_c_before_the_first_update_ends_a_run_without_a_traceback(tmp_path, monkeypatch):

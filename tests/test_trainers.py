@@ -15,8 +15,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_objectives import LATENTS as ALL_LATENTS
-from test_objectives import SIZE, TINY, make_sample
+from helpers.checkout import ROOT
+from helpers.models import LATENTS as ALL_LATENTS
+from helpers.models import SIZE, TINY, make_learner, make_sample
+from helpers.runs import tiny_run
 from torchrl.envs.utils import check_env_specs
 
 from w2f_torchrl.checkpoint import (
@@ -33,39 +35,6 @@ from w2f_torchrl.trainers import config as config_module
 from w2f_torchrl.trainers.config import to_run_config
 from w2f_torchrl.utils.logging import read_metrics
 from w2f_torchrl.utils.video import read_video
-
-ROOT = Path(__file__).parents[1]
-
-
-def make_learner(latent: str = "split", seed: int = 0, **kwargs) -> Learner:
-    torch.manual_seed(seed)
-    return Learner(TINY, action_size=2, image_size=SIZE, latent=latent, **kwargs)
-
-
-def tiny_run(run_dir: Path, **settings) -> RunConfig:
-    """A whole run of a few hundred frames at 16 pixels, in this process."""
-    values = {
-        "environment": {"domain": "cartpole", "task": "balance", "num_envs": 2, "image_size": 16},
-        "model": vars(TINY),
-        "training": {
-            "total_frames": 256,
-            "batch_size": 2,
-            "batch_length": 8,
-            "train_ratio": 4,
-            "prefill_steps": 32,
-        },
-        "collection": {"num_workers": 0, "steps_per_batch": 8},
-        "replay": {"capacity": 2000},
-        "evaluation": {"every_frames": 128, "episodes": 1},
-        "checkpoint": {"every_updates": 8, "keep": 2},
-        "logging": {"every_updates": 5},
-        "device": "cpu",
-        "run_dir": str(run_dir),
-    }
-    for key, value in settings.items():
-        values[key] = values[key] | value if isinstance(value, dict) and key in values else value
-    return to_run_config(values)
-
 
 # ------------------------------------------------------------------ learner
 

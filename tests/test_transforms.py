@@ -6,8 +6,8 @@ from functools import partial
 
 import pytest
 import torch
-from _counting_env import SIZE, CountingEnv
-from _segmenters import BrightConfidence, BrightSegmenter, bright, random_pixels
+from helpers.counting_env import SIZE, CountingEnv
+from helpers.segmenters import BrightConfidence, BrightSegmenter, bright, random_pixels
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torch import nn

@@ -26,7 +26,8 @@ from w2f_torchrl.utils.plotting import metric_series, plot_curves, trailing_mean
 from w2f_torchrl.utils.seeding import derive_seed
 from w2f_torchrl.utils.video import contact_sheet, panel, read_video, to_uint8, write_video
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+REFERENCE = Path(__file__).parents[1] / "benchmarks" / "evidence" / "reference"
+PUBLISHED = REFERENCE / "dmc_vision_dreamerv3.csv"
 
 
 # ------------------------------------------------------------------------------------- seeding
@@ -461,7 +462,6 @@ def test_curves_of_a_run_with_gaps(tmp_path):
 
 @pytest.fixture
 def curves(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
     monkeypatch.setattr(sys, "argv", ["curves.py"])
     return importlib.import_module("curves")
 
@@ -528,26 +528,22 @@ def test_curves_name_what_is_wrong(curves, tmp_path):
     with pytest.raises(SystemExit):
         curves.main([str(run), "--task", "walker_walk", *rest])
     with pytest.raises(ValueError, match="cartpole_swing is not in"):
-        curves.read_published(
-            BENCHMARKS / "reference" / "dmc_vision_dreamerv3.csv", "cartpole_swing"
-        )
+        curves.read_published(PUBLISHED, "cartpole_swing")
     (run / "config.yaml").write_text("seed: 1\n")
     with pytest.raises(ValueError, match=r"lacks algo\.name, environment\.domain"):
         curves.load_run(run)
 
 
 def test_the_published_table_is_whole(curves):
-    path = BENCHMARKS / "reference" / "dmc_vision_dreamerv3.csv"
-    rows = curves.read_published(path, "cartpole_balance")
+    rows = curves.read_published(PUBLISHED, "cartpole_balance")
     assert [row["env_steps"] for row in rows[:2]] == [50_000, 100_000]
     assert rows[1]["mean"] == pytest.approx(934, abs=0.5)
     assert rows[1]["sd_over_seeds"] == pytest.approx(41, abs=0.5)
-    tasks = {line.split(",")[0] for line in path.read_text().splitlines()[2:]}
+    tasks = {line.split(",")[0] for line in PUBLISHED.read_text().splitlines()[2:]}
     assert len(tasks) == 20
 
 
 def test_a_random_policy_sums_the_rewards_of_every_control_step(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
     random_policy = importlib.import_module("random_policy")
     steps = []
 

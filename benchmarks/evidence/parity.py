@@ -1,16 +1,16 @@
-"""World2Filter's DreamerV3 and r2dreamer's, learning the same tasks on the same environments.
+"""Train World2Filter's DreamerV3 and r2dreamer on the same tasks and environments.
 
 python benchmarks/evidence/parity.py --r2dreamer CHECKOUT --out-dir runs/parity --updates 4000
 python benchmarks/evidence/parity.py --out-dir runs/parity --report
 
 The first form trains ``algo=dreamer_v3`` and, from a checkout of r2dreamer, ``rep_loss=dreamer`` in
-processes of their own, each on one thread of a CPU in float32. Ctrl+C or SIGTERM ends the list with
-everything saved, and the same command continues it exactly there. After a crash r2dreamer's run
-loses at most three minutes, ours at most 500 updates. ``--updates`` is a multiple of 100 and may be
+separate processes, each on one thread of a CPU in float32. Ctrl+C or SIGTERM ends the list with
+everything saved, and the same command continues exactly there. A crash costs r2dreamer's run up to
+three minutes, ours up to 500 updates. ``--updates`` is a multiple of 100 and may be
 raised later. The second form compares what there is.
 
 The same in both: environments and their seeds, pictures, action repeat (PlaNet's: 8, and 4 for
-ball_in_cup), widths of the model, batch, prefill, one update an agent step, weights synced after
+ball_in_cup), widths of the model, batch, prefill, one update per agent step, weights synced after
 each step of the envs, learning rate, warm-up, discount horizon (666 control steps). All else is
 each project's own, ours with ``--override`` on top. Known differences of r2dreamer: it samples its
 replay uniformly and not the newest first; its KL loss is that of the logits without their share of
@@ -41,7 +41,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-sys.path.append(str(Path(__file__).parents[1]))
+sys.path.append(str(Path(__file__).parents[1] / "shared"))
 
 from curve_runs import SCRIPT, is_finished
 from parity_report import write_report
@@ -53,6 +53,7 @@ from parity_settings import (
     note_settings,
     run_name,
 )
+from results_file import RESULTS
 
 from w2f_torchrl.utils.metrics_file import last_counters
 
@@ -115,11 +116,11 @@ def read_shape(text: str) -> tuple[int, int]:
     """Read ``<B>x<T>``.
 
     Raises:
-        ValueError: If it is none.
+        ValueError: If the text has another form.
     """
     size, _, length = text.partition("x")
     if not (size.isdigit() and length.isdigit()):
-        raise ValueError(f"--shapes has {text!r}: must be slices x records, 8x16 say.")
+        raise ValueError(f"--shapes has {text!r}: must be slices x records, for example 8x16.")
     return int(size), int(length)
 
 
@@ -127,7 +128,7 @@ class Runs:
     """Trains the runs of a list, each in a process of one thread.
 
     Args:
-        folder: Run directories are made here, each with a ``.log`` beside it.
+        folder: Run directories are created here, each next to its ``.log``.
         checkout: r2dreamer's.
         say: Gets a line for each start and end.
     """
@@ -139,7 +140,7 @@ class Runs:
         self._stopped = False
 
     def train(self, jobs: Sequence[Job], parallel: int = 1) -> None:
-        """Train what isn't complete; Ctrl+C and SIGTERM end the runs once they have saved.
+        """Train the runs that are not complete; Ctrl+C and SIGTERM end them once they have saved.
 
         Args:
             jobs: In this order.
@@ -181,7 +182,7 @@ class Runs:
         self.say(f"{job.name}: training, see {log}")
         begun, updates = time.monotonic(), last_counters(run_dir / "metrics.jsonl")[1]
         with log.open("a") as output:
-            # A session of its own: Ctrl+C comes to it once, from here.
+            # In its own session, so that Ctrl+C reaches it only once, from here.
             process = subprocess.Popen(
                 job.command(run_dir, self.checkout),
                 stdout=output,
@@ -233,15 +234,14 @@ def parse(arguments: Sequence[str] | None = None) -> Any:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--updates", type=int, default=4000, help="of each run, in all")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
-    parser.add_argument("--action-repeat", type=int, help="control steps, in the place of PlaNet's")
+    parser.add_argument("--action-repeat", type=int, help="control steps, instead of PlaNet's")
     parser.add_argument("--lr", type=float, default=5e-4)
     parser.add_argument("--warmup", type=int, default=200, help="updates")
     parser.add_argument(
         "--override", nargs="+", default=[], metavar="KEY=VALUE", help="more settings of ours"
     )
     parser.add_argument("--report", action="store_true", help="compare the runs, train none")
-    results = HERE.parent / "results"
-    parser.add_argument("--json", type=Path, default=results / "parity.json", help="the report's")
+    parser.add_argument("--json", type=Path, default=RESULTS / "parity.json", help="the report's")
     images = HERE.parents[1] / "docs" / "images"
     parser.add_argument("--picture", type=Path, default=images / "parity.png", help="the report's")
     args = parser.parse_args(arguments)

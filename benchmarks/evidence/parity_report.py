@@ -1,4 +1,4 @@
-"""What the runs of :mod:`parity` came to: a comparison at equal updates, and curves."""
+"""Report the runs of :mod:`parity`: a comparison at equal updates, and curves."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def load_runs(folder: Path) -> list[Run]:
     """Read the runs below a folder that have logged something.
 
     Raises:
-        FileNotFoundError: If there is none.
+        FileNotFoundError: If no run has.
     """
     runs = []
     for path in sorted(folder.glob(f"*/{SETTINGS_NAME}")):
@@ -116,7 +116,7 @@ def compare(ours: Sequence[float], peers: Sequence[float], lower: bool | None) -
     Returns:
         Means, ``gap`` (ours less theirs), ``ratio`` (None where theirs is not positive),
         ``spread`` (the larger range over the seeds; None with one seed of each) and ``verdict``:
-        "level within the spread" if the gap is no larger than it, else which way it goes.
+        "level within the spread" if the gap is not larger than it, otherwise its direction.
     """
     mean_ours, mean_peers = float(np.mean(ours)), float(np.mean(peers))
     gap = mean_ours - mean_peers

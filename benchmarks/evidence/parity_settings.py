@@ -1,4 +1,4 @@
-"""What both sides of :mod:`parity` are trained with."""
+"""Settings that both sides of :mod:`parity` are trained with."""
 
 from __future__ import annotations
 
@@ -91,14 +91,16 @@ class Settings:
             except ValueError:
                 continue
             return domain, task
-        raise ValueError(f"task={self.task!r} is no task of the Control Suite (cartpole_swingup).")
+        raise ValueError(
+            f"task={self.task!r} is not a Control Suite task (such as cartpole_swingup)."
+        )
 
     def total_frames(self, updates: int) -> int:
-        """Environment frames of a run of so many updates: one an agent step.
+        """Environment frames of a run of so many updates, one per agent step.
 
         Raises:
             ValueError: If the envs, which are stepped together, can't make these updates exactly,
-                they are no whole rows of metrics, or the replay can't hold the run.
+                they don't fill whole rows of metrics, or the replay can't hold the run.
         """
         multiple = math.lcm(self.num_envs, ROW)
         if updates < 1 or updates % multiple:
@@ -108,7 +110,7 @@ class Settings:
         return (self.prefill + updates) * self.action_repeat
 
     def records(self, updates: int) -> int:
-        """At least the records of a run: an episode of L steps makes L + 1."""
+        """An upper bound of a run's records: an episode of L steps makes L + 1."""
         return (self.prefill + updates) * 11 // 10 + 2 * self.num_envs
 
     def overrides(self, updates: int) -> list[str]:
@@ -166,7 +168,7 @@ def run_name(project: str, settings: Settings) -> str:
 
 
 def note_settings(run_dir: Path, facts: dict[str, Any]) -> None:
-    """Write what a run is trained with, or check it where the run is continued.
+    """Write a run's settings, or check them where the run is continued.
 
     Args:
         run_dir: The run's; created.

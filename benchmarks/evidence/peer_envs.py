@@ -61,7 +61,7 @@ class EnvBatch:
         )
 
     def state_dict(self) -> list[Any] | None:
-        """What the coming steps depend on; None if an env can't say."""
+        """Return all that the next steps depend on; None if an env can't."""
         if not all(hasattr(env, "resume_state") for env in self.envs):
             return None
         return [env.resume_state() for env in self.envs]

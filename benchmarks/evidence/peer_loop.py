@@ -3,7 +3,7 @@
 Its own trainer pins memory, which needs CUDA. This loop does what that does, in the same order:
 
 1. Every env takes the action chosen last. One whose episode has ended is reset in place of a step,
-   which counts as no agent step.
+   which does not count as an agent step.
 2. The policy acts on all observations, first ones included, with the newest weights. It zeroes its
    latent and its previous action where ``is_first``.
 3. Stored are the observation, the reward that came with it, the policy's latent after it, and the
@@ -11,8 +11,8 @@ Its own trainer pins memory, which needs CUDA. This loop does what that does, in
    a slice is T + 1 long, and of the first record it uses latent and action.)
 4. Updates that are due. Each writes its new latents back into the replay.
 
-It differs where the comparison asks for it: updates are counted by our ``UpdateSchedule``, one an
-agent step after the same prefill as ours; there is no evaluation.
+It differs where the comparison asks for it: updates are counted by our ``UpdateSchedule``, one per
+agent step after the same prefill as ours, and nothing is evaluated.
 
 Shape letters: N envs, A action.
 """
@@ -52,7 +52,7 @@ that of the logits without the share of the uniform distribution: :func:`record_
 
 
 class Peer(Protocol):
-    """What the loop asks of r2dreamer's ``Dreamer``."""
+    """The part of r2dreamer's ``Dreamer`` that the loop uses."""
 
     rssm: Any
     _slow_value_updates: int
@@ -112,7 +112,7 @@ class Rows:
         return self.path.stat().st_size
 
     def cut(self, size: int) -> None:
-        """Drop what was written after the file had this size."""
+        """Truncate the file to this size."""
         os.truncate(self.path, size)
 
 
@@ -164,7 +164,7 @@ class PeerLoop:
 
         Args:
             updates: In all.
-            stopped: Looked at between two agent steps.
+            stopped: Checked between agent steps.
             save_seconds: Seconds between two saves.
 
         Returns:
@@ -203,11 +203,11 @@ class PeerLoop:
             )
             self._returns[env] = self._lengths[env] = 0
 
-    def learn(self, most: int) -> None:
-        """Do the updates that are due, up to ``most`` in all."""
+    def learn(self, maximum: int) -> None:
+        """Do the updates that are due, up to ``maximum`` in total."""
         due = self.schedule(self.steps)
         self.schedule.updates -= due  # counted one by one: what is not done stays due
-        for _ in range(min(due, most - self.updates)):
+        for _ in range(min(due, maximum - self.updates)):
             metrics = self.agent.update(self.replay)
             values = {ours: metrics[theirs] for ours, theirs in METRICS.items()}
             for name, value in (values | {"wm/kl_value": self._kl()}).items():
@@ -235,7 +235,7 @@ class PeerLoop:
     # ---------------------------------------------------------------- stop and continue
 
     def save(self) -> None:
-        """Write all that the coming steps depend on, in one go."""
+        """Atomically write all that the next steps depend on."""
         agent, storage = self.agent, self.replay._buffer.storage
         filled = storage.shape[0] if len(storage) else 0
         state = {

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
-sys.path.append(str(Path(__file__).parents[1]))
+sys.path.append(str(Path(__file__).parents[1] / "shared"))
 
 from parity_settings import ROW, Settings, read_settings
 from peer_envs import EnvBatch
@@ -42,7 +42,7 @@ def make_loop(checkout: Path, settings: Settings, run_dir: Path, updates: int) -
         updates: In all.
 
     Raises:
-        FileNotFoundError: If that is no checkout of it.
+        FileNotFoundError: If that is not a checkout of it.
     """
     envs = make_envs(settings)
     import_from(checkout, "tools").set_seed_everywhere(settings.seed)

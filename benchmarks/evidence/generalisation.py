@@ -1,0 +1,90 @@
+"""Measure returns of trained runs under distractions that they have and have not seen.
+
+python benchmarks/evidence/generalisation.py runs/a runs/b runs/c --episodes 10 \
+    --json table.json --markdown table.md --plot table.png
+
+Takes checkpoints or run directories (their newest checkpoint). Rows are tasks and methods, columns
+the evaluation sets by name, and `own`, the environment that the run was trained in. Runs of one
+task and method are its seeds. All runs play the same episodes of a set.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).parents[1] / "shared"))
+
+import torch
+from find_checkpoint import find_checkpoint
+from generalisation_table import OWN, Played, draw, markdown, summarise
+from results_file import write_results
+
+from w2f_torchrl.envs import evaluation_sets
+from w2f_torchrl.envs.distractions import DIFFICULTIES
+from w2f_torchrl.trainers.evaluator import Evaluator, load_learner
+from w2f_torchrl.utils.plotting import save_figure
+from w2f_torchrl.utils.seeding import derive_seed
+
+SETS = ("clean", "train_videos_{0}", "unseen_videos_{0}", "color_{0}", "camera_{0}", "all_{0}")
+
+
+def play(path: Path, sets: Sequence[str], episodes: int, seed: int) -> list[Played]:
+    """Play a run's policy, with the mode action, in its own environment and in the sets."""
+    config, learner, action_size = load_learner(find_checkpoint(path))
+    config.evaluation.sets = list(sets)
+    config.validate()
+    evaluator = Evaluator(config, derive_seed(seed, "generalisation"), learner.policy, action_size)
+    rows = [evaluator.evaluate(learner.world_model, 1).metrics for _ in range(episodes)]
+    evaluator.close()
+    method = config.algo.name + (f" {config.latent}" if config.needs_masks else "")
+    task = f"{config.environment.domain} {config.environment.task}"
+    played = []
+    for name in (OWN, *sets):
+        prefix = "eval/" if name == OWN else f"eval/{name}/"
+        iou = "wm/mask_iou" if name == OWN else f"{prefix}mask_iou"
+        ious = [row[iou] for row in rows if iou in row]
+        played.append(
+            Played(
+                method,
+                task,
+                config.seed,
+                name,
+                [row[f"{prefix}return_mean"] for row in rows],
+                sum(ious) / len(ious) if ious else None,
+            )
+        )
+    return played
+
+
+def main() -> None:
+    """Play, tabulate, write and draw."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("runs", nargs="+", type=Path)
+    parser.add_argument("--difficulty", choices=DIFFICULTIES, default="easy")
+    parser.add_argument(
+        "--sets", nargs="+", choices=evaluation_sets(), help="default: six of the difficulty"
+    )
+    parser.add_argument("--episodes", type=int, default=10, help="in each set, for each run")
+    parser.add_argument("--seed", type=int, default=0)
+    for name in ("json", "markdown", "plot"):
+        parser.add_argument(f"--{name}", type=Path)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    sets = args.sets or [name.format(args.difficulty) for name in SETS]
+    played = [each for run in args.runs for each in play(run, sets, args.episodes, args.seed)]
+    summary = summarise(played, args.difficulty)
+    table = markdown(summary)
+    print(table)
+    if args.markdown is not None:
+        args.markdown.write_text(table)
+    if args.json is not None:
+        write_results(args.json, summary | {"played": [each._asdict() for each in played]})
+    if args.plot is not None:
+        save_figure(draw(summary), args.plot)
+
+
+if __name__ == "__main__":
+    main()
