@@ -25,7 +25,7 @@ def play(tmp_path: Path, domain: str, task: str, **evaluation):
     environment = {"domain": domain, "task": task, "image_size": 16, "action_repeat": 4}
     trainer = Trainer(tiny_run(tmp_path / "run", environment=environment, evaluation=evaluation))
     evaluator = module.Evaluator(
-        trainer.config, 3, trainer.learner.policy, trainer.action_size, trainer.masks.segment
+        trainer.config, 3, trainer.learner.policy, 1, trainer.masks.segment
     )
     torch.manual_seed(0)
     evaluator.seed(0)

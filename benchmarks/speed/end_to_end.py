@@ -62,7 +62,7 @@ class TimedTrainer(Trainer):
         super().__init__(config)
         self.seconds: dict[str, float] = defaultdict(float)
         self.cpu_seconds: dict[str, float] = defaultdict(float)
-        self.start: tuple[float, int, int] | None = None
+        self.begin: tuple[float, int, int] | None = None
         self.end: tuple[float, int, int] | None = None
         self._rounds = 0
 
@@ -70,11 +70,12 @@ class TimedTrainer(Trainer):
     def _timed(self, name: str) -> Iterator[None]:
         begin, cpu = time.perf_counter(), time.process_time()
         yield
-        if self.start is not None:
+        if self.begin is not None:
             self.seconds[name] += time.perf_counter() - begin
             self.cpu_seconds[name] += time.process_time() - cpu
 
     def start(self) -> None:
+        """Start the run, and time what it does from then on."""
         super().start()
         self.replay.sample = self._as_sample(self.replay.sample)  # type: ignore[method-assign]
         self._to_device = self._as_sample(self._to_device)  # type: ignore[assignment]
@@ -94,12 +95,12 @@ class TimedTrainer(Trainer):
         updates = self.updates
         with self._timed("updates"):
             super()._learn(*args)
-            if self.device.type == "cuda":
+            if self.run.device.type == "cuda":
                 torch.cuda.synchronize()
         self._rounds += self.updates > updates
         now = (time.perf_counter(), self.frames, self.updates)
-        if self._rounds == WARM_UP_ROUNDS and self.start is None:
-            self.start = now
+        if self._rounds == WARM_UP_ROUNDS and self.begin is None:
+            self.begin = now
         self.end = now
 
     def _evaluate_if_due(self) -> None:
@@ -123,12 +124,12 @@ def measure(overrides: list[str]) -> dict[str, Any]:
             config = compose("config", [*overrides, f"run_dir={folder}/run"])
         trainer = TimedTrainer(to_run_config(config))
         trainer.train()
-    if trainer.start is None or trainer.end is None or trainer.end[1] == trainer.start[1]:
+    if trainer.begin is None or trainer.end is None or trainer.end[1] == trainer.start[1]:
         raise SystemExit(
             f"training.total_frames={trainer.config.training.total_frames} is too short: the clock "
             f"starts after {WARM_UP_ROUNDS} rounds of updates."
         )
-    seconds, frames, updates = (b - a for a, b in zip(trainer.start, trainer.end, strict=True))
+    seconds, frames, updates = (b - a for a, b in zip(trainer.begin, trainer.end, strict=True))
     parts, cpu = dict(trainer.seconds), dict(trainer.cpu_seconds)
     for table in (parts, cpu):
         table["updates"] -= table["samples"]
