@@ -17,10 +17,10 @@ import torch
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from w2f_torchrl.data import records_from_rollout
+from w2f_torchrl.evaluation.imagination import imagine_windows
+from w2f_torchrl.logging.pictures.film import film
+from w2f_torchrl.logging.pictures.video import write_video
 from w2f_torchrl.trainers import load_policy
-from w2f_torchrl.trainers.imagination import imagine_windows
-from w2f_torchrl.utils.film import film
-from w2f_torchrl.utils.video import write_video
 
 
 def main(arguments: list[str] | None = None) -> tuple[Path, Path]:

@@ -12,14 +12,14 @@ import argparse
 import logging
 from pathlib import Path
 
-from w2f_torchrl.modules import PRESETS
-from w2f_torchrl.trainers import RunConfig, Trainer, load_policy
-from w2f_torchrl.trainers.config import (
+from w2f_torchrl.config import (
     CollectionConfig,
     EnvironmentConfig,
     EvaluationConfig,
     TrainingConfig,
 )
+from w2f_torchrl.modules import PRESETS
+from w2f_torchrl.trainers import RunConfig, Trainer, load_policy
 
 
 def make_config(run_dir: Path, frames: int) -> RunConfig:

@@ -4,7 +4,7 @@ python examples/watch_policy.py runs/demo/checkpoints/checkpoint_000000000792.pt
 
 Plays one episode before an unseen video, beside one of random actions, prints both returns, and
 writes a film: what the agent sees, the mask that it predicts, and what its two decoders make of it.
-Takes less than a minute on a CPU. Exported policies (``python -m w2f_torchrl.trainers.export``) are
+Takes less than a minute on a CPU. Exported policies (``python -m w2f_torchrl.evaluation.export``) are
 opened too.
 """
 
@@ -18,9 +18,9 @@ from tensordict import TensorDictBase
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from w2f_torchrl.data import records_from_rollout
+from w2f_torchrl.evaluation.evaluator import reconstruct
+from w2f_torchrl.logging.pictures.video import panel, write_video
 from w2f_torchrl.trainers import LoadedPolicy, load_policy
-from w2f_torchrl.trainers.evaluator import reconstruct
-from w2f_torchrl.utils.video import panel, write_video
 
 
 def play(policy: LoadedPolicy, seed: int, scenery: str | None, *, random: bool) -> TensorDictBase:

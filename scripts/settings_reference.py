@@ -13,9 +13,9 @@ from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
+from w2f_torchrl.config import RunConfig
+from w2f_torchrl.config.model import PRESETS, ModelConfig
 from w2f_torchrl.envs.distractions import DistractionConfig
-from w2f_torchrl.modules.config import PRESETS, ModelConfig
-from w2f_torchrl.trainers.config import RunConfig
 from w2f_torchrl.utils.settings import SettingInfo, info_of, is_number, type_of
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -28,9 +28,9 @@ PAGE = ROOT / "docs" / "architecture.md"
 MARKERS = ("<!-- structure -->", "<!-- /structure -->")
 
 ORDER = (
-    ("config",),
     ("envs",),
     ("segmenters", "transforms"),
+    ("config",),
     ("modules",),
     ("kernels",),
     ("objectives",),
@@ -40,6 +40,7 @@ ORDER = (
     ("learner",),
     ("evaluation",),
     ("logging",),
+    ("report",),
     ("trainers",),
 )
 """A folder imports from its own line and those above it, never from one below."""

@@ -26,6 +26,8 @@ from tqdm import tqdm
 
 from w2f_torchrl.checkpoint import CheckpointError
 from w2f_torchrl.data import MaskStore, load_masks
+from w2f_torchrl.logging.pictures.contact_sheet import draw_contact_sheet
+from w2f_torchrl.masks.labels import load_pictures
 from w2f_torchrl.segmenters import (
     MedianSegmenter,
     Sam3Segmenter,
@@ -34,8 +36,6 @@ from w2f_torchrl.segmenters import (
     StudentSegmenter,
 )
 from w2f_torchrl.trainers import ConfigError, load_policy
-from w2f_torchrl.trainers.segmentation import load_pictures
-from w2f_torchrl.utils.contact_sheet import draw_contact_sheet
 
 PACKAGES = {"sam3": ("sam3", "torch"), "student": ("torch",), "median": ("torch",)}
 

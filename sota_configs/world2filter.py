@@ -19,7 +19,7 @@ from omegaconf import DictConfig
 from w2f_torchrl.modules import PRESETS
 from w2f_torchrl.trainers import ConfigError, RunConfig, to_run_config
 
-# The typed settings and their defaults live in w2f_torchrl.trainers.config; the YAML groups beside
+# The typed settings and their defaults live in w2f_torchrl.config; the YAML groups beside
 # this file only choose among them.
 store = ConfigStore.instance()
 store.store(name="run_config", node=RunConfig)
@@ -54,7 +54,7 @@ def train(config: DictConfig) -> None:
     from w2f_torchrl.checkpoint import CheckpointError
     from w2f_torchrl.trainers import Trainer
     from w2f_torchrl.trainers import run as parts
-    from w2f_torchrl.trainers.distributed import RankError, Ranks, lost_ranks_explained
+    from w2f_torchrl.utils.ranks import RankError, Ranks, lost_ranks_explained
 
     ranks = Ranks.from_environment()  # one, unless torchrun or submitit started several
     quiet = "torchrl" if ranks.is_first else None  # the other ranks only warn

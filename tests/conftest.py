@@ -72,7 +72,8 @@ def usual_signals() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def no_curves() -> Iterator[None]:
     """For runs of a few seconds: drawing their curves takes longer than the rest."""
-    from w2f_torchrl.trainers import diagnostics, run_logging
+    from w2f_torchrl.logging import diagnostics
+from w2f_torchrl.trainers import run_logging
 
     with pytest.MonkeyPatch.context() as patch:
         for module in (diagnostics, run_logging):

@@ -10,11 +10,11 @@ from helpers.models import make_learner, make_sample
 from helpers.ranks import run_ranks
 from torch import nn
 
+from w2f_torchrl.config import OptimizerConfig
+from w2f_torchrl.learner.auto_execution import AutoUpdate
+from w2f_torchrl.learner.graphed_update import UpdateState
+from w2f_torchrl.learner.optimizer import CapturableOptimizer
 from w2f_torchrl.trainers import Learner
-from w2f_torchrl.trainers.auto_execution import AutoUpdate
-from w2f_torchrl.trainers.config import OptimizerConfig
-from w2f_torchrl.trainers.graphed_update import UpdateState
-from w2f_torchrl.trainers.optimizer import CapturableOptimizer
 
 
 @pytest.fixture(autouse=True)

@@ -26,11 +26,11 @@ from w2f_torchrl.checkpoint import (
 from w2f_torchrl.checkpoint import file as checkpoint_file
 from w2f_torchrl.checkpoint import lock as run_lock
 from w2f_torchrl.checkpoint.lock import RunLock
+from w2f_torchrl.logging.metrics import MetricsLogger, read_metrics
+from w2f_torchrl.logging.wandb import _read_state, _refuse_secrets
+from w2f_torchrl.masks.labels import load_labels, load_pictures
 from w2f_torchrl.report import write_report
 from w2f_torchrl.trainers import ConfigError, Trainer, load_policy
-from w2f_torchrl.trainers.segmentation import load_labels, load_pictures
-from w2f_torchrl.utils.logging import MetricsLogger, read_metrics
-from w2f_torchrl.utils.wandb_logging import _read_state, _refuse_secrets
 
 pytestmark = [pytest.mark.render, pytest.mark.usefixtures("no_curves")]
 LONGER = {"training": {"total_frames": 352}}

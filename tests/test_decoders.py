@@ -10,8 +10,8 @@ import torch
 from helpers.models import SIZE, TINY, make_sample
 from torch.nn import functional as F
 
+from w2f_torchrl.config.model import DECODERS, RESAMPLINGS
 from w2f_torchrl.modules import LATENTS, DualImageDecoder, build_world_model, convolution
-from w2f_torchrl.modules.config import DECODERS, RESAMPLINGS
 from w2f_torchrl.modules.convolution import ImageDecoder, ImageEncoder, nearest_kernel
 from w2f_torchrl.modules.dual_decoder import FOREGROUND_SHARE
 from w2f_torchrl.modules.reference_decoder import ReferenceImageDecoder, build_image_decoder

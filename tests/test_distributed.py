@@ -15,11 +15,11 @@ from helpers.ranks import run_ranks
 from helpers.runs import tiny_run
 
 from w2f_torchrl.checkpoint import latest_checkpoint, load_checkpoint
+from w2f_torchrl.config import DistributedConfig
 from w2f_torchrl.data import UpdateSchedule
+from w2f_torchrl.logging.metrics import read_metrics
 from w2f_torchrl.trainers import ConfigError, RunConfig, Trainer
-from w2f_torchrl.trainers.config import DistributedConfig
-from w2f_torchrl.trainers.distributed import RankError, Ranks, _fresh_store
-from w2f_torchrl.utils.logging import read_metrics
+from w2f_torchrl.utils.ranks import RankError, Ranks, _fresh_store
 
 FRAMES_A_ROUND = 2 * 8 * 2  # envs, steps of each, action repeat; of one rank
 

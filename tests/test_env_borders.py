@@ -26,11 +26,11 @@ from torchrl.envs.utils import check_env_specs
 
 from w2f_torchrl.checkpoint import list_checkpoints
 from w2f_torchrl.data import make_collector, records_from_rollout
+from w2f_torchrl.data.environments import probe_env
 from w2f_torchrl.envs import make_env, register_env, tasks
+from w2f_torchrl.logging.metrics import read_metrics
 from w2f_torchrl.modules import build_actor, build_policy, build_world_model, latent_sizes
 from w2f_torchrl.trainers import ConfigError, Trainer, load_policy
-from w2f_torchrl.trainers.environments import probe_env
-from w2f_torchrl.utils.logging import read_metrics
 
 PICTURE = (3, 16, 16)
 

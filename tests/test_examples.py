@@ -15,10 +15,10 @@ from helpers.runs import tiny_run
 from torchrl.envs.utils import check_env_specs
 
 from w2f_torchrl.envs import make_env
+from w2f_torchrl.evaluation.imagination import CONTEXT, HORIZON
+from w2f_torchrl.logging.pictures.video import read_video
 from w2f_torchrl.segmenters import mask_iou
 from w2f_torchrl.trainers import Trainer
-from w2f_torchrl.trainers.imagination import CONTEXT, HORIZON
-from w2f_torchrl.utils.video import read_video
 
 TESTED = {
     "ppo_with_sam3": "test_masks_on_disk.py",

@@ -16,12 +16,12 @@ from helpers.runs import tiny_run
 from torch import Tensor
 from torchrl.trainers.algorithms import DreamerV3Optimizer
 
+from w2f_torchrl.data.device_copy import DeviceCopy
+from w2f_torchrl.learner.execution import PIECES, compile_core
+from w2f_torchrl.learner.optimizer import CapturableOptimizer
 from w2f_torchrl.modules import layers, scan
 from w2f_torchrl.objectives import LossConfig
 from w2f_torchrl.trainers import ConfigError, Learner, execution
-from w2f_torchrl.trainers.device_copy import DeviceCopy
-from w2f_torchrl.trainers.execution import PIECES, compile_core
-from w2f_torchrl.trainers.optimizer import CapturableOptimizer
 
 
 def make_learner(

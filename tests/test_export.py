@@ -15,8 +15,8 @@ from w2f_torchrl.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
+from w2f_torchrl.logging.pictures.video import read_video
 from w2f_torchrl.trainers import Trainer, export, export_policy, load_policy
-from w2f_torchrl.utils.video import read_video
 
 pytestmark = pytest.mark.render
 

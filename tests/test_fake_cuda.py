@@ -27,16 +27,16 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
+from w2f_torchrl.config import OptimizerConfig
+from w2f_torchrl.config.model import BACKGROUND_ENCODERS
+from w2f_torchrl.data.device_copy import DeviceCopy
+from w2f_torchrl.evaluation.evaluator import reconstruct
+from w2f_torchrl.evaluation.imagination import imagine_windows
+from w2f_torchrl.learner.graphed_update import CAPTURE_WARMUP
+from w2f_torchrl.learner.optimizer import CapturableOptimizer
 from w2f_torchrl.modules import build_world_model, latent_sizes
-from w2f_torchrl.modules.config import BACKGROUND_ENCODERS
 from w2f_torchrl.objectives import LossConfig
 from w2f_torchrl.trainers import Learner
-from w2f_torchrl.trainers.config import OptimizerConfig
-from w2f_torchrl.trainers.device_copy import DeviceCopy
-from w2f_torchrl.trainers.evaluator import reconstruct
-from w2f_torchrl.trainers.graphed_update import CAPTURE_WARMUP
-from w2f_torchrl.trainers.imagination import imagine_windows
-from w2f_torchrl.trainers.optimizer import CapturableOptimizer
 from w2f_torchrl.trainers.update_metrics import UpdateMetrics
 
 fake = pytest.mark.skipif(why_not() is not None, reason=f"no fake CUDA tensors: {why_not()}")
@@ -414,7 +414,7 @@ def graphed_learner(on_nan: str = "stop") -> tuple[Learner, Streams]:
     learner = make_learner(precision="float32", device="cpu", on_nan=on_nan)
     eager = learner._eager_update
     learner.optimizer = CapturableOptimizer(learner.parameters_trained, warmup_steps=3, lr=1e-3)
-    graphed = learner._graphed()
+    graphed = learner._modes.graphed()
     learner._update = graphed
 
     def replay() -> None:
@@ -513,7 +513,7 @@ def test_a_capture_that_fails_leaves_the_learner_as_it_was(fails_in, on_nan):
 def test_a_capture_on_the_second_device_uses_no_other(cuda):
     learner = make_learner("whole", device="cuda:1")
     sample = fake_sample("cuda:1")
-    learner._update = learner._graphed()
+    learner._update = learner._modes.graphed()
     with Streams().installed() as streams:
         learner.update(sample)
         learner.update(sample)

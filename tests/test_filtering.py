@@ -24,8 +24,8 @@ from w2f_torchrl.evaluation import (
     record_episodes,
     replace_backgrounds,
 )
+from w2f_torchrl.evaluation import run_filtering as filtering
 from w2f_torchrl.evaluation.filtering import _encode_all
-from w2f_torchrl.trainers import filtering
 
 EPISODES, STEPS, CLASSES = 24, 12, 3
 

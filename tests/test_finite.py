@@ -15,8 +15,8 @@ from helpers.short_runs import short_run
 from torch import nn
 
 from w2f_torchrl.checkpoint import latest_checkpoint, load_checkpoint
+from w2f_torchrl.learner.optimizer import CapturableOptimizer
 from w2f_torchrl.trainers import Learner, Trainer
-from w2f_torchrl.trainers.optimizer import CapturableOptimizer
 
 
 def make_learner(on_nan: str, optimizer_class: type | None = None) -> Learner:

@@ -9,7 +9,7 @@ pytest.importorskip("rliable")
 
 from generalisation_table import Played, aggregate, cell, draw, markdown, summarise
 
-from w2f_torchrl.utils.plotting import save_figure
+from w2f_torchrl.logging.pictures.plotting import save_figure
 
 
 def played(

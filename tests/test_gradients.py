@@ -14,9 +14,9 @@ from helpers.models import LATENTS, make_sample
 from helpers.models import make_learner as tiny_learner
 from helpers.ranks import run_ranks
 
+from w2f_torchrl.config import OptimizerConfig
 from w2f_torchrl.objectives import LossConfig
 from w2f_torchrl.trainers import Learner
-from w2f_torchrl.trainers.config import OptimizerConfig
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
 

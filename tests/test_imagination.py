@@ -9,10 +9,10 @@ from helpers.models import make_learner as tiny_learner
 from tensordict import TensorDict
 from torchrl.modules.models.model_based import RSSMPriorV3
 
+from w2f_torchrl.evaluation.imagination import cut_windows, decode, imagine_windows, roll
+from w2f_torchrl.logging.pictures.film import film, film_strip
 from w2f_torchrl.modules.rssm import BlockGRUStep
 from w2f_torchrl.trainers import Learner
-from w2f_torchrl.trainers.imagination import cut_windows, decode, imagine_windows, roll
-from w2f_torchrl.utils.film import film, film_strip
 
 CONTEXT, TIME, WINDOWS = 5, 12, 3
 

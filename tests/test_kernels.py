@@ -17,9 +17,9 @@ from learner import ACTION_SIZE
 from learner import make_sample as bench_sample
 from torch.utils._pytree import tree_leaves
 
+from w2f_torchrl.config import OptimizerConfig
 from w2f_torchrl.modules import PRESETS, rssm, scan
 from w2f_torchrl.trainers import Learner
-from w2f_torchrl.trainers.config import OptimizerConfig
 
 fake = pytest.mark.skipif(why_not() is not None, reason=f"no fake CUDA: {why_not()}")
 

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from tensordict import TensorDict
 
 from w2f_torchrl.data import StreamReplayBuffer, make_replay
-from w2f_torchrl.data.latents import LatentStore, latent_fields
-from w2f_torchrl.data.record_files import Field
-from w2f_torchrl.data.replay_files import ReplayFiles
+from w2f_torchrl.data.replay.latents import LatentStore, latent_fields
+from w2f_torchrl.data.replay.record_files import Field
+from w2f_torchrl.data.replay.replay_files import ReplayFiles
 from w2f_torchrl.modules import PRESETS, build_world_model
 from w2f_torchrl.modules.packed_latents import (
     pack_belief,
@@ -340,7 +340,7 @@ def test_a_snapshot_holds_while_another_thread_writes(tmp_path):
     rows = 20_000
     store = LatentStore({"belief": Field("float16", (64,))}, rows)
     store.write(torch.arange(rows), {"belief": torch.full((rows, 64), 1.0).half()})
-    from w2f_torchrl.data.latent_files import write_snapshot
+    from w2f_torchrl.data.replay.latent_files import write_snapshot
 
     stop, writes = threading.Event(), 0
 

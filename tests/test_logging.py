@@ -22,14 +22,14 @@ from PIL import Image
 from torchrl.record.loggers.csv import CSVLogger
 from wandb_stub import wandb_stub
 
+from w2f_torchrl.config import validation as config_module
+from w2f_torchrl.logging import wandb as wandb_logging
+from w2f_torchrl.logging.background_worker import BackgroundWorker
+from w2f_torchrl.logging.environment import read_environment
+from w2f_torchrl.logging.file_loggers import make_csv_logger
+from w2f_torchrl.logging.metrics import MetricsLogger, read_metrics
+from w2f_torchrl.logging.pictures.video import read_video
 from w2f_torchrl.trainers import ConfigError, Trainer
-from w2f_torchrl.trainers import config as config_module
-from w2f_torchrl.utils import wandb_logging
-from w2f_torchrl.utils.background_worker import BackgroundWorker
-from w2f_torchrl.utils.environment import read_environment
-from w2f_torchrl.utils.file_loggers import make_csv_logger
-from w2f_torchrl.utils.logging import MetricsLogger, read_metrics
-from w2f_torchrl.utils.video import read_video
 
 HAS = {name: importlib.util.find_spec(name) is not None for name in ("wandb", "tensorboard")}
 needs_wandb = pytest.mark.skipif(not HAS["wandb"], reason="needs wandb: make extras")
@@ -255,8 +255,8 @@ def run_online(folder: Path, port: int, kept: str, meanwhile: str = "") -> str:
     code = f"""
 import json, logging, os
 logging.basicConfig(level=logging.INFO, format="%(message)s")
-from w2f_torchrl.utils import wandb_logging
-from w2f_torchrl.utils.logging import MetricsLogger
+from w2f_torchrl.logging import wandb as wandb_logging
+from w2f_torchrl.logging.metrics import MetricsLogger
 wandb_logging.INIT_SECONDS = 3.0 if {port} == 9 else 60.0
 wandb_logging.FINISH_SECONDS = 3.0
 sink = wandb_logging.make_wandb_logger({str(folder / "run")!r}, project="p", mode="online")
@@ -342,7 +342,7 @@ def test_tensorboard_has_every_number_picture_video_and_histogram(logged):
 def test_tensorboard_hides_what_a_resume_takes_back(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    from w2f_torchrl.utils.file_loggers import make_tensorboard_logger
+    from w2f_torchrl.logging.file_loggers import make_tensorboard_logger
 
     for first, last in ((1, 5), (4, 6)):
         with MetricsLogger(tmp_path, [make_tensorboard_logger(tmp_path)]) as metrics:
@@ -533,7 +533,7 @@ def test_what_fails_beside_the_training_is_reported_and_ends_nothing(tmp_path, c
 def test_everything_queued_is_made_before_the_process_exits(tmp_path):
     code = f"""
 import time, torch
-from w2f_torchrl.utils.logging import MetricsLogger
+from w2f_torchrl.logging.metrics import MetricsLogger
 metrics = MetricsLogger({str(tmp_path)!r})
 def slow():
     time.sleep(0.5)
@@ -566,7 +566,7 @@ def test_a_logger_that_raises_is_given_up_and_the_others_go_on(tmp_path, caplog)
 
 
 def test_without_pyav_a_run_says_once_that_it_makes_no_videos(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr("w2f_torchrl.utils.logging.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("w2f_torchrl.logging.metrics.importlib.util.find_spec", lambda name: None)
     video = torch.zeros(2, 3, 16, 16, dtype=torch.uint8)
     with MetricsLogger(tmp_path) as metrics:
         paths = [metrics.log_video("train/observation_video", video, frames=n) for n in range(2)]

@@ -22,11 +22,11 @@ from tensordict import TensorDict
 
 from w2f_torchrl.checkpoint import latest_checkpoint, load_checkpoint
 from w2f_torchrl.data import WorkerError, make_collector
-from w2f_torchrl.data import workers as module
-from w2f_torchrl.data.workers import Patience
+from w2f_torchrl.data.collector import workers as module
+from w2f_torchrl.data.collector.leftovers import SHARED_MEMORY, Leftovers
+from w2f_torchrl.data.collector.workers import Patience
 from w2f_torchrl.trainers import Trainer
 from w2f_torchrl.trainers.collecting import Collection
-from w2f_torchrl.utils.leftovers import SHARED_MEMORY, Leftovers
 from w2f_torchrl.utils.stopping import listen
 
 
@@ -127,7 +127,7 @@ def test_what_a_killed_process_left_is_cleared_by_the_next_start_of_the_run(tmp_
     program = """
 import multiprocessing, os, signal, sys, tempfile
 from pathlib import Path
-from w2f_torchrl.utils.leftovers import Leftovers
+from w2f_torchrl.data.collector.leftovers import Leftovers
 left = Leftovers(Path(sys.argv[1]))
 left.take()
 lock = multiprocessing.get_context("spawn").Lock()

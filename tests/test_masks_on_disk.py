@@ -17,8 +17,8 @@ from torchrl.data import LazyMemmapStorage, TensorDictReplayBuffer
 
 from sota_configs import preprocess_masks
 from w2f_torchrl.data import MaskStore, load_masks
+from w2f_torchrl.logging.pictures.contact_sheet import draw_contact_sheet, overlay
 from w2f_torchrl.segmenters import StudentSegmenter
-from w2f_torchrl.utils.contact_sheet import draw_contact_sheet, overlay
 
 
 @pytest.fixture

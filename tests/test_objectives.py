@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torchrl.modules import PercentileValueNorm, SymExpTwoHot
 from torchrl.objectives import categorical_kl_terms
 
-from w2f_torchrl.modules.config import BACKGROUND_ENCODERS
+from w2f_torchrl.config.model import BACKGROUND_ENCODERS
 from w2f_torchrl.objectives import (
     LossConfig,
     World2FilterLoss,

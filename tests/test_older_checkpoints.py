@@ -10,8 +10,8 @@ from helpers.models import TINY, make_learner, make_sample
 
 from w2f_torchrl.checkpoint import CheckpointError
 from w2f_torchrl.checkpoint.older import check_same_networks, complete_model
+from w2f_torchrl.learner.learner import Learner
 from w2f_torchrl.modules import ModelConfig
-from w2f_torchrl.trainers.learner import Learner
 
 OLD = replace(TINY, decoder="torchrl", resample="stride")
 LAST = "world_model.decoder.foreground.layers.9"

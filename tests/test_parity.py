@@ -209,7 +209,7 @@ def test_a_reset_is_no_agent_step_and_returns_are_the_episodes(tmp_path):
 def test_the_real_environment_gives_what_ours_sees():
     from peer_run import make_envs
 
-    from w2f_torchrl.trainers.environments import create_env
+    from w2f_torchrl.data.environments import create_env
     from w2f_torchrl.utils.seeding import derive_seed
 
     settings = Settings("cartpole_swingup", 8, 16, seed=3, action_repeat=8, num_envs=2)
@@ -248,7 +248,7 @@ def test_ours_and_the_peer_have_equal_updates_at_equal_steps():
     from hydra import compose, initialize_config_module
 
     import sota_configs.world2filter  # noqa: F401 (its settings and presets)
-    from w2f_torchrl.trainers.config import to_run_config
+    from w2f_torchrl.config import to_run_config
     from w2f_torchrl.trainers.counters import RunCounters
 
     for settings in (SETTINGS, Settings("ball_in_cup_catch", 4, 64, seed=1, action_repeat=4)):

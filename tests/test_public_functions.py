@@ -24,6 +24,7 @@ from w2f_torchrl.data import (
     unpack_mask,
 )
 from w2f_torchrl.envs import register_env
+from w2f_torchrl.evaluation.policy import LoadedPolicy
 from w2f_torchrl.modules import build_actor, build_world_model, compose, imagine
 from w2f_torchrl.objectives import (
     background_loss,
@@ -41,7 +42,6 @@ from w2f_torchrl.segmenters import (
     mask_iou,
     train_student,
 )
-from w2f_torchrl.trainers.evaluator import LoadedPolicy
 from w2f_torchrl.transforms import ForegroundMaskTransform
 
 DTYPES = [torch.bool, torch.uint8, torch.int64, torch.float32, torch.float64, torch.float16]

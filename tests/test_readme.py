@@ -34,8 +34,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 from torchrl.envs import SerialEnv
 
+from w2f_torchrl.config import ConfigError
 from w2f_torchrl.trainers import Trainer, to_run_config
-from w2f_torchrl.trainers.config import ConfigError
 
 NOT_RUN = {
     ". .venv/bin/activate": "changes the reader's shell",
@@ -81,7 +81,7 @@ ALL_COMMANDS = [(name_of(page), command) for page in pages() for command in comm
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with what the pages presuppose: runs, checkpoints, pictures, videos."""
-    from w2f_torchrl.utils.video import write_video
+    from w2f_torchrl.logging.pictures.video import write_video
 
     folder = tmp_path_factory.mktemp("reader")
     trained = folder / "runs" / "trained"
@@ -274,7 +274,7 @@ def treatment(command: str, monkeypatch: pytest.MonkeyPatch) -> Callable[[], obj
 )
 def test_a_command_can_be_run(page: str, command: str, reader: Path, monkeypatch):
     # Whether SAM3 is installed is not the command's fault; that it says so is tested elsewhere.
-    monkeypatch.setattr("w2f_torchrl.trainers.config.missing_requirement", lambda *_, **__: None)
+    monkeypatch.setattr("w2f_torchrl.config.missing_requirement", lambda *_, **__: None)
     check = treatment(command, monkeypatch)
     assert check is not None, f"{page}: nothing tests {command!r}: see {Path(__file__).name}"
     check()

@@ -19,13 +19,13 @@ from tensordict.nn import TensorDictModuleBase
 
 from w2f_torchrl.checkpoint import latest_checkpoint, load_checkpoint
 from w2f_torchrl.data import StreamReplayBuffer, make_collector, make_replay, records_from_rollout
-from w2f_torchrl.data.latents import LatentStore, latent_fields
-from w2f_torchrl.data.record_files import Field
-from w2f_torchrl.data.write_back import LatentWriteBack
+from w2f_torchrl.data.device_copy import DeviceCopy
+from w2f_torchrl.data.replay.latents import LatentStore, latent_fields
+from w2f_torchrl.data.replay.record_files import Field
+from w2f_torchrl.data.replay.write_back import LatentWriteBack
 from w2f_torchrl.modules import WorldModel
 from w2f_torchrl.modules.packed_latents import pack_state
 from w2f_torchrl.trainers import Learner, Trainer
-from w2f_torchrl.trainers.device_copy import DeviceCopy
 
 # ------------------------------------------------------------------ acting's latents
 

@@ -13,13 +13,13 @@ import pytest
 import torch
 from helpers.checkout import ROOT
 
+from w2f_torchrl.logging.environment import note_environment
+from w2f_torchrl.logging.metric_names import METRICS, meaning_of
+from w2f_torchrl.logging.metrics import MetricsLogger
 from w2f_torchrl.report import page, write_report
 from w2f_torchrl.report.__main__ import main
 from w2f_torchrl.report.charts import chart_data, thin
 from w2f_torchrl.report.runs import flatten, load_runs
-from w2f_torchrl.utils.environment import note_environment
-from w2f_torchrl.utils.logging import MetricsLogger
-from w2f_torchrl.utils.metric_names import METRICS, meaning_of
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 

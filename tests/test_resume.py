@@ -26,7 +26,7 @@ from w2f_torchrl.checkpoint import (
 )
 from w2f_torchrl.checkpoint import file as checkpoint_file
 from w2f_torchrl.checkpoint.parts import Checkpoints
-from w2f_torchrl.data.record_files import RecordFiles
+from w2f_torchrl.data.replay.record_files import RecordFiles
 from w2f_torchrl.envs import PixelDMControlEnv
 from w2f_torchrl.modules import ModelConfig
 from w2f_torchrl.trainers import Trainer, load_policy

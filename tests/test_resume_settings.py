@@ -19,8 +19,8 @@ from w2f_torchrl.checkpoint.rules import (
     resume_table,
     rule_of,
 )
+from w2f_torchrl.config import OptimizerConfig, config_to_dict
 from w2f_torchrl.trainers import Learner, RunConfig, Trainer
-from w2f_torchrl.trainers.config import OptimizerConfig, config_to_dict
 from w2f_torchrl.trainers.counters import RunCounters
 
 ALL = sorted(flat_settings(config_to_dict(RunConfig())))

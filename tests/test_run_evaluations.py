@@ -12,10 +12,10 @@ from helpers.short_runs import rows, short_run
 from torchrl.envs import StepCounter, TransformedEnv
 
 from w2f_torchrl.checkpoint import latest_checkpoint, load_checkpoint
+from w2f_torchrl.data.environments import control_steps
 from w2f_torchrl.envs import make_env
+from w2f_torchrl.evaluation import evaluator as module
 from w2f_torchrl.trainers import ConfigError, Trainer
-from w2f_torchrl.trainers import evaluator as module
-from w2f_torchrl.trainers.environments import control_steps
 from w2f_torchrl.trainers.tolerance import Tolerance
 
 pytestmark = [pytest.mark.render, pytest.mark.usefixtures("no_curves")]

@@ -18,22 +18,19 @@ from tensordict import TensorDict
 from torchrl.data import Bounded, Composite, Unbounded
 
 from w2f_torchrl.checkpoint import list_checkpoints, load_checkpoint
+from w2f_torchrl.config import to_run_config
+from w2f_torchrl.config.environment import SEGMENTATIONS
 from w2f_torchrl.envs import make_env, register_env
 from w2f_torchrl.envs import tasks as tasks_module
 from w2f_torchrl.keys import NEXT_MASK
+from w2f_torchrl.logging.metrics import read_metrics
+from w2f_torchrl.masks import choose as segmentation_module
+from w2f_torchrl.masks.choose import build_mask_source, choose_source
+from w2f_torchrl.masks.labels import load_labels
+from w2f_torchrl.masks.prepare import collect_frames
+from w2f_torchrl.masks.sources import MaskSource, SegmentedSource, TaughtSource
 from w2f_torchrl.segmenters import StudentSegmenter, mask_iou
 from w2f_torchrl.trainers import ConfigError, Trainer
-from w2f_torchrl.trainers import config as config_module
-from w2f_torchrl.trainers import segmentation as segmentation_module
-from w2f_torchrl.trainers.config import to_run_config
-from w2f_torchrl.trainers.mask_source import MaskSource, SegmentedSource, TaughtSource
-from w2f_torchrl.trainers.segmentation import (
-    build_mask_source,
-    choose_source,
-    collect_frames,
-    load_labels,
-)
-from w2f_torchrl.utils.logging import read_metrics
 
 QUIET = {"every_frames": 0}
 SMALL_STUDENT = {"teacher_frames": 12, "train_steps": 3, "teacher_every": 10}
@@ -268,7 +265,7 @@ def test_a_student_that_is_none_is_refused(tmp_path):
         build_mask_source(config, "student", env_has_mask=True)
 
 
-@pytest.mark.parametrize("source", config_module.SEGMENTATIONS)
+@pytest.mark.parametrize("source", SEGMENTATIONS)
 def test_hydra_offers_every_source(source):
     group = Path(__file__).parents[1] / "sota_configs" / "segmentation" / f"{source}.yaml"
     config = to_run_config({"segmentation": OmegaConf.load(group)})
@@ -301,7 +298,7 @@ def test_each_frame_is_segmented_once_and_the_replay_holds_the_segmenters_masks(
 ):
     segmenter = BrightSegmenter()
     monkeypatch.setattr(segmentation_module, "_sam3", lambda config: segmenter)
-    monkeypatch.setattr("w2f_torchrl.trainers.config.missing_requirement", lambda *_, **__: None)
+    monkeypatch.setattr("w2f_torchrl.config.missing_requirement", lambda *_, **__: None)
     trainer = run_segmented(tmp_path / "run", source="sam3")
     written = int(trainer.replay.heads.written.sum())
     assert written == trainer.steps + 2  # and the first observation of each of two envs

@@ -21,12 +21,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from w2f_torchrl.checkpoint import BEST_NAME, list_checkpoints, load_checkpoint
+from w2f_torchrl.config import OptimizerConfig, config_to_dict, to_run_config
 from w2f_torchrl.envs import register_env, tasks
+from w2f_torchrl.evaluation.run_evaluations import RunEvaluations
 from w2f_torchrl.modules import ModelConfig
 from w2f_torchrl.objectives import LossConfig
 from w2f_torchrl.trainers import ConfigError, RunConfig, Trainer
-from w2f_torchrl.trainers.config import OptimizerConfig, config_to_dict, to_run_config
-from w2f_torchrl.trainers.run_evaluations import RunEvaluations
 from w2f_torchrl.utils.checks import check_number
 from w2f_torchrl.utils.settings import check_fields
 

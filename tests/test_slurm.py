@@ -22,7 +22,7 @@ from slurm_cluster import SlurmCluster, missing_requirement
 from tiny_run import missing_and_repeated, tiny_overrides
 
 from w2f_torchrl.checkpoint import latest_checkpoint, load_checkpoint
-from w2f_torchrl.utils.logging import read_metrics
+from w2f_torchrl.logging.metrics import read_metrics
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.timeout(3000)]
 

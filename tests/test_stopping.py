@@ -15,9 +15,9 @@ import torch
 from helpers.short_runs import differences, rows, short_run
 
 from w2f_torchrl.checkpoint import latest_checkpoint, load_checkpoint
+from w2f_torchrl.logging.progress import ProgressBar
 from w2f_torchrl.trainers import Trainer
 from w2f_torchrl.trainers.preemption import stop_signals
-from w2f_torchrl.utils.progress import ProgressBar
 from w2f_torchrl.utils.stopping import StopRequested, check_stop, listen, may_be_cut
 
 pytestmark = [pytest.mark.render, pytest.mark.usefixtures("no_curves")]

@@ -20,8 +20,8 @@ from hydra import compose, initialize_config_module
 from tiny_run import missing_and_repeated, tiny_overrides
 
 import sota_configs.world2filter as program
+from w2f_torchrl.logging.metrics import read_metrics
 from w2f_torchrl.trainers import Trainer
-from w2f_torchrl.utils.logging import read_metrics
 
 FRAMES = 800
 

@@ -27,21 +27,20 @@ from w2f_torchrl.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
+from w2f_torchrl.config import OptimizerConfig, to_run_config
 from w2f_torchrl.envs import make_env
+from w2f_torchrl.logging.metrics import read_metrics
+from w2f_torchrl.logging.pictures.video import read_video
 from w2f_torchrl.modules import LATENTS, ModelConfig
 from w2f_torchrl.objectives import LossConfig
 from w2f_torchrl.trainers import ConfigError, Learner, RunConfig, Trainer, load_policy
-from w2f_torchrl.trainers import config as config_module
-from w2f_torchrl.trainers.config import to_run_config
-from w2f_torchrl.utils.logging import read_metrics
-from w2f_torchrl.utils.video import read_video
 
 # ------------------------------------------------------------------ learner
 
 
 @pytest.mark.parametrize("latent", ALL_LATENTS)
 def test_an_update_trains_everything_and_fits_a_batch(latent):
-    optimizer = config_module.OptimizerConfig(lr=3e-3, warmup_updates=0)
+    optimizer = OptimizerConfig(lr=3e-3, warmup_updates=0)
     learner = make_learner(latent, optimizer=optimizer)
     sample = make_sample()
     before = copy.deepcopy(learner.loss.state_dict())
@@ -74,7 +73,7 @@ def test_a_restored_learner_goes_on_bit_for_bit():
 
 
 def test_bfloat16_keeps_float32_parameters_and_close_losses():
-    settings = config_module.OptimizerConfig(precision="bfloat16")
+    settings = OptimizerConfig(precision="bfloat16")
     sample, results = make_sample(), []
     for learner in (make_learner(), make_learner(optimizer=settings)):
         torch.manual_seed(1)

@@ -19,12 +19,19 @@ from matplotlib import _pylab_helpers
 from PIL import Image
 from torchrl.record.loggers.csv import CSVLogger
 
-from w2f_torchrl.utils import plotting, wandb_logging
-from w2f_torchrl.utils.logging import MetricsLogger, ProgressBar, make_wandb_logger, read_metrics
-from w2f_torchrl.utils.metric_names import meaning_of
-from w2f_torchrl.utils.plotting import metric_series, plot_curves, trailing_mean
+from w2f_torchrl.logging import wandb as wandb_logging
+from w2f_torchrl.logging.metric_names import meaning_of
+from w2f_torchrl.logging.metrics import MetricsLogger, ProgressBar, make_wandb_logger, read_metrics
+from w2f_torchrl.logging.pictures import plotting
+from w2f_torchrl.logging.pictures.plotting import metric_series, plot_curves, trailing_mean
+from w2f_torchrl.logging.pictures.video import (
+    contact_sheet,
+    panel,
+    read_video,
+    to_uint8,
+    write_video,
+)
 from w2f_torchrl.utils.seeding import derive_seed
-from w2f_torchrl.utils.video import contact_sheet, panel, read_video, to_uint8, write_video
 
 REFERENCE = Path(__file__).parents[1] / "benchmarks" / "evidence" / "reference"
 PUBLISHED = REFERENCE / "dmc_vision_dreamerv3.csv"

@@ -10,7 +10,9 @@ and triton's can't be loaded second. Where that is about to happen the import ra
 from __future__ import annotations
 
 from w2f_torchrl._import_order import install_guard
+from w2f_torchrl._moved import find_moved_modules
 
 __version__ = "0.1.0"
 
 install_guard()
+find_moved_modules()

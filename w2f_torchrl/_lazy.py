@@ -14,8 +14,9 @@ def lazy_exports(
 
     Args:
         package: The package's ``__name__``.
-        modules: The names that each of its modules provides. None may be a module's own name:
-            importing the module would put it in the name's place.
+        modules: The names that each module provides: one of the package's, or any by its full
+            name. None may be a module's own name: importing the module would put it in the name's
+            place.
 
     Returns:
         The two functions, to be assigned in the package's ``__init__``.
@@ -25,7 +26,9 @@ def lazy_exports(
     def get(name: str) -> object:
         if name not in module_of:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        value = getattr(importlib.import_module(f"{package}.{module_of[name]}"), name)
+        module = module_of[name]
+        full = module if module.startswith("w2f_torchrl.") else f"{package}.{module}"
+        value = getattr(importlib.import_module(full), name)
         setattr(sys.modules[package], name, value)  # found without this function from now on
         return value
 

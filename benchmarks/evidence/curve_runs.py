@@ -31,9 +31,9 @@ from hydra import compose, initialize_config_module
 
 import sota_configs.world2filter  # its settings and presets
 from w2f_torchrl.checkpoint import latest_checkpoint
+from w2f_torchrl.config import config_to_dict, to_run_config
+from w2f_torchrl.logging.metrics_file import read_metrics
 from w2f_torchrl.report.runs import flatten
-from w2f_torchrl.trainers.config import config_to_dict, to_run_config
-from w2f_torchrl.utils.metrics_file import read_metrics
 
 SCRIPT = Path(sota_configs.world2filter.__file__)
 RESERVED = ("seed", "run_dir", "resume")

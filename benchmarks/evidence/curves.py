@@ -28,8 +28,13 @@ from matplotlib.figure import Figure
 from omegaconf import DictConfig, OmegaConf
 from results_file import RESULTS, write_results
 
-from w2f_torchrl.utils.logging import read_metrics
-from w2f_torchrl.utils.plotting import Array, metric_series, save_figure, style_frames_axis
+from w2f_torchrl.logging.metrics import read_metrics
+from w2f_torchrl.logging.pictures.plotting import (
+    Array,
+    metric_series,
+    save_figure,
+    style_frames_axis,
+)
 
 HERE = Path(__file__).parent
 COLORS = ("#3b6fb6", "#c8553d", "#4f9d69", "#8d6cab", "#b8923a", "#5b5b5b")

@@ -23,8 +23,8 @@ from results_file import write_results
 
 from w2f_torchrl.envs import evaluation_sets
 from w2f_torchrl.evaluation import Score
-from w2f_torchrl.trainers.evaluator import load_learner
-from w2f_torchrl.trainers.filtering import FilteringMeter
+from w2f_torchrl.evaluation.policy import load_learner
+from w2f_torchrl.evaluation.run_filtering import FilteringMeter
 
 COLUMNS = (
     ("clip, linear", "leakage", "clip", "linear"),

@@ -24,8 +24,9 @@ from results_file import write_results
 
 from w2f_torchrl.envs import evaluation_sets
 from w2f_torchrl.envs.distractions import DIFFICULTIES
-from w2f_torchrl.trainers.evaluator import Evaluator, load_learner
-from w2f_torchrl.utils.plotting import save_figure
+from w2f_torchrl.evaluation.evaluator import Evaluator
+from w2f_torchrl.evaluation.policy import load_learner
+from w2f_torchrl.logging.pictures.plotting import save_figure
 from w2f_torchrl.utils.seeding import derive_seed
 
 SETS = ("clean", "train_videos_{0}", "unseen_videos_{0}", "color_{0}", "camera_{0}", "all_{0}")

@@ -29,6 +29,9 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from w2f_torchrl.envs import make_env
+from w2f_torchrl.logging.pictures.contact_sheet import overlay
+from w2f_torchrl.logging.pictures.plotting import save_figure
+from w2f_torchrl.masks.prepare import collect_frames
 from w2f_torchrl.segmenters import (
     MedianSegmenter,
     Sam3Segmenter,
@@ -37,9 +40,6 @@ from w2f_torchrl.segmenters import (
     boundary_error,
     mask_iou,
 )
-from w2f_torchrl.trainers.segmentation import collect_frames
-from w2f_torchrl.utils.contact_sheet import overlay
-from w2f_torchrl.utils.plotting import save_figure
 
 TASKS = (
     "walker walk",

@@ -55,7 +55,7 @@ from parity_settings import (
 )
 from results_file import RESULTS
 
-from w2f_torchrl.utils.metrics_file import last_counters
+from w2f_torchrl.logging.metrics_file import last_counters
 
 HERE = Path(__file__).parent
 USAGE_NAME = "usage.jsonl"

@@ -15,8 +15,8 @@ from matplotlib.figure import Figure
 from parity_settings import PROJECTS, ROW, SETTINGS_NAME, Settings, read_settings
 from results_file import write_results
 
-from w2f_torchrl.utils.metrics_file import read_metrics
-from w2f_torchrl.utils.plotting import metric_series, save_figure
+from w2f_torchrl.logging.metrics_file import read_metrics
+from w2f_torchrl.logging.pictures.plotting import metric_series, save_figure
 
 LOSSES = {
     "image_loss": "wm/image_loss",

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from w2f_torchrl.config import RunConfig, to_run_config
 from w2f_torchrl.envs import validate_task
-from w2f_torchrl.trainers.config import RunConfig, to_run_config
 
 PROJECTS = ("r2dreamer", "ours")
 ACTION_REPEATS = {"cartpole_swingup": 8, "ball_in_cup_catch": 4}

@@ -33,7 +33,7 @@ from torch import Tensor
 from torchrl.objectives import categorical_kl_terms
 
 from w2f_torchrl.data import UpdateSchedule
-from w2f_torchrl.utils.metrics_file import repair
+from w2f_torchrl.logging.metrics_file import repair
 from w2f_torchrl.utils.random_state import random_state, restore_random_state
 
 STATE_NAME = "state.pt"

@@ -19,8 +19,8 @@ from peer_loop import PeerLoop
 from peers import import_from, r2dreamer_agent
 
 from w2f_torchrl.data import UpdateSchedule
+from w2f_torchrl.data.environments import create_env
 from w2f_torchrl.modules import PRESETS
-from w2f_torchrl.trainers.environments import create_env
 from w2f_torchrl.trainers.interruptions import stop_on_signal
 from w2f_torchrl.utils.seeding import derive_seed
 

@@ -32,13 +32,13 @@ from results_file import RESULTS, write_results
 from torch import Tensor
 from torch.nn.functional import max_pool2d
 
+from w2f_torchrl.config import to_run_config
 from w2f_torchrl.data import make_collector
+from w2f_torchrl.data.environments import create_env
+from w2f_torchrl.masks.labels import load_backgrounds
 from w2f_torchrl.modules import PRESETS, latent_sizes
 from w2f_torchrl.segmenters import StudentSegmenter, choose_diverse, mask_iou, train_student
 from w2f_torchrl.trainers import Learner
-from w2f_torchrl.trainers.config import to_run_config
-from w2f_torchrl.trainers.environments import create_env
-from w2f_torchrl.trainers.segmentation import load_backgrounds
 
 FEW = 10
 FRAMES = 2000

@@ -33,9 +33,9 @@ from results_file import RESULTS, write_results
 from wandb_stub import wandb_stub
 
 from w2f_torchrl.checkpoint import list_checkpoints, load_checkpoint, read_manifest
+from w2f_torchrl.data.collector.leftovers import Leftovers
+from w2f_torchrl.logging.wandb import FINISH_SECONDS
 from w2f_torchrl.trainers import Trainer
-from w2f_torchrl.utils.leftovers import Leftovers
-from w2f_torchrl.utils.wandb_logging import FINISH_SECONDS
 
 Row = dict[str, Any]
 QUIET = {"evaluation": {"every_frames": 0}}

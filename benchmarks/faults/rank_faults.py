@@ -29,7 +29,7 @@ sys.path.append(str(Path(__file__).parents[1] / "shared"))
 from results_file import write_results
 from tiny_run import EVERY, missing_and_repeated, tiny_overrides
 
-from w2f_torchrl.utils.logging import read_metrics
+from w2f_torchrl.logging.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -28,7 +28,7 @@ sys.path.append(str(Path(__file__).parents[1] / "shared"))
 from results_file import RESULTS, write_results
 from tiny_run import MODEL
 
-from w2f_torchrl.utils.leftovers import SHARED_MEMORY, Leftovers
+from w2f_torchrl.data.collector.leftovers import SHARED_MEMORY, Leftovers
 
 ROOT = Path(__file__).resolve().parents[2]
 START, WHOLE = 15.0, 90.0

@@ -15,10 +15,10 @@ from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from w2f_torchrl.checkpoint import latest_valid_checkpoint
 from w2f_torchrl.data import records_from_rollout
+from w2f_torchrl.evaluation.imagination import imagine_windows
+from w2f_torchrl.logging.pictures.film import film_strip
+from w2f_torchrl.logging.pictures.video import write_image
 from w2f_torchrl.trainers import load_policy
-from w2f_torchrl.trainers.imagination import imagine_windows
-from w2f_torchrl.utils.film import film_strip
-from w2f_torchrl.utils.video import write_image
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from still import Picture, frame_and_mask
 
 from w2f_torchrl.envs import PixelDMControlEnv
-from w2f_torchrl.utils.plotting import save_figure
+from w2f_torchrl.logging.pictures.plotting import save_figure
 
 TASKS = (
     "walker walk",

@@ -20,11 +20,11 @@ from results_file import write_results
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from w2f_torchrl.data import records_from_rollout
+from w2f_torchrl.evaluation.evaluator import reconstruct
+from w2f_torchrl.logging.metrics import read_metrics
+from w2f_torchrl.logging.pictures.video import contact_sheet
 from w2f_torchrl.segmenters import mask_iou
 from w2f_torchrl.trainers import load_policy
-from w2f_torchrl.trainers.evaluator import reconstruct
-from w2f_torchrl.utils.logging import read_metrics
-from w2f_torchrl.utils.video import contact_sheet
 
 
 def main() -> None:

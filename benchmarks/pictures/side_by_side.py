@@ -23,11 +23,11 @@ from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from w2f_torchrl.data import records_from_rollout
 from w2f_torchrl.envs import evaluation_sets
+from w2f_torchrl.evaluation.evaluator import reconstruct
+from w2f_torchrl.evaluation.imagination import decode, roll
+from w2f_torchrl.logging.pictures.video import contact_sheet
 from w2f_torchrl.modules import WorldModel
 from w2f_torchrl.trainers import load_policy
-from w2f_torchrl.trainers.evaluator import reconstruct
-from w2f_torchrl.trainers.imagination import decode, roll
-from w2f_torchrl.utils.video import contact_sheet
 
 
 def columns_of(

@@ -17,9 +17,10 @@ from tiny_run import MODEL
 
 import w2f_torchrl  # noqa: F401  # before anything that may import dm_control
 from w2f_torchrl.checkpoint import latest_checkpoint, load_checkpoint
+from w2f_torchrl.config import to_run_config
 from w2f_torchrl.envs import PixelDMControlEnv, register_env
-from w2f_torchrl.trainers import RunConfig, diagnostics, run_logging
-from w2f_torchrl.trainers.config import to_run_config
+from w2f_torchrl.logging import diagnostics
+from w2f_torchrl.trainers import RunConfig, run_logging
 
 CONTROL_STEPS = 42
 ALGORITHMS: dict[str, dict[str, Any]] = {

@@ -25,7 +25,7 @@ from tensordict import TensorDict
 from w2f_torchrl.checkpoint import list_checkpoints, read_manifest
 from w2f_torchrl.checkpoint.writer import CheckpointWriter
 from w2f_torchrl.data import StreamReplayBuffer, make_replay
-from w2f_torchrl.data.replay_files import ReplayFiles, find_damage, ring_rows
+from w2f_torchrl.data.replay.replay_files import ReplayFiles, find_damage, ring_rows
 from w2f_torchrl.modules import PRESETS
 from w2f_torchrl.trainers import Learner
 

@@ -25,7 +25,9 @@ sys.path.append(str(Path(__file__).parents[1] / "shared"))
 import torch
 from results_file import RESULTS, write_results
 
+from w2f_torchrl.config import EnvironmentConfig
 from w2f_torchrl.data import make_collector
+from w2f_torchrl.data.environments import build_env
 from w2f_torchrl.modules import (
     PRESETS,
     build_actor,
@@ -33,8 +35,6 @@ from w2f_torchrl.modules import (
     build_world_model,
     latent_sizes,
 )
-from w2f_torchrl.trainers.config import EnvironmentConfig
-from w2f_torchrl.trainers.environments import build_env
 
 WARM_UP = 2
 

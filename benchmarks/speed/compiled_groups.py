@@ -27,10 +27,10 @@ from torch.func import functional_call, functionalize, vjp
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
+from w2f_torchrl.config import OptimizerConfig
 from w2f_torchrl.modules import PRESETS
 from w2f_torchrl.modules.convolution import ImageDecoder
 from w2f_torchrl.trainers import Learner
-from w2f_torchrl.trainers.config import OptimizerConfig
 
 DEVICE = SimpleNamespace(
     name="NVIDIA H100",

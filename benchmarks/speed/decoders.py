@@ -32,12 +32,12 @@ from learner import measure
 from results_file import RESULTS, write_results
 from tensordict import TensorDict, TensorDictBase
 
+from w2f_torchrl.config import OptimizerConfig
+from w2f_torchrl.config.model import DECODERS, RESAMPLINGS
 from w2f_torchrl.data import records_from_rollout
 from w2f_torchrl.envs import make_env
 from w2f_torchrl.modules import PRESETS
-from w2f_torchrl.modules.config import DECODERS, RESAMPLINGS
 from w2f_torchrl.trainers import Learner
-from w2f_torchrl.trainers.config import OptimizerConfig
 from w2f_torchrl.utils.memory import keep_freed_memory
 
 BATCH, LENGTH, HOLD = 8, 16, 4

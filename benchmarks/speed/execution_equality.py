@@ -43,10 +43,10 @@ from tiny_run import TINY
 from torch import Tensor
 from torchrl.modules import symexp
 
+from w2f_torchrl.config import EXECUTIONS, OptimizerConfig
+from w2f_torchrl.learner.execution import PIECES, compile_core
 from w2f_torchrl.modules import PRESETS
 from w2f_torchrl.trainers import Learner
-from w2f_torchrl.trainers.config import EXECUTIONS, OptimizerConfig
-from w2f_torchrl.trainers.execution import PIECES, compile_core
 
 #: Largest differences of one update that are called rounding.
 TOLERANCES = {"world_model": 1e-5, "returns": 1e-4, "gradients": 1e-3, "change": 1e-2}

@@ -126,8 +126,8 @@ def _tiny_update(
     from learner import ACTION_SIZE
     from tiny_run import TINY
 
+    from w2f_torchrl.config import OptimizerConfig
     from w2f_torchrl.trainers import Learner
-    from w2f_torchrl.trainers.config import OptimizerConfig
 
     torch.manual_seed(0)
     learner = Learner(
@@ -140,7 +140,7 @@ def _tiny_update(
         optimizer=OptimizerConfig(precision=precision),
     )
     if capture:
-        learner._update = learner._graphed()
+        learner._update = learner._modes.graphed()
     for number in range(3):
         metrics = learner.update(make_batch(number, 3, 6, 16, options.device))
     missing = [n for n, p in learner.loss.named_parameters() if p.requires_grad and p.grad is None]
@@ -158,7 +158,7 @@ def _tiny_update(
 def _copies(options: Options) -> dict[str, Any]:
     from execution_equality import make_batch
 
-    from w2f_torchrl.trainers.device_copy import DeviceCopy
+    from w2f_torchrl.data.device_copy import DeviceCopy
 
     copy = DeviceCopy(torch.device("cuda"))
     samples = [make_batch(number, 16, 16, 64, "cpu").pin_memory() for number in range(8)]
@@ -213,11 +213,11 @@ def _time_learner(options: Options, latent: str, mode: str) -> dict[str, Any]:
     from learner import ACTION_SIZE, make_sample
     from tensordict import TensorDict
 
-    from w2f_torchrl.data.latents import latent_fields
+    from w2f_torchrl.config import OptimizerConfig
+    from w2f_torchrl.data.replay.latents import latent_fields
     from w2f_torchrl.modules import PRESETS
     from w2f_torchrl.modules.packed_latents import INITIAL
     from w2f_torchrl.trainers import Learner
-    from w2f_torchrl.trainers.config import OptimizerConfig
 
     shape = _shape(options)
     made = Learner(

@@ -46,10 +46,10 @@ from results_file import write_results
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from w2f_torchrl.config import PRECISIONS, OptimizerConfig
 from w2f_torchrl.modules import PRESETS, ModelConfig, scan
 from w2f_torchrl.objectives import world2filter
 from w2f_torchrl.trainers import Learner
-from w2f_torchrl.trainers.config import PRECISIONS, OptimizerConfig
 
 #: Elements of a block, blocks of a launch, and tensors of a launch by the lists that it reads and
 #: writes (ATen/native/cuda/MultiTensorApply.cuh).

@@ -32,7 +32,7 @@ from results_file import RESULTS, write_results
 from tensordict import TensorDict
 
 from w2f_torchrl.data import StreamReplayBuffer, make_replay
-from w2f_torchrl.data.latents import latent_fields
+from w2f_torchrl.data.replay.latents import latent_fields
 from w2f_torchrl.modules import PRESETS
 from w2f_torchrl.trainers import Learner
 from w2f_torchrl.utils.memory import keep_freed_memory

@@ -40,10 +40,10 @@ from torchrl.objectives.utils import SoftUpdate
 from torchrl.trainers.algorithms import DreamerV3OptimizationStepper, DreamerV3Optimizer
 from torchrl_reference import torchrl_loss, with_torchrls_pictures
 
+from w2f_torchrl.config import EXECUTIONS, PRECISIONS, OptimizerConfig
+from w2f_torchrl.config.model import DECODERS, RESAMPLINGS
 from w2f_torchrl.modules import PRESETS, build_actor
-from w2f_torchrl.modules.config import DECODERS, RESAMPLINGS
 from w2f_torchrl.trainers import Learner
-from w2f_torchrl.trainers.config import EXECUTIONS, PRECISIONS, OptimizerConfig
 from w2f_torchrl.utils.memory import keep_freed_memory
 
 ACTION_SIZE = 6

@@ -30,9 +30,9 @@ import torch
 from learner import ACTION_SIZE, count, make_clock, make_sample, measure, product_gflops
 from results_file import RESULTS, write_results
 
+from w2f_torchrl.config import EXECUTIONS, PRECISIONS, OptimizerConfig
 from w2f_torchrl.modules import PRESETS
 from w2f_torchrl.trainers import Learner
-from w2f_torchrl.trainers.config import EXECUTIONS, PRECISIONS, OptimizerConfig
 from w2f_torchrl.utils.memory import keep_freed_memory
 
 AXES: dict[str, tuple[Any, ...]] = {

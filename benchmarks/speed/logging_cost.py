@@ -27,14 +27,14 @@ import torch
 from results_file import RESULTS, write_results
 from tensordict import TensorDict
 
+from w2f_torchrl.config import LoggingConfig
+from w2f_torchrl.evaluation.evaluator import Evaluation
+from w2f_torchrl.logging.diagnostics import Diagnostics
+from w2f_torchrl.logging.file_loggers import make_csv_logger
+from w2f_torchrl.logging.metrics import MetricsLogger
+from w2f_torchrl.logging.pictures.video import panel, write_video
 from w2f_torchrl.modules import PRESETS
 from w2f_torchrl.trainers import Learner, RunConfig
-from w2f_torchrl.trainers.config import LoggingConfig
-from w2f_torchrl.trainers.diagnostics import Diagnostics
-from w2f_torchrl.trainers.evaluator import Evaluation
-from w2f_torchrl.utils.file_loggers import make_csv_logger
-from w2f_torchrl.utils.logging import MetricsLogger
-from w2f_torchrl.utils.video import panel, write_video
 
 BATCH, LENGTH, EPISODE, ACTION = 8, 16, 501, 6
 

@@ -33,7 +33,7 @@ from results_file import write_results
 
 from w2f_torchrl.modules import PRESETS
 from w2f_torchrl.trainers import Learner
-from w2f_torchrl.trainers.distributed import Ranks
+from w2f_torchrl.utils.ranks import Ranks
 
 KINDS = {"alone": "none", "ddp": "ddp", "flat": "flat"}
 GPUS_PER_NODE = 8

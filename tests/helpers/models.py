@@ -9,10 +9,10 @@ import torch
 from tensordict import TensorDict
 from tiny_run import TINY
 
+from w2f_torchrl.config import OptimizerConfig
 from w2f_torchrl.modules import build_actor, build_critic, build_world_model
 from w2f_torchrl.objectives import LossConfig, World2FilterLoss
 from w2f_torchrl.trainers import Learner
-from w2f_torchrl.trainers.config import OptimizerConfig
 
 SIZE = 16
 LATENTS = ["whole", "split", "shared", "foreground"]

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from w2f_torchrl.trainers.distributed import Ranks
+from w2f_torchrl.utils.ranks import Ranks
 
 # One process imports all of this, once; the ranks are its forks.
 _context = multiprocessing.get_context("forkserver")

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from helpers.models import TINY
+from w2f_torchrl.config import to_run_config
 from w2f_torchrl.trainers import RunConfig
-from w2f_torchrl.trainers.config import to_run_config
 
 
 def tiny_run(run_dir: Path, **settings) -> RunConfig:

@@ -5,7 +5,7 @@ a footer with the SHA-256 digest of everything before it. One file, because a di
 file can be out of step with the first after a crash. ``torch.load`` ignores the footer.
 
 The replay's records lie in the run's ``replay`` folder and are shared by its checkpoints, each of
-which holds the digests of those that it needs (``w2f_torchrl.data.replay_files``).
+which holds the digests of those that it needs (``w2f_torchrl.data.replay.replay_files``).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import IO, Any, NamedTuple, cast
 import torch
 
 from w2f_torchrl.checkpoint.layout import REPLAY, upgrade
-from w2f_torchrl.data.replay_files import Manifest
+from w2f_torchrl.data.replay.replay_files import Manifest
 from w2f_torchrl.utils.files import atomic_path
 
 logger = logging.getLogger(__name__)

@@ -20,8 +20,8 @@ from w2f_torchrl.checkpoint.file import (
     write_checkpoint,
 )
 from w2f_torchrl.checkpoint.layout import REPLAY
-from w2f_torchrl.data.record_files import MissingRecordsError, RecordsError
-from w2f_torchrl.data.replay_files import Manifest, describe_damage, find_damage
+from w2f_torchrl.data.replay.record_files import MissingRecordsError, RecordsError
+from w2f_torchrl.data.replay.replay_files import Manifest, describe_damage, find_damage
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from w2f_torchrl.checkpoint.file import CheckpointError
-from w2f_torchrl.modules.config import ModelConfig
+from w2f_torchrl.config.model import ModelConfig
 from w2f_torchrl.modules.convolution import split_mask
 
 #: Settings of the model that were added later, and what networks were before them.

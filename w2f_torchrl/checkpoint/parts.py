@@ -11,7 +11,7 @@ from w2f_torchrl.checkpoint.folder import discard_checkpoints_after
 from w2f_torchrl.checkpoint.layout import RANK_PARTS, SHARED_PARTS
 from w2f_torchrl.checkpoint.resume import Resumption
 from w2f_torchrl.checkpoint.writer import CheckpointWriter
-from w2f_torchrl.data.replay_files import ReplayFiles
+from w2f_torchrl.data.replay.replay_files import ReplayFiles
 
 
 class Stateful(Protocol):

@@ -25,9 +25,9 @@ from w2f_torchrl.checkpoint.folder import (
 from w2f_torchrl.checkpoint.layout import HEADER, REPLAY, SHARED_PARTS
 from w2f_torchrl.checkpoint.older import check_same_networks
 from w2f_torchrl.checkpoint.rules import forbidden_changes
-from w2f_torchrl.data.record_files import MissingRecordsError
-from w2f_torchrl.data.replay_files import Manifest, open_records
-from w2f_torchrl.trainers.config import RunConfig, config_to_dict
+from w2f_torchrl.config import RunConfig, config_to_dict
+from w2f_torchrl.data.replay.record_files import MissingRecordsError
+from w2f_torchrl.data.replay.replay_files import Manifest, open_records
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ T = TypeVar("T")
 
 
 class RankGroup(Protocol):
-    """What is needed of a run's processes; :class:`~w2f_torchrl.trainers.distributed.Ranks`."""
+    """What is needed of a run's processes; :class:`~w2f_torchrl.utils.ranks.Ranks`."""
 
     rank: int
 

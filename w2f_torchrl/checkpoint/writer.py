@@ -19,7 +19,7 @@ from w2f_torchrl.checkpoint.folder import (
     save_checkpoint,
 )
 from w2f_torchrl.checkpoint.layout import REPLAY
-from w2f_torchrl.data.replay_files import Manifest, Pending, ReplayFiles
+from w2f_torchrl.data.replay.replay_files import Manifest, Pending, ReplayFiles
 
 logger = logging.getLogger(__name__)
 

@@ -7,30 +7,32 @@ from typing import TYPE_CHECKING
 from w2f_torchrl._lazy import lazy_exports
 
 if TYPE_CHECKING:
-    from w2f_torchrl.data.collection import make_collector, sync_policy_weights
-    from w2f_torchrl.data.latents import latent_fields
-    from w2f_torchrl.data.mask_store import MaskStore, load_masks
-    from w2f_torchrl.data.masks import pack_mask, unpack_mask
-    from w2f_torchrl.data.overlap import OverlappedCollector
+    from w2f_torchrl.data.collector.make import make_collector, sync_policy_weights
+    from w2f_torchrl.data.collector.overlap import OverlappedCollector
+    from w2f_torchrl.data.collector.resumable import collector_state, load_collector_state
+    from w2f_torchrl.data.collector.workers import WorkerError
     from w2f_torchrl.data.records import records_from_rollout
-    from w2f_torchrl.data.replay import StreamReplayBuffer, make_replay
-    from w2f_torchrl.data.resumable import collector_state, load_collector_state
+    from w2f_torchrl.data.replay.buffer import StreamReplayBuffer
+    from w2f_torchrl.data.replay.latents import latent_fields
+    from w2f_torchrl.data.replay.make import make_replay
     from w2f_torchrl.data.schedule import UpdateSchedule
-    from w2f_torchrl.data.workers import WorkerError
+    from w2f_torchrl.masks.packing import pack_mask, unpack_mask
+    from w2f_torchrl.masks.store import MaskStore, load_masks
 else:
     __getattr__, __dir__ = lazy_exports(
         __name__,
         {
-            "collection": ("make_collector", "sync_policy_weights"),
-            "resumable": ("collector_state", "load_collector_state"),
-            "latents": ("latent_fields",),
-            "mask_store": ("MaskStore", "load_masks"),
-            "masks": ("pack_mask", "unpack_mask"),
-            "overlap": ("OverlappedCollector",),
+            "collector.make": ("make_collector", "sync_policy_weights"),
+            "collector.resumable": ("collector_state", "load_collector_state"),
+            "replay.latents": ("latent_fields",),
+            "w2f_torchrl.masks.store": ("MaskStore", "load_masks"),
+            "w2f_torchrl.masks.packing": ("pack_mask", "unpack_mask"),
+            "collector.overlap": ("OverlappedCollector",),
             "records": ("records_from_rollout",),
-            "replay": ("StreamReplayBuffer", "make_replay"),
+            "replay.buffer": ("StreamReplayBuffer",),
+            "replay.make": ("make_replay",),
             "schedule": ("UpdateSchedule",),
-            "workers": ("WorkerError",),
+            "collector.workers": ("WorkerError",),
         },
     )
 

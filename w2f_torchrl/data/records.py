@@ -8,7 +8,7 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
-from w2f_torchrl.data.latents import PREVIOUS
+from w2f_torchrl.data.replay.latents import PREVIOUS
 from w2f_torchrl.keys import MASK, PIXELS
 from w2f_torchrl.modules.packed_latents import pack_belief, pack_state
 from w2f_torchrl.utils.tensors import check_tensor

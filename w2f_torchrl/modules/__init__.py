@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from w2f_torchrl._lazy import lazy_exports
-from w2f_torchrl.modules.config import LATENTS, PRESETS, ModelConfig
+from w2f_torchrl.config.model import LATENTS, PRESETS, ModelConfig
 
 if TYPE_CHECKING:
     from w2f_torchrl.modules.actor_critic import (

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torchrl.modules import RSSMStateEstimatorV3
 from torchrl.modules.distributions import IndependentNormal
 
-from w2f_torchrl.modules.config import ModelConfig
+from w2f_torchrl.config.model import ModelConfig
 from w2f_torchrl.modules.layers import MLP
 from w2f_torchrl.modules.world_model import WorldModel
 from w2f_torchrl.utils.checks import check_number

@@ -11,7 +11,7 @@ from tensordict.nn import TensorDictModule, TensorDictModuleBase
 from torch import Tensor, nn
 from torchrl.modules import RSSMPosteriorV3, RSSMPriorV3
 
-from w2f_torchrl.modules.config import LATENTS, PRESETS, ModelConfig
+from w2f_torchrl.config.model import LATENTS, PRESETS, ModelConfig
 from w2f_torchrl.modules.convolution import ImageEncoder
 from w2f_torchrl.modules.dual_decoder import DualImageDecoder
 from w2f_torchrl.modules.layers import MLP

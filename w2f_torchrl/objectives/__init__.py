@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from w2f_torchrl._lazy import lazy_exports
-from w2f_torchrl.objectives.config import LossConfig
+from w2f_torchrl.config.loss import LossConfig
 
 if TYPE_CHECKING:
     from w2f_torchrl.objectives.reconstruction import (

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from w2f_torchrl.objectives.config import ForegroundScale, ForegroundTarget
+from w2f_torchrl.config.loss import ForegroundScale, ForegroundTarget
 from w2f_torchrl.utils.tensors import FLOATING, check_tensor, check_unit_interval
 
 

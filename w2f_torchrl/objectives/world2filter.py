@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torchrl.modules import DreamerV3MLP
 from torchrl.objectives import LossModule, categorical_kl_terms
 
+from w2f_torchrl.config.loss import ForegroundScale, ForegroundTarget, LossConfig
 from w2f_torchrl.keys import MASK, NEXT_MASK
 from w2f_torchrl.modules import (
     GaussianActor,
@@ -25,7 +26,6 @@ from w2f_torchrl.modules import (
 )
 from w2f_torchrl.modules.packed_latents import LATENTS, initial_keys
 from w2f_torchrl.objectives import reconstruction
-from w2f_torchrl.objectives.config import ForegroundScale, ForegroundTarget, LossConfig
 from w2f_torchrl.objectives.returns import ReturnNorm, lambda_return
 from w2f_torchrl.segmenters import mask_iou
 from w2f_torchrl.utils.tensors import FLOATING, check_tensor

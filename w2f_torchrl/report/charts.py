@@ -6,8 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from w2f_torchrl.logging.metric_names import METRICS, meaning_of
 from w2f_torchrl.report.runs import Run
-from w2f_torchrl.utils.metric_names import METRICS, meaning_of
 
 POINTS = 500
 """Most points of a curve; more are averaged in equal parts."""

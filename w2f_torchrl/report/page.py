@@ -14,10 +14,10 @@ import jinja2
 from markupsafe import Markup
 
 import w2f_torchrl
+from w2f_torchrl.logging.progress import format_duration
 from w2f_torchrl.report.charts import chart_data
 from w2f_torchrl.report.runs import Media, Run, load_runs, newest
 from w2f_torchrl.utils.files import write_text
-from w2f_torchrl.utils.progress import format_duration
 
 BROWSER_CODECS = ("h264", "vp8", "vp9", "av1")
 LAST_EPISODES = 20

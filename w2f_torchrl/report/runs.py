@@ -11,8 +11,8 @@ from typing import Any
 
 import yaml
 
-from w2f_torchrl.utils.environment import read_environment
-from w2f_torchrl.utils.metrics_file import read_metrics
+from w2f_torchrl.logging.environment import read_environment
+from w2f_torchrl.logging.metrics_file import read_metrics
 
 logger = logging.getLogger(__name__)
 

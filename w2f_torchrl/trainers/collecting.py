@@ -14,6 +14,7 @@ from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torchrl.collectors import Collector, MultiSyncCollector
 
+from w2f_torchrl.config import EnvironmentConfig, RunConfig, config_to_dict
 from w2f_torchrl.data import (
     OverlappedCollector,
     StreamReplayBuffer,
@@ -23,12 +24,11 @@ from w2f_torchrl.data import (
     make_collector,
     sync_policy_weights,
 )
+from w2f_torchrl.data.collector.leftovers import Leftovers
+from w2f_torchrl.data.environments import create_env
 from w2f_torchrl.modules import latent_sizes
-from w2f_torchrl.trainers.config import EnvironmentConfig, RunConfig, config_to_dict
-from w2f_torchrl.trainers.distributed import Ranks
-from w2f_torchrl.trainers.environments import create_env
 from w2f_torchrl.trainers.run_replay import RunReplay
-from w2f_torchrl.utils.leftovers import Leftovers
+from w2f_torchrl.utils.ranks import Ranks
 from w2f_torchrl.utils.seeding import derive_seed
 from w2f_torchrl.utils.stopping import may_be_cut, stop_is_wanted
 

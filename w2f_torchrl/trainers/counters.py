@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from w2f_torchrl.checkpoint.file import CheckpointError
+from w2f_torchrl.config import RunConfig
 from w2f_torchrl.data import UpdateSchedule
-from w2f_torchrl.trainers.config import RunConfig
 
 
 class RunCounters:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import time
 import traceback
-from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -45,22 +44,6 @@ def save_batch(path: Path, replay: StreamReplayBuffer, slots: Tensor) -> Path:
 
 def _path(key: NestedKey) -> tuple[str, ...]:
     return key if isinstance(key, tuple) else (key,)
-
-
-def end_all(ends: Iterable[Callable[[], None]]) -> list[Exception]:
-    """Call what ends the parts of a run, all of it whatever happens.
-
-    Returns:
-        What was raised; it is logged.
-    """
-    errors = []
-    for end in ends:
-        try:
-            end()
-        except Exception as error:  # the other parts must end too
-            logger.exception("closing the run")
-            errors.append(error)
-    return errors
 
 
 def keep_exception(run_dir: Path, error: BaseException, *, frames: int, updates: int) -> str:

@@ -20,32 +20,33 @@ from w2f_torchrl.checkpoint.folder import checkpoints_of, records_folder
 from w2f_torchrl.checkpoint.lock import RunLock
 from w2f_torchrl.checkpoint.parts import Checkpoints
 from w2f_torchrl.checkpoint.resume import Resumption, find_resumption
+from w2f_torchrl.config import RunConfig, config_to_dict, save_config
+from w2f_torchrl.data.collector.leftovers import Leftovers
+from w2f_torchrl.data.environments import EnvFacts, probe_env
+from w2f_torchrl.evaluation.evaluator import Evaluator
+from w2f_torchrl.evaluation.run_evaluations import RunEvaluations
+from w2f_torchrl.learner.learner import Learner
+from w2f_torchrl.logging.diagnostics import Diagnostics
+from w2f_torchrl.logging.environment import note_environment
+from w2f_torchrl.logging.metrics import MetricsLogger
+from w2f_torchrl.logging.wandb import restore_wandb_run
+from w2f_torchrl.masks.choose import build_mask_source, choose_source
+from w2f_torchrl.masks.sources import MaskSource
 from w2f_torchrl.trainers.collecting import Collection, count_workers
-from w2f_torchrl.trainers.config import RunConfig, config_to_dict, save_config
 from w2f_torchrl.trainers.counters import RunCounters
-from w2f_torchrl.trainers.diagnostics import Diagnostics
-from w2f_torchrl.trainers.distributed import Ranks
-from w2f_torchrl.trainers.environments import EnvFacts, probe_env
-from w2f_torchrl.trainers.evaluator import Evaluator
-from w2f_torchrl.trainers.interruptions import end_all, stop_on_signal
-from w2f_torchrl.trainers.learner import Learner
-from w2f_torchrl.trainers.mask_source import MaskSource
+from w2f_torchrl.trainers.interruptions import stop_on_signal
 from w2f_torchrl.trainers.preemption import is_restart
-from w2f_torchrl.trainers.run_evaluations import RunEvaluations
 from w2f_torchrl.trainers.run_logging import RunClock, build_loggers
 from w2f_torchrl.trainers.run_replay import RunReplay
-from w2f_torchrl.trainers.segmentation import build_mask_source, choose_source
 from w2f_torchrl.trainers.tolerance import Tolerance
 from w2f_torchrl.trainers.update_metrics import UpdateMetrics
-from w2f_torchrl.utils.environment import note_environment
-from w2f_torchrl.utils.leftovers import Leftovers
-from w2f_torchrl.utils.logging import MetricsLogger
+from w2f_torchrl.utils.closing import end_all
 from w2f_torchrl.utils.main_guard import require_main_guard
 from w2f_torchrl.utils.memory import keep_freed_memory
 from w2f_torchrl.utils.random_state import RandomStreams
+from w2f_torchrl.utils.ranks import Ranks
 from w2f_torchrl.utils.seeding import derive_seed
 from w2f_torchrl.utils.stopping import StopRequested, may_be_cut
-from w2f_torchrl.utils.wandb_logging import restore_wandb_run
 
 logger = logging.getLogger(__name__)
 

@@ -10,13 +10,13 @@ from pathlib import Path
 
 from torchrl.record.loggers.common import Logger
 
+from w2f_torchrl.config import RunConfig, config_to_dict
+from w2f_torchrl.logging.file_loggers import make_csv_logger, make_tensorboard_logger
+from w2f_torchrl.logging.metrics import MetricsLogger, read_metrics
+from w2f_torchrl.logging.pictures.plotting import plot_curves
+from w2f_torchrl.logging.progress import format_duration
+from w2f_torchrl.logging.wandb import make_wandb_logger
 from w2f_torchrl.report import write_report
-from w2f_torchrl.trainers.config import RunConfig, config_to_dict
-from w2f_torchrl.utils.file_loggers import make_csv_logger, make_tensorboard_logger
-from w2f_torchrl.utils.logging import MetricsLogger, read_metrics
-from w2f_torchrl.utils.plotting import plot_curves
-from w2f_torchrl.utils.progress import format_duration
-from w2f_torchrl.utils.wandb_logging import make_wandb_logger
 
 logger = logging.getLogger(__name__)
 

@@ -8,10 +8,10 @@ from typing import Any
 
 from w2f_torchrl.checkpoint.file import CheckpointError
 from w2f_torchrl.checkpoint.resume import SavedRecords
+from w2f_torchrl.config import RunConfig
 from w2f_torchrl.data import StreamReplayBuffer, make_replay
-from w2f_torchrl.data.latents import latent_fields
-from w2f_torchrl.data.replay_files import Manifest, ReplayFiles, new_generation, ring_rows
-from w2f_torchrl.trainers.config import RunConfig
+from w2f_torchrl.data.replay.latents import latent_fields
+from w2f_torchrl.data.replay.replay_files import Manifest, ReplayFiles, new_generation, ring_rows
 
 
 class RunReplay:

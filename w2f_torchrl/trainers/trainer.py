@@ -15,36 +15,32 @@ from typing import TypeVar
 from tensordict import TensorDictBase
 
 from w2f_torchrl.checkpoint.writer import CheckpointWriter
+from w2f_torchrl.config import RunConfig
 from w2f_torchrl.data import (
     StreamReplayBuffer,
     UpdateSchedule,
     WorkerError,
     records_from_rollout,
 )
+from w2f_torchrl.data.device_copy import DeviceCopy
+from w2f_torchrl.data.environments import build_env
+from w2f_torchrl.learner.non_finite_guard import FINITE
+from w2f_torchrl.logging.metrics import ProgressBar
+from w2f_torchrl.masks.prepare import prepare
 from w2f_torchrl.trainers.collecting import (
     LATENT_KEYS,
     AnyCollector,
     check_finite,
     ended_episodes,
 )
-from w2f_torchrl.trainers.config import RunConfig
-from w2f_torchrl.trainers.device_copy import DeviceCopy
-from w2f_torchrl.trainers.distributed import Silent, describe_lost_rank, is_lost_rank
-from w2f_torchrl.trainers.environments import build_env
-from w2f_torchrl.trainers.finite import FINITE
-from w2f_torchrl.trainers.interruptions import (
-    end_all,
-    keep_exception,
-    save_batch,
-    stop_on_signal,
-)
+from w2f_torchrl.trainers.interruptions import keep_exception, save_batch, stop_on_signal
 from w2f_torchrl.trainers.preemption import hand_over
 from w2f_torchrl.trainers.run import Parts, Run, build_parts, open_run
 from w2f_torchrl.trainers.run_logging import finish_run
-from w2f_torchrl.trainers.segmentation import prepare
 from w2f_torchrl.trainers.update_metrics import Sums, shown_row
-from w2f_torchrl.utils.logging import ProgressBar
+from w2f_torchrl.utils.closing import end_all
 from w2f_torchrl.utils.random_state import random_state, restore_random_state
+from w2f_torchrl.utils.ranks import Silent, describe_lost_rank, is_lost_rank
 from w2f_torchrl.utils.stopping import StopRequested, may_be_cut
 
 logger = logging.getLogger(__name__)

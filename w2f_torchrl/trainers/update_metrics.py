@@ -9,7 +9,7 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
-from w2f_torchrl.trainers.finite import FINITE
+from w2f_torchrl.learner.non_finite_guard import FINITE
 
 logger = logging.getLogger(__name__)
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import Self
+
+logger = logging.getLogger(__name__)
 
 
 class Closing(ABC):
@@ -26,3 +30,19 @@ class Closing(ABC):
     ) -> None:
         """Close, whatever happened."""
         self.close()
+
+
+def end_all(ends: Iterable[Callable[[], None]]) -> list[Exception]:
+    """Call what ends the parts of a run, all of it whatever happens.
+
+    Returns:
+        What was raised; it is logged.
+    """
+    errors = []
+    for end in ends:
+        try:
+            end()
+        except Exception as error:  # the other parts must end too
+            logger.exception("closing the run")
+            errors.append(error)
+    return errors

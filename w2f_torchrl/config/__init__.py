@@ -1,0 +1,46 @@
+"""Every setting with its type, unit, range and default; imports neither torch nor a simulator."""
+
+from w2f_torchrl.config.environment import AlgoConfig, EnvironmentConfig, SegmentationConfig
+from w2f_torchrl.config.loss import LossConfig
+from w2f_torchrl.config.model import LATENTS, PRESETS, ModelConfig
+from w2f_torchrl.config.output import CheckpointConfig, EvaluationConfig, LoggingConfig
+from w2f_torchrl.config.run import RunConfig, config_to_dict, save_config, to_run_config
+from w2f_torchrl.config.training import (
+    EXECUTIONS,
+    GRAPHED,
+    ON_NAN,
+    PRECISIONS,
+    CollectionConfig,
+    DistributedConfig,
+    OptimizerConfig,
+    ReplayConfig,
+    TrainingConfig,
+)
+from w2f_torchrl.config.validation import ConfigError
+
+__all__ = [
+    "EXECUTIONS",
+    "GRAPHED",
+    "LATENTS",
+    "ON_NAN",
+    "PRECISIONS",
+    "PRESETS",
+    "AlgoConfig",
+    "CheckpointConfig",
+    "CollectionConfig",
+    "ConfigError",
+    "DistributedConfig",
+    "EnvironmentConfig",
+    "EvaluationConfig",
+    "LoggingConfig",
+    "LossConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "ReplayConfig",
+    "RunConfig",
+    "SegmentationConfig",
+    "TrainingConfig",
+    "config_to_dict",
+    "save_config",
+    "to_run_config",
+]

@@ -1,0 +1,197 @@
+"""Settings of training: optimizer, batches, ranks, workers, replay."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from w2f_torchrl.utils.checks import check_choice as check_choice
+from w2f_torchrl.utils.settings import Settings, check_fields, setting
+
+if TYPE_CHECKING:
+    pass
+
+STORAGES = ("memory", "disk")
+PRECISIONS = ("auto", "float32", "bfloat16")
+ON_NAN = ("stop", "skip")
+EXECUTIONS = ("eager", "compile", "compile_all", "cuda_graph", "cuda_graph_parallel", "auto")
+GRAPHED = ("cuda_graph", "cuda_graph_parallel")
+COLLECTION_DEVICES = ("cpu", "learner")
+GRADIENTS = ("auto", "ddp", "flat")
+LONGEST_TIMEOUT = 1_000_000_000
+"""Seconds; the process group's clock fails with an unreadable error above its own limit."""
+
+
+@dataclass
+class OptimizerConfig(Settings):
+    """LaProp with adaptive gradient clipping, as in the paper."""
+
+    lr: float = setting(4e-5, "Learning rate after the warm-up.", unit="rate", above=0)
+    warmup_updates: int = setting(
+        1000,
+        "Updates over which the learning rate rises linearly from 0.",
+        unit="updates",
+        minimum=0,
+    )
+    agc: float = setting(
+        0.3,
+        "Maximum norm of a gradient, as a share of its parameter's norm; 0 disables clipping.",
+        unit="share",
+        minimum=0,
+    )
+    beta1: float = setting(
+        0.9, "Decay rate of the momentum of the scaled gradients.", unit="rate", minimum=0, below=1
+    )
+    beta2: float = setting(
+        0.999, "Decay rate of the mean of the squared gradients.", unit="rate", minimum=0, below=1
+    )
+    eps: float = setting(
+        1e-20, "Added to the denominator for numerical stability.", unit="number", minimum=0
+    )
+    precision: str = setting(
+        "auto",
+        "float32; bfloat16 (autocast; parameters and optimizer stay in float32); or auto: bfloat16 "
+        "on CUDA, as in the reference, and float32 on a CPU.",
+        choices=PRECISIONS,
+    )
+
+    def validate(self) -> None:
+        """Raise ``ValueError`` naming the first setting out of range."""
+        check_fields("optimizer", self)
+
+
+@dataclass
+class TrainingConfig(Settings):
+    """Length of the run and amount of data per update."""
+
+    total_frames: int = setting(
+        1_000_000,
+        "Environment frames (control steps) of the whole run, over all ranks.",
+        unit="frames",
+        minimum=1,
+    )
+    batch_size: int = setting(
+        16, "B, sequences per update on each rank.", unit="sequences", minimum=1
+    )
+    batch_length: int = setting(64, "T, records per sequence.", unit="records", minimum=2)
+    train_ratio: float = setting(
+        512.0,
+        "Replayed records per agent step, both counted over all ranks. There are "
+        "train_ratio / (B x T x ranks) updates per agent step.",
+        unit="records",
+        minimum=0,
+    )
+    prefill_steps: int | None = setting(
+        None,
+        "Agent steps collected before the first update, over all ranks; null collects B x T per "
+        "rank, and at least one sequence per env.",
+        unit="agent steps",
+    )
+    on_nan: str = setting(
+        "stop",
+        "If gradients are not finite: stop before the weights are changed and save the batch and "
+        "the state, or skip the update.",
+        choices=ON_NAN,
+    )
+    execution: str = setting(
+        "auto",
+        "eager; compile (the core's parts); compile_all (losses and time loop as one graph, slow "
+        "to compile); cuda_graph (compile, with the whole update replayed as one graph; CUDA "
+        "only); cuda_graph_parallel (as cuda_graph, with the background's latent computed in "
+        "parallel with the foreground's; algo.latent=split only); or auto: eager on a CPU; on "
+        "CUDA the first of cuda_graph_parallel (split only), cuda_graph, compile and eager that "
+        "works and whose first update equals eager's up to rounding.",
+        choices=EXECUTIONS,
+    )
+
+
+@dataclass
+class DistributedConfig(Settings):
+    """Several processes that train together, started by torchrun or by submitit."""
+
+    ranks: int = setting(
+        1,
+        "World size. Set from the launcher's environment; do not set it yourself.",
+        unit="processes",
+    )
+    gradients: str = setting(
+        "auto",
+        "ddp: DistributedDataParallel averages gradients during the backward pass; flat: a single "
+        "all-reduce of one buffer after it; auto: flat if the update may become a CUDA graph, "
+        "otherwise ddp.",
+        choices=GRADIENTS,
+    )
+    timeout_seconds: float = setting(
+        1800.0,
+        "How long a rank waits for another that is alive but compiles, evaluates or writes. A "
+        "rank that dies is noticed at once.",
+        unit="seconds",
+        above=0,
+        maximum=LONGEST_TIMEOUT,
+    )
+
+
+@dataclass
+class CollectionConfig(Settings):
+    """How the environments are stepped."""
+
+    num_workers: int | None = setting(
+        None,
+        "Worker processes; 0 steps the envs in the trainer's process; null uses one per core, at "
+        "most one per env.",
+        unit="processes",
+    )
+    steps_per_batch: int = setting(
+        16,
+        "Agent steps of each env between two rounds of updates.",
+        unit="agent steps",
+        minimum=1,
+    )
+    device: str = setting(
+        "cpu",
+        "Where the workers run the policy: cpu, or learner for the learner's device. On CUDA each "
+        "worker process then holds its own CUDA context.",
+        choices=COLLECTION_DEVICES,
+    )
+    overlap: bool = setting(
+        False,
+        "Collect the next batch while the learner trains; the acting policy is then one batch "
+        "older.",
+    )
+    timeout_seconds: float = setting(
+        300.0,
+        "Time after which a worker process that does not respond counts as lost, as a dead one "
+        "does.",
+        unit="seconds",
+        above=0,
+    )
+    max_restarts: int = setting(
+        3,
+        "How many times in a row lost workers are replaced, with new episodes; after that the run "
+        "ends with a checkpoint. 0 ends it the first time.",
+        unit="restarts",
+        minimum=0,
+    )
+
+
+@dataclass
+class ReplayConfig(Settings):
+    """Where records are kept."""
+
+    capacity: int = setting(
+        500_000,
+        "Records kept, over all envs. A record takes 12.8 kB at 64 x 64 with masks, and with "
+        "latents 2 bytes more per feature of the beliefs.",
+        unit="records",
+    )
+    storage: str = setting(
+        "memory", "memory, or disk: memory-mapped in the run directory.", choices=STORAGES
+    )
+    newest_first: bool = setting(
+        True, "Sample each new sequence once as soon as it is complete, then uniformly."
+    )
+    latents: bool = setting(
+        True,
+        "Keep state and belief in the replay, as computed while acting and refreshed by each "
+        "update, and start sequences from them. false starts sequences from zero.",
+    )

@@ -1,0 +1,123 @@
+"""The envs of a run.
+
+Collectors' worker processes import this module: it imports nothing that only the trainer needs.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+from torchrl.envs import Compose, EnvBase, StepCounter, TransformedEnv
+
+from w2f_torchrl.config import ConfigError, EnvironmentConfig, RunConfig
+from w2f_torchrl.envs import EvaluationSet, evaluation_sets, make_env
+from w2f_torchrl.envs.distractions import shows_video
+from w2f_torchrl.envs.specs import check_env
+from w2f_torchrl.envs.tasks import registered_factory
+from w2f_torchrl.keys import MASK
+
+
+class EnvFacts(NamedTuple):
+    """What the trainer must know of an env before it makes any networks."""
+
+    action_size: int
+    has_mask: bool
+    """Whether it draws ``foreground_mask`` itself."""
+
+
+def probe_env(config: RunConfig) -> EnvFacts:
+    """Build every kind of env of a run once, so that what is wrong with one shows before any work.
+
+    Raises:
+        ConfigError: If one can't be built, or offers what a run can't use.
+    """
+    environment = config.environment
+    try:
+        env = build_env(environment, 0, foreground_mask=config.needs_masks)
+        if registered_factory(environment.domain) is not None:
+            check_env(env, environment.domain, environment.image_size)
+    except ValueError as error:  # a camera that the model lacks, a video that can't be read
+        raise ConfigError(f"environment: {error}") from error
+    for name in config.evaluation.sets:
+        try:
+            build_env(environment, 0, evaluation_set=evaluation_sets()[name]).close()
+        except ValueError as error:
+            raise ConfigError(f"evaluation.sets={name}: {error}") from error
+    has_mask = MASK in env.observation_spec.keys()
+    facts = EnvFacts(int(env.action_spec.shape[-1]), has_mask)
+    env.close()
+    return facts
+
+
+def create_env(config: RunConfig, index: int, seed: int) -> TransformedEnv:
+    """Make a collector worker's env; ``index`` is its place in the batch."""
+    del index
+    return build_env(config.environment, seed, foreground_mask=config.needs_masks)
+
+
+def build_env(
+    environment: EnvironmentConfig,
+    seed: int,
+    *,
+    foreground_mask: bool = True,
+    evaluation_set: EvaluationSet | None = None,
+) -> TransformedEnv:
+    """Make one env of a run, on the CPU.
+
+    Args:
+        environment: The run's settings; ``num_envs`` is not read.
+        seed: The env's seed.
+        foreground_mask: Whether the simulator's mask is drawn.
+        evaluation_set: In place of the run's own distraction.
+    """
+    return make_env(
+        environment.domain,
+        environment.task,
+        image_size=environment.image_size,
+        action_repeat=environment.action_repeat,
+        **_distraction_settings(environment, evaluation_set),
+        render=environment.render,  # type: ignore[arg-type]
+        camera_id=environment.camera_id,
+        foreground_mask=foreground_mask,
+        seed=seed,
+        action_range=environment.action_range,
+    )
+
+
+def control_steps(env: EnvBase, action_repeat: int) -> int | None:
+    """Control steps after which an env ends its episodes, where it says so; None where it doesn't.
+
+    What says so: an attribute ``max_episode_steps`` of control steps, which the Control Suite's
+    tasks with a time limit have; a ``StepCounter`` with ``max_steps``, which are agent steps.
+
+    Args:
+        env: Of a run, unbatched.
+        action_repeat: Control steps of an agent step.
+    """
+    limits: list[float] = []
+    while isinstance(env, TransformedEnv):
+        for transform in env.transform if isinstance(env.transform, Compose) else [env.transform]:
+            if isinstance(transform, StepCounter) and transform.max_steps:
+                limits.append(transform.max_steps * action_repeat)
+        env = env.base_env
+    limits.append(getattr(env, "max_episode_steps", None) or math.inf)
+    limit = min(limits)
+    return None if math.isinf(limit) else int(limit)
+
+
+def _distraction_settings(
+    environment: EnvironmentConfig, evaluation_set: EvaluationSet | None
+) -> dict[str, Any]:
+    if evaluation_set is not None:
+        return {
+            "distraction": evaluation_set.distraction or "none",
+            "background_source": evaluation_set.background_source(environment.background_source),
+            "background_split": evaluation_set.split,
+        }
+    videos = shows_video(environment.distraction)
+    return {
+        "distraction": environment.distraction,
+        "background_source": environment.background_source if videos else None,
+        "background_split": environment.background_split,
+    }

@@ -1,0 +1,123 @@
+"""Make a replay in memory or on disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torchrl.data import LazyMemmapStorage, LazyTensorStorage
+
+from w2f_torchrl.data.replay.buffer import StreamReplayBuffer
+from w2f_torchrl.data.replay.latents import LatentStore
+from w2f_torchrl.data.replay.record_files import Fields
+from w2f_torchrl.data.replay.streams import StreamHeads
+from w2f_torchrl.utils.checks import check_number
+
+
+def make_replay(
+    *,
+    capacity: int,
+    num_streams: int,
+    batch_size: int,
+    batch_length: int,
+    path: str | Path | None = None,
+    ring: int | None = None,
+    exist_ok: bool = False,
+    newest_first: bool = True,
+    prefetch: int = 0,
+    pin_memory: bool = False,
+    seed: int | None = None,
+    device: torch.device | str = "cpu",
+    latents: Fields | None = None,
+) -> StreamReplayBuffer:
+    """Make a replay in memory or on disk.
+
+    Memory is taken as it fills: 13 kB a record at 64 x 64 with masks, and its latent.
+
+    Args:
+        capacity: Records in all; each of the streams keeps ``capacity // num_streams``.
+        num_streams: Envs that write to it (S).
+        batch_size: Slices in a sample (B).
+        batch_length: Records in a slice (T).
+        path: A folder for memory-mapped files; None keeps the records in memory.
+        ring: Slots of a stream, at least what it keeps; None for just that. What is in the others
+            is not sampled: checkpoints may need it.
+        exist_ok: Whether files of an earlier replay in that folder may be overwritten.
+        newest_first: Whether each new chunk of T records is sampled once before older ones.
+        prefetch: Batches to draw ahead in a thread. They don't contain what is written after they
+            were drawn: with 0 the newest record can be sampled at once.
+        pin_memory: Whether samples lie in page-locked memory, for asynchronous copies to CUDA.
+        seed: Seed of the samples; None uses torch's global generator.
+        device: Where records and samples lie, without a path.
+        latents: Entries of the latent that is kept beside each record, from
+            :func:`~w2f_torchrl.data.latent_fields`; None keeps none.
+
+    Raises:
+        ValueError: If a size is not positive, a stream can't hold a slice, or options exclude each
+            other.
+        FileExistsError: If the folder isn't empty and ``exist_ok`` is False.
+    """
+    _check_sizes(
+        capacity=capacity,
+        num_streams=num_streams,
+        batch_size=batch_size,
+        batch_length=batch_length,
+    )
+    heads = StreamHeads(num_streams, capacity // num_streams, ring)
+    if pin_memory and not (torch.cuda.is_available() and torch.device(device).type == "cpu"):
+        raise ValueError(
+            f"pin_memory=True needs a replay on CPU and a CUDA device to copy to: device={device}, "
+            f"CUDA is {'' if torch.cuda.is_available() else 'not '}available."
+        )
+    if prefetch and latents is not None:
+        raise ValueError(
+            f"prefetch={prefetch} must be 0 with latents: batches that are drawn ahead would hold "
+            "latents from before the updates that precede them."
+        )
+    rows = num_streams * heads.ring
+    storage = _make_storage(rows, path, exist_ok, torch.device(device))
+    store = None
+    if latents is not None:
+        folder = None if path is None else Path(path) / "latents"
+        store = LatentStore(latents, rows, device=device, folder=folder)
+    return StreamReplayBuffer(
+        storage,
+        heads,
+        batch_size=batch_size,
+        batch_length=batch_length,
+        newest_first=newest_first,
+        prefetch=prefetch,
+        pin_memory=pin_memory,
+        generator=None if seed is None else torch.Generator().manual_seed(seed),
+        folder=None if path is None else Path(path),
+        latents=store,
+    )
+
+
+def _check_sizes(**sizes: int) -> None:
+    for name, value in sizes.items():
+        check_number(name, value, integer=True)
+        if value < 1:
+            raise ValueError(f"{name} must be positive, got {value}.")
+    per_stream = sizes["capacity"] // sizes["num_streams"]
+    if sizes["batch_length"] > per_stream:
+        raise ValueError(
+            f"batch_length={sizes['batch_length']} exceeds the {per_stream} records that each of "
+            f"num_streams={sizes['num_streams']} streams keeps with capacity={sizes['capacity']}: "
+            f"it needs a capacity of at least {sizes['batch_length'] * sizes['num_streams']}."
+        )
+
+
+def _make_storage(
+    size: int, path: str | Path | None, exist_ok: bool, device: torch.device
+) -> LazyTensorStorage:
+    if path is None:
+        return LazyTensorStorage(size, device=device)
+    if device.type != "cpu":
+        raise ValueError(f"A replay on disk (path={path}) can't be on device={device}.")
+    folder = Path(path)
+    if not exist_ok and folder.exists() and any(folder.iterdir()):
+        raise FileExistsError(f"The replay's folder {folder} isn't empty: name another one.")
+    folder.mkdir(parents=True, exist_ok=True)
+    # Without auto_cleanup=False TorchRL may take over the signals of Ctrl+C and SIGTERM.
+    return LazyMemmapStorage(size, scratch_dir=str(folder), existsok=exist_ok, auto_cleanup=False)

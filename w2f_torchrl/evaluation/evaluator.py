@@ -1,0 +1,225 @@
+"""Evaluation episodes, and what the model sees in them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from tensordict.nn import TensorDictModuleBase
+from torch import Tensor
+from torchrl.data import Unbounded
+from torchrl.envs import EnvBase, TensorDictPrimer
+from torchrl.envs.utils import ExplorationType, set_exploration_type, step_mdp
+
+from w2f_torchrl.config import RunConfig
+from w2f_torchrl.data import records_from_rollout
+from w2f_torchrl.data.environments import build_env, control_steps
+from w2f_torchrl.envs import EvaluationSet, evaluation_sets
+from w2f_torchrl.keys import MASK, NEXT_MASK
+from w2f_torchrl.modules import WorldModel, compose, latent_sizes
+from w2f_torchrl.segmenters import mask_iou
+from w2f_torchrl.utils.closing import end_all
+from w2f_torchrl.utils.seeding import derive_seed
+from w2f_torchrl.utils.stopping import check_stop
+
+CONTROL_STEPS = 1000
+"""Of an episode whose env names no limit."""
+KEPT_STEPS = 1000
+"""Agent steps of an episode that are kept, reconstructed and shown; later ones are only counted."""
+PART = 64
+"""Agent steps that are played at a time then."""
+
+
+@dataclass
+class Evaluation:
+    """What evaluation episodes gave."""
+
+    metrics: dict[str, float]
+    """``eval/return_mean`` and ``_std``, ``eval/length_mean``, and ``wm/mask_iou`` with masks; of
+    each evaluation set ``eval/<set>/return_mean``, ``return_std``, ``length_mean``, ``mask_iou``.
+    """
+    pixels: Tensor
+    """First episode, uint8 ``[T, 3, H, W]``."""
+    columns: dict[str, Tensor]
+    """Labelled pictures of the reconstruction of the first episode, ``[T, C, H, W]`` each."""
+    records: TensorDictBase
+    """The first episode's records ``[1, T]``, with masks where the run has them."""
+
+
+class Evaluator:
+    """Plays episodes with the mode action, in an env of its own and one for each evaluation set.
+
+    Args:
+        config: The run's settings.
+        seed: Seed of the envs.
+        policy: The acting policy, shared with the learner.
+        action_size: A.
+        segment: Gives records their masks where the env draws none.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        seed: int,
+        policy: TensorDictModuleBase,
+        action_size: int,
+        segment: Callable[[TensorDictBase], TensorDictBase] | None = None,
+    ):
+        self.segment = segment
+        self.config = config
+        self.policy = policy
+        self.device = config.torch_device()
+        sizes = latent_sizes(config.model, action_size)
+        self._primers = {key: Unbounded((size,)) for key, size in sizes.items()}
+        self._seed = seed
+        self._envs: dict[str, EnvBase] = {}
+
+    @property
+    def envs(self) -> dict[str, EnvBase]:
+        """The run's own env, as ``run``, and those of the evaluation sets; made when needed."""
+        if not self._envs:
+            self.start()
+        return self._envs
+
+    def start(self) -> None:
+        """Make the envs, in place of those that were made before."""
+        end_all([env.close for env in self._envs.values()])
+        sets = evaluation_sets()
+        self._envs = {"run": self._make_env(self._seed)} | {
+            name: self._make_env(derive_seed(self._seed, "set", name), sets[name])
+            for name in self.config.evaluation.sets
+        }
+
+    def _make_env(self, seed: int, evaluation_set: EvaluationSet | None = None) -> EnvBase:
+        env = build_env(
+            self.config.environment,
+            seed,
+            foreground_mask=self.config.needs_masks,
+            evaluation_set=evaluation_set,
+        )
+        return env.append_transform(TensorDictPrimer(self._primers))
+
+    def seed(self, frames: int) -> None:
+        """Seed the envs by the run's frames: an evaluation doesn't depend on those before it."""
+        for name, env in self.envs.items():
+            env.set_seed(derive_seed(self._seed, name, frames), static_seed=True)
+
+    def evaluate(self, world_model: WorldModel, episodes: int) -> Evaluation:
+        """Play episodes in the run's own environment, then in those of the evaluation sets.
+
+        Args:
+            world_model: The world model that the policy acts with.
+            episodes: How many in each; their returns' standard deviation is over them.
+        """
+        own, *sets = self.envs
+        metrics, pixels, columns, records = self._evaluate(self.envs[own], world_model, episodes)
+        metrics = {f"eval/{name}": value for name, value in metrics.items()}
+        if "eval/mask_iou" in metrics:
+            metrics["wm/mask_iou"] = metrics.pop("eval/mask_iou")
+        for name in sets:
+            of_set = self._evaluate(self.envs[name], world_model, episodes)[0]
+            metrics |= {f"eval/{name}/{key}": value for key, value in of_set.items()}
+        return Evaluation(metrics, pixels, columns, records)
+
+    def _evaluate(
+        self, env: EnvBase, world_model: WorldModel, episodes: int
+    ) -> tuple[dict[str, float], Tensor, dict[str, Tensor], TensorDictBase]:
+        """Metrics by their last name; pixels, reconstruction, records of the first episode."""
+        returns, lengths, ious = [], [], []
+        first: tuple[Tensor, dict[str, Tensor], TensorDictBase] | None = None
+        for _ in range(episodes):
+            episode, total, length = self._play(env)
+            returns.append(total)
+            lengths.append(float(length))
+            made = records_from_rollout(episode.unsqueeze(0))
+            if self.segment is not None and MASK not in made["next"].keys():
+                made = self.segment(made)
+            records = made.unsqueeze(0).to(self.device)
+            columns, iou = reconstruct(world_model, records)
+            if iou is not None:
+                ious.append(iou)
+            first = first or (records["next", "pixels"][0].cpu(), columns, records)
+        assert first is not None, "episodes is at least 1 (validated)"
+        scores = torch.tensor(returns)
+        metrics = {
+            "return_mean": float(scores.mean()),
+            "return_std": float(scores.std(unbiased=False)),
+            "length_mean": sum(lengths) / len(lengths),
+        }
+        if ious:
+            metrics["mask_iou"] = sum(ious) / len(ious)
+        return metrics, *first
+
+    def _play(self, env: EnvBase) -> tuple[TensorDictBase, float, int]:
+        """An episode ``[T]``, or what of it is kept; its return; its length in agent steps."""
+        settings = self.config.evaluation
+        repeat = self.config.environment.action_repeat
+        limit = settings.max_control_steps or control_steps(env, repeat) or CONTROL_STEPS
+        steps = -(-limit // repeat)
+        with torch.no_grad(), set_exploration_type(ExplorationType.MODE):
+            episode: TensorDictBase = env.rollout(min(steps, KEPT_STEPS), self._act)
+            total, length, last = float(episode["next", "reward"].sum()), len(episode), episode[-1]
+            while length < steps and not last["next", "done"].any():
+                part = env.rollout(
+                    min(steps - length, PART),
+                    self._act,
+                    auto_reset=False,
+                    tensordict=step_mdp(last),
+                )
+                total, last = total + float(part["next", "reward"].sum()), part[-1]
+                length += len(part)
+        return episode, total, length
+
+    def _act(self, tensordict: TensorDictBase) -> TensorDictBase:
+        check_stop()
+        acted: TensorDictBase = self.policy(tensordict.to(self.device))
+        return tensordict.update(acted.to("cpu"))
+
+    def close(self) -> None:
+        """Close the envs."""
+        for env in self._envs.values():
+            env.close()
+
+
+@torch.no_grad()
+def reconstruct(
+    world_model: WorldModel, records: TensorDictBase, chunk: int = 64
+) -> tuple[dict[str, Tensor], float | None]:
+    """Reconstruct an episode from the posterior latents.
+
+    Args:
+        world_model: The world model.
+        records: One episode ``[1, T]``.
+        chunk: Pictures decoded at a time, to bound memory.
+
+    Returns:
+        Labelled pictures ``[T, C, H, W]`` on the CPU, colours in [0, 1], and the mean IoU of the
+        predicted mask with the true one (``None`` without masks).
+    """
+    inferred = world_model.infer(records.select(*world_model.in_keys)).get("next")
+    decoded = []
+    for part in inferred[0].split(chunk, 0):
+        check_stop()
+        td = TensorDict({"next": part}, part.batch_size)
+        decoded.append(
+            world_model.decoder(td)
+            .get("next")
+            .select(*(key[1] for key in world_model.decoder.out_keys))
+            .cpu()
+        )
+    out: TensorDict = torch.cat(decoded)
+    frame = records["next", "pixels"][0].cpu()
+    if world_model.latent == "whole":
+        return {"frame": frame, "reconstruction": out["reconstructed_pixels"].clamp(0, 1)}, None
+    true_mask = records[NEXT_MASK][0].cpu()
+    predicted = out["mask_logits"] > 0
+    columns = {"frame": frame, "true mask": true_mask, "mask": predicted}
+    foreground, soft = out["foreground_pixels"].clamp(0, 1), out["mask_logits"].sigmoid()
+    columns["foreground"] = foreground * soft
+    if "background_pixels" in out.keys():
+        columns["background"] = out["background_pixels"].clamp(0, 1)
+        composed = compose(foreground, out["mask_logits"], columns["background"])
+        columns["composed"] = composed.clamp(0, 1)
+    return columns, float(mask_iou(predicted, true_mask).mean())

@@ -1,0 +1,90 @@
+"""Turn a checkpoint into a small file that only acts: for publishing a policy.
+
+python -m w2f_torchrl.evaluation.export runs/demo/checkpoints/checkpoint_000000001000.pt policy.pt
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from w2f_torchrl.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from w2f_torchrl.evaluation.policy import load_learner
+
+#: Settings that say where a run was made, not what it is: a published file doesn't hold them.
+PRIVATE = {"run_dir": "runs/latest", "resume": None, "device": "auto"}
+PRIVATE_LOGGING = {"wandb_project": "w2f_torchrl", "wandb_entity": None}
+#: Files of the training's masks: acting needs none.
+PRIVATE_SEGMENTATION = dict.fromkeys(
+    ("checkpoint", "vocabulary", "student_checkpoint", "labels", "backgrounds")
+)
+
+
+def export_policy(checkpoint: str | Path, out: str | Path) -> Path:
+    """Write a checkpoint's networks and settings, weights in 16 bits, without what training needs.
+
+    The file opens with :func:`~w2f_torchrl.trainers.load_policy` like any checkpoint. It can't be
+    resumed from: optimizer, replay, environments and random streams are left out. Of the settings'
+    paths only ``environment.background_source`` stays, a part of the task.
+
+    Args:
+        checkpoint: A ``checkpoint_*.pt`` or ``best.pt`` file.
+        out: The file to write; directories are created, an existing file is replaced.
+
+    Returns:
+        The path of the new file.
+
+    Raises:
+        CheckpointError: If the checkpoint can't be read, or a weight is not finite or too large
+            for 16 bits.
+    """
+    _, learner, action_size = load_learner(checkpoint)
+    saved, out = load_checkpoint(checkpoint), Path(out)
+    config: dict[str, Any] = saved.payload["config"] | PRIVATE
+    config["logging"] = config["logging"] | PRIVATE_LOGGING
+    config["segmentation"] = config["segmentation"] | PRIVATE_SEGMENTATION
+    payload = {
+        "config": config,
+        "action_size": action_size,
+        "learner": {"loss": _halved(learner.loss)},
+        "exported": True,
+    }
+    counters = {"updates": saved.updates, "frames": saved.frames}
+    return save_checkpoint(out.parent, payload, name=out.name, **counters)
+
+
+def _halved(module: nn.Module) -> dict[str, Tensor]:
+    """The state dict with parameters in float16; buffers (bins, statistics) stay as they are."""
+    parameters = dict(module.named_parameters())
+    state: dict[str, Tensor] = {}
+    for name, value in module.state_dict().items():
+        state[name] = value.detach().clone()
+        if name in parameters:
+            state[name] = value.detach().to(torch.float16)
+            if not state[name].isfinite().all():
+                raise CheckpointError(f"{name} is not finite in 16 bits: it can't be exported.")
+    return state
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Export one checkpoint from the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m w2f_torchrl.evaluation.export", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("out", type=Path)
+    args = parser.parse_args(arguments)
+    try:
+        path = export_policy(args.checkpoint, args.out)
+    except CheckpointError as error:
+        parser.error(str(error))
+    sys.stdout.write(f"{path}: {path.stat().st_size / 2**20:.1f} MiB\n")
+
+
+if __name__ == "__main__":
+    main()

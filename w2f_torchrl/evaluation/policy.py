@@ -1,0 +1,123 @@
+"""Policies loaded from a checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from tensordict import TensorDictBase
+from tensordict.nn import TensorDictModuleBase
+from torchrl.data import Unbounded
+from torchrl.envs import TensorDictPrimer, TransformedEnv
+from torchrl.envs.utils import ExplorationType, set_exploration_type
+
+from w2f_torchrl.checkpoint.file import load_checkpoint, malformed_is_an_error
+from w2f_torchrl.checkpoint.older import complete_model
+from w2f_torchrl.config import RunConfig, to_run_config
+from w2f_torchrl.data.environments import build_env
+from w2f_torchrl.envs import evaluation_sets
+from w2f_torchrl.learner.learner import Learner
+from w2f_torchrl.modules import latent_sizes
+from w2f_torchrl.utils.tensors import check_tensor
+
+
+class LoadedPolicy(TensorDictModuleBase):
+    """A trained policy that plays in any TorchRL env with ``pixels`` and ``is_init``.
+
+    It takes the mode action. Its state, belief and previous action are carried in the tensordict:
+    append :meth:`make_tensordict_primer` to an env of your own, or call :meth:`make_env`.
+    """
+
+    def __init__(self, config: RunConfig, learner: Learner, action_size: int):
+        super().__init__()
+        self.config = config
+        self.policy = learner.policy
+        self.world_model = learner.world_model
+        self.action_size = action_size
+        self.in_keys = ["pixels", "is_init", *latent_sizes(config.model, action_size)]
+        self.out_keys = self.policy.out_keys
+
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Write ``action`` ``[*B, A]`` and what is carried to the next step.
+
+        Raises:
+            KeyError: If the tensordict carries no latent.
+            TypeError: If the pictures are not uint8; their range is never guessed.
+            ValueError: If they have another size than those that the policy was trained on.
+        """
+        if "belief" not in tensordict.keys():
+            raise KeyError(
+                "the tensordict has no `belief`: append policy.make_tensordict_primer() to the env."
+            )
+        size = self.config.environment.image_size
+        check_tensor("pixels", tensordict.get("pixels"), torch.uint8, ("...", 3, size, size))
+        check_tensor("is_init", tensordict.get("is_init"), torch.bool, ("...", 1))
+        with torch.no_grad(), set_exploration_type(ExplorationType.MODE):
+            return self.policy(tensordict)
+
+    def make_tensordict_primer(self) -> TensorDictPrimer:
+        """The transform that gives an env the entries the policy carries, zero at a reset."""
+        sizes = latent_sizes(self.config.model, self.action_size)
+        return TensorDictPrimer({key: Unbounded((size,)) for key, size in sizes.items()})
+
+    def make_env(self, seed: int = 0, evaluation_set: str | None = None) -> TransformedEnv:
+        """Make the env that the policy was trained in.
+
+        Args:
+            seed: The env's seed.
+            evaluation_set: With the distraction of one of
+                :func:`~w2f_torchrl.envs.evaluation_sets` in place of the run's own.
+
+        Raises:
+            ValueError: If there is no set of that name.
+        """
+        sets = evaluation_sets()
+        if evaluation_set is not None and evaluation_set not in sets:
+            raise ValueError(f"evaluation_set is {evaluation_set!r}: must be {', '.join(sets)}.")
+        chosen = None if evaluation_set is None else sets[evaluation_set]
+        env = build_env(self.config.environment, seed, evaluation_set=chosen)
+        return env.append_transform(self.make_tensordict_primer())
+
+
+def load_policy(checkpoint: str | Path, device: torch.device | str = "cpu") -> LoadedPolicy:
+    """Load the policy of a run.
+
+    Args:
+        checkpoint: A ``checkpoint_*.pt`` file.
+        device: Where it acts.
+
+    Raises:
+        CheckpointError: If the file is missing, damaged or of an unknown format.
+
+    Examples:
+        >>> path = "runs/demo/checkpoints/checkpoint_000000001000.pt"
+        >>> policy = load_policy(path)  # doctest: +SKIP
+        >>> env = policy.make_env(seed=1)  # doctest: +SKIP
+        >>> env.rollout(500, policy)["next", "reward"].sum()  # doctest: +SKIP
+    """
+    config, learner, action_size = load_learner(checkpoint, device)
+    return LoadedPolicy(config, learner, action_size)
+
+
+def load_learner(
+    checkpoint: str | Path, device: torch.device | str = "cpu"
+) -> tuple[RunConfig, Learner, int]:
+    """Load a run's settings, its networks in evaluation mode, and the size of its actions.
+
+    Args:
+        checkpoint: A ``checkpoint_*.pt`` file.
+        device: Where the networks live.
+
+    Raises:
+        CheckpointError: If the file is missing, damaged or of an unknown format.
+    """
+    payload = load_checkpoint(checkpoint, device).payload
+    with malformed_is_an_error(checkpoint):
+        payload["config"]["model"] = complete_model(payload["config"]["model"])
+        config = to_run_config(payload["config"]).thawed(device=str(device))
+        learner = Learner.from_config(config, payload["action_size"])
+        if payload.get("exported"):
+            learner.load_networks(payload["learner"]["loss"])
+        else:
+            learner.load_state_dict(payload["learner"])
+        return config, learner.eval(), int(payload["action_size"])

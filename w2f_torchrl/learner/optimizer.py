@@ -1,0 +1,152 @@
+"""TorchRL's DreamerV3 optimizer in a form that a CUDA graph can hold."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchrl.trainers.algorithms import DreamerV3Optimizer
+
+from w2f_torchrl.config import OptimizerConfig
+
+
+def choose_precision(precision: str, device_type: str) -> str:
+    """Return ``float32`` or ``bfloat16``: for ``auto`` the latter where CUDA computes in it."""
+    if precision != "auto":
+        return precision
+    mixed = device_type == "cuda" and torch.cuda.is_bf16_supported()
+    return "bfloat16" if mixed else "float32"
+
+
+def make_optimizer(
+    parameters: Sequence[nn.Parameter], settings: OptimizerConfig
+) -> DreamerV3Optimizer:
+    """Make TorchRL's optimizer, on a GPU in the form that a CUDA graph can hold."""
+    # TorchRL's counts on the host, which would have to know whether an update is applied.
+    on_host = parameters[0].device.type == "cpu"
+    make = DreamerV3Optimizer if on_host else CapturableOptimizer
+    return make(
+        parameters,
+        lr=settings.lr,
+        agc=settings.agc,
+        beta1=settings.beta1,
+        beta2=settings.beta2,
+        eps=settings.eps,
+        warmup_steps=settings.warmup_updates,
+    )
+
+
+class CapturableOptimizer(DreamerV3Optimizer):
+    """TorchRL's DreamerV3 optimizer with its step counter on the device.
+
+    TorchRL counts on the host, and what the host computes from the count, the warm-up and the
+    bias corrections, would be frozen into a captured graph. The same numbers and state dict.
+    """
+
+    applied: Tensor | None = None
+    """A bool scalar on the device: where False, :meth:`step` changes nothing, whatever gradients
+    there are. None: every step is applied."""
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Tensor] | None = None) -> None:
+        """Update every parameter that has a gradient; every group counts the step.
+
+        Raises:
+            ValueError: If a closure is given.
+            RuntimeError: If no parameter has a gradient.
+        """
+        if closure is not None:
+            raise ValueError("closure must be None: a captured update calls none.")
+        trained = [
+            [p for p in group["params"] if p.grad is not None] for group in self.param_groups
+        ]
+        if not any(trained):
+            raise RuntimeError("no parameter has a gradient: call backward() before step().")
+        for group, parameters in zip(self.param_groups, trained, strict=True):
+            good = self._count(group)
+            if parameters:
+                self._step_group(group, parameters, good)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state dict; the step counter follows the parameters to their device."""
+        super().load_state_dict(state_dict)
+        for group in self.param_groups:
+            # Torch moves the moments only, and a CPU's checkpoint holds an int, which the undoing
+            # of a capture's warm-up would not know.
+            step = torch.as_tensor(group["step"], dtype=torch.float32)
+            group["step"] = step.to(group["params"][0].device)
+
+    def _count(self, group: dict[str, Any]) -> Tensor:
+        """Count the step where it is applied; whether it is, on the device."""
+        count = group["step"]
+        if not isinstance(count, Tensor):  # TorchRL's checkpoints hold an int
+            count = torch.tensor(float(count), device=group["params"][0].device)
+            group["step"] = count
+        good = self.applied
+        if good is None:
+            good = torch.ones((), dtype=torch.bool, device=count.device)
+        count.add_(good)
+        return good
+
+    def _step_group(self, group: dict[str, Any], parameters: list[Tensor], good: Tensor) -> None:
+        count, beta1, beta2 = group["step"], group["beta1"], group["beta2"]
+        gradients = [p.grad.float() for p in parameters if p.grad is not None]
+        if self.applied is not None:
+            gradients = _zero_unless(good, gradients)
+        warmup = group["warmup_steps"]
+        rate = group["lr"] * ((count - 1) / warmup).clamp(max=1) if warmup else group["lr"]
+        rate = torch.where(good, rate, 0.0)
+        gradients = _clip(gradients, parameters, group)
+        rms, momentum = self._moments(parameters)
+        # Zero gradients add nothing below: with decays of 1 and a rate of 0 nothing changes.
+        keep1, keep2 = (torch.where(good, beta, 1.0) for beta in (beta1, beta2))
+        count = count.clamp(min=1)
+        torch._foreach_mul_(rms, keep2)
+        torch._foreach_addcmul_(rms, gradients, gradients, value=1 - beta2)
+        denominator = torch._foreach_div(rms, _bias_correction(beta2, count))
+        torch._foreach_sqrt_(denominator)
+        torch._foreach_add_(denominator, group["eps"])
+        torch._foreach_mul_(momentum, keep1)
+        torch._foreach_add_(momentum, torch._foreach_div(gradients, denominator), alpha=1 - beta1)
+        change = torch._foreach_mul(momentum, rate / _bias_correction(beta1, count))
+        torch._foreach_sub_(parameters, change)
+
+    def _moments(self, parameters: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        for parameter in parameters:
+            state = self.state[parameter]
+            for name in ("rms", "momentum"):
+                if name not in state:
+                    state[name] = torch.zeros_like(parameter, dtype=torch.float32)
+        states = [self.state[parameter] for parameter in parameters]
+        return [s["rms"] for s in states], [s["momentum"] for s in states]
+
+
+def _bias_correction(beta: float, count: Tensor) -> Tensor:
+    """``1 - beta ** count``, float32; in float32 the power alone would lose three digits of it."""
+    if beta == 0:
+        return torch.ones_like(count)
+    return torch.expm1(count.double() * math.log(beta)).neg().float()
+
+
+def _zero_unless(good: Tensor, gradients: list[Tensor]) -> list[Tensor]:
+    """The gradients, or zeros where ``good`` is False: in one buffer, so that it takes two kernels.
+
+    A product with zero wouldn't do: it leaves NaN as it is.
+    """
+    buffer = torch.where(good, torch.cat([g.flatten() for g in gradients]), 0)
+    parts = buffer.split([g.numel() for g in gradients])
+    return [part.view(g.shape) for part, g in zip(parts, gradients, strict=True)]
+
+
+def _clip(gradients: list[Tensor], parameters: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
+    """Adaptive gradient clipping, tensor by tensor (Brock et al. 2021, as the reference has it)."""
+    if not group["agc"]:
+        return gradients
+    largest = list(torch._foreach_norm([p.detach().float() for p in parameters]))
+    torch._foreach_clamp_min_(largest, group["parameter_norm_min"])
+    torch._foreach_mul_(largest, group["agc"])
+    norms = torch._foreach_maximum(list(torch._foreach_norm(gradients)), largest)
+    return list(torch._foreach_mul(gradients, torch._foreach_div(largest, norms)))

@@ -1,0 +1,1 @@
+"""Where a run's masks come from, and how they are stored."""

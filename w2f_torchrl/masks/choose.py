@@ -1,0 +1,128 @@
+"""Which source a run's masks come from, and that source, built from the settings."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+
+from w2f_torchrl.config import ConfigError, RunConfig, SegmentationConfig
+from w2f_torchrl.masks.labels import load_backgrounds, load_labels
+from w2f_torchrl.masks.sources import MaskSource, SegmentedSource, TaughtSource
+from w2f_torchrl.segmenters import (
+    MedianSegmenter,
+    Sam3Segmenter,
+    SegmenterUnavailableError,
+    StudentNetwork,
+    StudentSegmenter,
+)
+from w2f_torchrl.segmenters.sam3_requirements import missing_requirement
+from w2f_torchrl.utils.seeding import derive_seed
+
+logger = logging.getLogger(__name__)
+
+
+def choose_source(config: RunConfig, env_has_mask: bool, before: str | None = None) -> str:
+    """Decide where masks come from.
+
+    Args:
+        config: The run's settings, validated.
+        env_has_mask: Whether the env draws ``foreground_mask`` itself.
+        before: The source of a run that is resumed, which ``auto`` keeps.
+
+    Returns:
+        ``simulator``, ``sam3``, ``student`` or ``median``.
+
+    Raises:
+        ConfigError: If masks are asked of a simulator that has none.
+    """
+    settings = config.segmentation
+    source = settings.source
+    if source == "auto":
+        source = before or _best_source(settings, env_has_mask)
+        logger.info("segmentation=auto takes %s", source)
+    asks = source == "simulator" or (
+        source == "student"
+        and settings.teacher == "simulator"
+        and settings.student_checkpoint is None
+        and settings.labels is None
+    )
+    if config.needs_masks and asks and not env_has_mask:
+        raise ConfigError(
+            f"segmentation={settings.source} needs the simulator's masks, and the env "
+            f"{config.environment.domain} makes no foreground_mask. Allowed: sam3; median; or "
+            "student with segmentation.labels, segmentation.student_checkpoint or "
+            "segmentation.teacher=sam3."
+        )
+    return source
+
+
+def _best_source(settings: SegmentationConfig, env_has_mask: bool) -> str:
+    missing = missing_requirement(settings.checkpoint, settings.vocabulary)
+    if missing is None:
+        return "sam3"
+    logger.info("segmentation=auto: no SAM3. %s", missing)
+    if env_has_mask:
+        return "simulator"
+    return "student" if settings.student_checkpoint or settings.labels else "median"
+
+
+def build_mask_source(config: RunConfig, source: str, env_has_mask: bool) -> MaskSource:
+    """Make the source of a run's masks; what it has to learn it learns in :func:`prepare`.
+
+    Args:
+        config: The run's settings, validated.
+        source: What :func:`choose_source` decided.
+        env_has_mask: Whether the env draws ``foreground_mask`` itself.
+
+    Raises:
+        ConfigError: If weights or labels are missing or don't fit.
+    """
+    settings = config.segmentation
+    if source == "simulator":
+        seed = derive_seed(config.seed, "lost masks", 0)
+        return MaskSource(source, mask_dropout=settings.mask_dropout, seed=seed)
+    if source == "median":
+        return SegmentedSource(source, MedianSegmenter(settings.threshold))
+    try:
+        if source == "sam3":
+            return SegmentedSource(source, _sam3(config))
+        if settings.student_checkpoint is not None:
+            path = settings.student_checkpoint
+            student = StudentSegmenter.load(path, device=config.torch_device())
+        else:
+            student = _new_student(config)
+        load_backgrounds(settings.backgrounds, config.environment.image_size)  # or say why not
+        every = settings.teacher_every
+        if settings.teacher == "simulator" and not env_has_mask:
+            every = 0  # labels or a trained student, and nobody to ask
+        return TaughtSource(
+            student,
+            teacher=_sam3(config) if settings.teacher == "sam3" else None,
+            every=every,
+            refit_steps=max(settings.train_steps // 10, 1),
+            pool=None if settings.labels is None else load_labels(settings.labels),
+            seed=derive_seed(config.seed, "segmentation", 0),
+        )
+    except (SegmenterUnavailableError, ValueError) as error:
+        raise ConfigError(f"segmentation={source}: {error}") from error
+
+
+def _new_student(config: RunConfig) -> StudentSegmenter:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(config.seed, "segmentation", 0))
+        return StudentSegmenter(StudentNetwork(), device=config.torch_device())
+
+
+def _sam3(config: RunConfig) -> Sam3Segmenter:
+    settings = config.segmentation
+    return Sam3Segmenter(
+        settings.prompts,
+        checkpoint=settings.checkpoint,
+        resolution=settings.resolution,
+        score_threshold=settings.score_threshold,
+        batch_size=settings.batch_size,
+        device=config.torch_device(),
+        compile=settings.compile,
+        vocabulary=settings.vocabulary,
+    )

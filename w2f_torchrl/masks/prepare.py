@@ -1,0 +1,116 @@
+"""Frames of a random policy, for sources of masks that learn before a run's first step."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import torch
+from tensordict import TensorDictBase
+from torch import Tensor
+from torchrl.envs import EnvBase
+
+from w2f_torchrl.config import RunConfig, SegmentationConfig
+from w2f_torchrl.keys import MASK, PIXELS
+from w2f_torchrl.masks.labels import load_backgrounds
+from w2f_torchrl.masks.sources import MaskSource, SegmentedSource, TaughtSource
+from w2f_torchrl.segmenters import (
+    MedianSegmenter,
+    Segmenter,
+    choose_diverse,
+    train_student,
+)
+from w2f_torchrl.utils.seeding import derive_seed
+
+logger = logging.getLogger(__name__)
+
+MEDIAN_FRAMES = 300
+REPEAT = 4
+"""Agent steps that a random action is held for, so that the agent moves."""
+EPISODE = 120
+"""Agent steps after which the random policy starts an episode."""
+MakeEnv = Callable[[int], EnvBase]
+"""Makes an env of the run from a seed."""
+
+
+def prepare(source: MaskSource, config: RunConfig, make_env: MakeEnv) -> None:
+    """Let a source that needs it see frames of a random policy, in an env of its own.
+
+    Not for a resumed run, whose source has learned already.
+
+    Args:
+        source: From :func:`build_mask_source`.
+        config: The run's settings.
+        make_env: Makes the env.
+    """
+    settings = config.segmentation
+    seed = derive_seed(config.seed, "segmentation", 0)
+    if source.name == "median":
+        assert isinstance(source, SegmentedSource)
+        segmenter = source.segmenter
+        assert isinstance(segmenter, MedianSegmenter)
+        segmenter.fit(collect_frames(make_env(seed), MEDIAN_FRAMES, seed)["pixels"])
+        logger.info("segmentation=median: background from %d frames", MEDIAN_FRAMES)
+    elif isinstance(source, TaughtSource) and settings.student_checkpoint is None:
+        if source.pool is None:
+            source.pool = _ask_teacher(source.teacher, make_env(seed), settings, seed)
+        pixels, masks = source.pool
+        logger.info(
+            "segmentation=student: learning from %d frames, %d steps",
+            len(pixels),
+            settings.train_steps,
+        )
+        backgrounds = load_backgrounds(settings.backgrounds, pixels.shape[-1])
+        train_student(
+            pixels,
+            masks,
+            backgrounds=backgrounds,
+            steps=settings.train_steps,
+            # Few labels show few places: there the foregrounds are moved about as well.
+            moves=0.2 if settings.labels is not None and backgrounds is not None else 0.0,
+            seed=seed,
+            device=source.student.device,
+            student=source.student,
+        )
+
+
+def collect_frames(env: EnvBase, count: int, seed: int, every: int = 2) -> TensorDictBase:
+    """Collect frames of a random policy that holds its actions; closes the env.
+
+    Args:
+        env: An unbatched env with ``pixels``.
+        count: Frames.
+        seed: Seed of the actions.
+        every: Agent steps from frame to frame.
+
+    Returns:
+        ``pixels`` uint8 ``[N, 3, H, W]``, and ``foreground_mask`` bool ``[N, 1, H, W]`` if the env
+        draws it.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    spec = env.action_spec
+    low, high = spec.space.low.cpu(), spec.space.high.cpu()
+    data, frames = env.reset(), []
+    for step in range(count * every):
+        if step % REPEAT == 0:
+            action = low + (high - low) * torch.rand(spec.shape, generator=generator)
+        data["action"] = action.to(spec.dtype)
+        transition, data = env.step_and_maybe_reset(data)
+        if step % every == every - 1:
+            keys = {PIXELS, MASK} & set(transition["next"].keys())
+            frames.append(transition["next"].select(*keys).clone())
+        if step % EPISODE == EPISODE - 1:
+            data = env.reset()
+    env.close()
+    stacked: TensorDictBase = torch.stack(frames)
+    return stacked
+
+
+def _ask_teacher(
+    teacher: Segmenter | None, env: EnvBase, settings: SegmentationConfig, seed: int
+) -> tuple[Tensor, Tensor]:
+    """Label frames of a random policy, chosen for diversity among twice as many."""
+    frames = collect_frames(env, 2 * settings.teacher_frames, seed)
+    frames = frames[choose_diverse(frames["pixels"], settings.teacher_frames)]
+    pixels = frames["pixels"]
+    return pixels, frames[MASK] if teacher is None else teacher(pixels)
