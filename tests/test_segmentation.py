@@ -264,7 +264,7 @@ def test_a_student_that_is_none_is_refused(tmp_path):
     torch.save({"a": 1}, tmp_path / "other.pt")
     settings = {"source": "student", "student_checkpoint": str(tmp_path / "other.pt")}
     config = tiny_run(tmp_path / "run", segmentation=settings)
-    with pytest.raises(ConfigError, match="holds no student"):
+    with pytest.raises(ConfigError, match="does not hold a student"):
         build_mask_source(config, "student", env_has_mask=True)
 
 
