@@ -332,7 +332,9 @@ def test_other_weights_are_refused_with_a_reason(tiny, tmp_path):
     name = "transformer.decoder.query_embed.weight"
     document["model"][name] = document["model"][name][:5]
     torch.save(document, tmp_path / "shape.pt")
-    with pytest.raises(SegmenterUnavailableError, match=f"1 have another shape, for example {name}"):
+    with pytest.raises(
+        SegmenterUnavailableError, match=f"1 have another shape, for example {name}"
+    ):
         segmenter(tmp_path / "shape.pt")
     del document["model"][name]
     torch.save(document, tmp_path / "short.pt")

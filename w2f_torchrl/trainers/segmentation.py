@@ -1,4 +1,4 @@
-"""Choose the source of a run's masks, make it, and show it frames where it has to learn."""
+"""Choose and build the source of a run's masks, and train it if it has to learn."""
 
 from __future__ import annotations
 
@@ -38,35 +38,35 @@ logger = logging.getLogger(__name__)
 
 MEDIAN_FRAMES = 300
 REPEAT = 4
-"""Agent steps that a random action is held for, so that the agent moves."""
+"""Agent steps for which a random action is held, so that the agent moves."""
 EPISODE = 120
 """Agent steps after which the random policy starts an episode."""
 MOST_BYTES = 2**30
-"""Of an array of pictures in a file."""
+"""Maximum size of an array of images in a file, bytes."""
 
 MakeEnv = Callable[[int], EnvBase]
-"""Makes an env of the run from a seed."""
+"""Makes one of the run's envs from a seed."""
 
 
 def choose_source(config: RunConfig, env_has_mask: bool) -> str:
-    """Decide where masks come from.
+    """Choose the source of the masks.
 
     Args:
-        config: The run's settings, validated; ``segmentation.chosen`` holds an earlier choice of
-            ``auto``, which stays.
-        env_has_mask: Whether the env draws ``foreground_mask`` itself.
+        config: The run's validated settings; ``segmentation.chosen`` holds an earlier choice of
+            ``auto``, which is kept.
+        env_has_mask: Whether the env renders ``foreground_mask`` itself.
 
     Returns:
         ``simulator``, ``sam3``, ``student`` or ``median``.
 
     Raises:
-        ConfigError: If masks are asked of a simulator that has none.
+        ConfigError: If the simulator's masks are needed but do not exist.
     """
     settings = config.segmentation
     source = settings.source
     if source == "auto":
         source = settings.chosen or _best_source(settings, env_has_mask)
-        logger.info("segmentation=auto takes %s", source)
+        logger.info("segmentation=auto uses %s", source)
     asks = source == "simulator" or (
         source == "student"
         and settings.teacher == "simulator"
@@ -75,8 +75,8 @@ def choose_source(config: RunConfig, env_has_mask: bool) -> str:
     )
     if config.needs_masks and asks and not env_has_mask:
         raise ConfigError(
-            f"segmentation={settings.source} needs the simulator's masks, and the env "
-            f"{config.environment.domain} makes no foreground_mask. Allowed: sam3; median; or "
+            f"segmentation={settings.source} needs the simulator's masks, but the env "
+            f"{config.environment.domain} has no foreground_mask. Allowed: sam3; median; or "
             "student with segmentation.labels, segmentation.student_checkpoint or "
             "segmentation.teacher=sam3."
         )
@@ -94,15 +94,15 @@ def _best_source(settings: SegmentationConfig, env_has_mask: bool) -> str:
 
 
 def build_mask_source(config: RunConfig, source: str, env_has_mask: bool) -> MaskSource:
-    """Make the source of a run's masks; what it has to learn it learns in :func:`prepare`.
+    """Build the source of a run's masks; :func:`prepare` trains it if necessary.
 
     Args:
-        config: The run's settings, validated.
-        source: What :func:`choose_source` decided.
-        env_has_mask: Whether the env draws ``foreground_mask`` itself.
+        config: The run's validated settings.
+        source: The choice of :func:`choose_source`.
+        env_has_mask: Whether the env renders ``foreground_mask`` itself.
 
     Raises:
-        ConfigError: If weights or labels are missing or don't fit.
+        ConfigError: If weights or labels are missing or do not match.
     """
     settings = config.segmentation
     if source == "simulator":
@@ -118,10 +118,10 @@ def build_mask_source(config: RunConfig, source: str, env_has_mask: bool) -> Mas
             student = StudentSegmenter.load(path, device=config.torch_device())
         else:
             student = _new_student(config)
-        load_backgrounds(settings.backgrounds, config.environment.image_size)  # or say why not
+        load_backgrounds(settings.backgrounds, config.environment.image_size)  # raises if invalid
         every = settings.teacher_every
         if settings.teacher == "simulator" and not env_has_mask:
-            every = 0  # labels or a trained student, and nobody to ask
+            every = 0  # there are labels or a trained student, but no teacher
         return TaughtSource(
             student,
             teacher=_sam3(config) if settings.teacher == "sam3" else None,
@@ -135,9 +135,9 @@ def build_mask_source(config: RunConfig, source: str, env_has_mask: bool) -> Mas
 
 
 def prepare(source: MaskSource, config: RunConfig, make_env: MakeEnv) -> None:
-    """Let a source that needs it see frames of a random policy, in an env of its own.
+    """Train a source on frames of a random policy, in a separate env, if it has to learn.
 
-    Not for a resumed run, whose source has learned already.
+    Not for a resumed run, whose source has already been trained.
 
     Args:
         source: From :func:`build_mask_source`.
@@ -167,7 +167,7 @@ def prepare(source: MaskSource, config: RunConfig, make_env: MakeEnv) -> None:
             masks,
             backgrounds=backgrounds,
             steps=settings.train_steps,
-            # Few labels show few places: there the foregrounds are moved about as well.
+            # Few labels show few positions, so the foregrounds are moved as well.
             moves=0.2 if settings.labels is not None and backgrounds is not None else 0.0,
             seed=seed,
             device=source.student.device,
@@ -176,17 +176,17 @@ def prepare(source: MaskSource, config: RunConfig, make_env: MakeEnv) -> None:
 
 
 def collect_frames(env: EnvBase, count: int, seed: int, every: int = 2) -> TensorDictBase:
-    """Collect frames of a random policy that holds its actions; closes the env.
+    """Collect frames of a random policy that holds its actions, then close the env.
 
     Args:
         env: An unbatched env with ``pixels``.
-        count: Frames.
+        count: Number of frames.
         seed: Seed of the actions.
-        every: Agent steps from frame to frame.
+        every: Agent steps between frames.
 
     Returns:
         ``pixels`` uint8 ``[N, 3, H, W]``, and ``foreground_mask`` bool ``[N, 1, H, W]`` if the env
-        draws it.
+        renders it.
     """
     generator = torch.Generator().manual_seed(seed)
     spec = env.action_spec
@@ -214,7 +214,7 @@ def load_labels(path: str | Path) -> tuple[Tensor, Tensor]:
         ``pixels`` uint8 ``[N, 3, H, W]`` and ``masks`` bool ``[N, 1, H, W]``.
 
     Raises:
-        ConfigError: If it lacks an array, or one has another dtype or shape.
+        ConfigError: If an array is missing, or has the wrong dtype or shape.
     """
     arrays = _load_arrays(path, ("pixels", "masks"))
     pixels, masks = arrays["pixels"], arrays["masks"]
@@ -228,10 +228,10 @@ def load_labels(path: str | Path) -> tuple[Tensor, Tensor]:
 
 
 def load_pictures(path: str | Path) -> Tensor:
-    """Read background pictures, ``pixels`` uint8 ``[K, 3, H, W]``, from an ``.npz`` file.
+    """Read background images, ``pixels`` uint8 ``[K, 3, H, W]``, from an ``.npz`` file.
 
     Raises:
-        ConfigError: If it lacks the array, or that has another dtype or shape.
+        ConfigError: If the array is missing, or has the wrong dtype or shape.
     """
     pixels = _load_arrays(path, ("pixels",))["pixels"]
     _check_pictures(path, pixels)
@@ -239,18 +239,19 @@ def load_pictures(path: str | Path) -> Tensor:
 
 
 def load_backgrounds(source: str | None, size: int) -> Tensor | None:
-    """Pictures to paste foregrounds onto.
+    """Load images to paste foregrounds onto.
 
     Args:
-        source: An ``.npz`` file with ``pixels``, or clips as ``environment.background_source`` has
-            them, of which every fourth frame of the training split is taken; None for none.
+        source: An ``.npz`` file with ``pixels``, or clips in the form of
+            ``environment.background_source``, of which every fourth frame of the training split is
+            used; None for none.
         size: Side of the frames, pixels.
 
     Returns:
         uint8 ``[K, 3, H, W]``, or None.
 
     Raises:
-        ConfigError: If there is no such source, or it can't be read.
+        ConfigError: If the source does not exist, or cannot be read.
     """
     if source is None:
         return None
@@ -270,7 +271,7 @@ def _check_pictures(path: str | Path, pixels: Tensor) -> None:
             f"{path}: pixels must be uint8 [N, 3, H, W], got {pixels.dtype} {tuple(pixels.shape)}."
         )
     if not len(pixels):
-        raise ConfigError(f"{path}: pixels holds no picture.")
+        raise ConfigError(f"{path}: pixels holds no images.")
 
 
 def _load_arrays(path: str | Path, names: tuple[str, ...]) -> dict[str, Tensor]:
@@ -285,11 +286,11 @@ def _load_arrays(path: str | Path, names: tuple[str, ...]) -> dict[str, Tensor]:
 
 
 def _check_size(path: str | Path, names: tuple[str, ...]) -> None:
-    """Read what an .npz file says of its arrays before they are unpacked.
+    """Check the arrays' headers in an .npz file before they are unpacked.
 
     Raises:
-        ValueError: If one is of no picture's dtype, or too large.
-        KeyError: If one is missing.
+        ValueError: If an array has no image dtype, or is too large.
+        KeyError: If an array is missing.
     """
     form: Any = np.lib.format  # untyped
     with zipfile.ZipFile(path) as archive:
@@ -310,7 +311,7 @@ def _check_size(path: str | Path, names: tuple[str, ...]) -> None:
 def _ask_teacher(
     teacher: Segmenter | None, env: EnvBase, settings: SegmentationConfig, seed: int
 ) -> tuple[Tensor, Tensor]:
-    """Label frames of a random policy, chosen for diversity among twice as many."""
+    """Label frames of a random policy, chosen for diversity from twice as many."""
     frames = collect_frames(env, 2 * settings.teacher_frames, seed)
     frames = frames[choose_diverse(frames["pixels"], settings.teacher_frames)]
     pixels = frames["pixels"]
@@ -338,13 +339,13 @@ def _sam3(config: RunConfig) -> Sam3Segmenter:
 
 
 def check_same_source(saved: dict[str, Any], source: MaskSource) -> None:
-    """Refuse to go on with masks of another source than the run's so far.
+    """Refuse to continue with masks from another source than before.
 
     Raises:
         ConfigError: If the sources differ.
     """
     if saved["name"] != source.name:
         raise ConfigError(
-            f"segmentation={source.name}: the run that is resumed has its masks from "
-            f"{saved['name']}; resume it with segmentation={saved['name']}, or start another run."
+            f"segmentation={source.name}: the resumed run has its masks from {saved['name']}; "
+            f"resume it with segmentation={saved['name']}, or start another run."
         )
