@@ -1,10 +1,10 @@
-"""World2Filter on an environment of your own, with masks from a segmenter of your own.
+"""World2Filter on your own environment, with masks from your own segmenter.
 
 python examples/own_env_and_segmenter.py --run-dir runs/disc
 
-The env is any TorchRL env with uint8 pixels: here a red disc that is to stay in the middle of a
-picture whose background changes colour all the time. The segmenter is any callable: here a test of
-the colour. One transform joins them, and :func:`register_env` gives them a name for the settings.
+The env can be any TorchRL env with uint8 pixels: here a red disc that must stay in the middle of an
+image whose background keeps changing colour. The segmenter can be any callable: here a test of the
+colour. A transform joins them, and :func:`register_env` gives them a name for the settings.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ EPISODE = 100  # agent steps
 
 
 class DiscEnv(EnvBase):
-    """Keep a disc in the middle; the action pushes it, the wind too."""
+    """Keep a disc in the middle; the action and the wind push it."""
 
     def __init__(self, image_size: int, action_repeat: int, seed: int, device: str = "cpu"):
         super().__init__(device=device, batch_size=[])
@@ -66,7 +66,7 @@ class DiscEnv(EnvBase):
         return TensorDict({"pixels": self._draw(), "reward": reward, **flags}, [])
 
     def _draw(self) -> Tensor:
-        # [3, H, W]: a background of bluish and greenish stripes, the red disc over it.
+        # [3, H, W]: a background of bluish and greenish stripes with the red disc on top.
         stripes = torch.sin(7 * self.grid + 6 * self.colour[0]).abs()
         background = self.colour[:, None, None] * stripes.expand(3, self.image_size, -1)
         background[0] *= 0.3
@@ -76,10 +76,10 @@ class DiscEnv(EnvBase):
 
 
 class RedSegmenter:
-    """Takes what is clearly more red than green and blue for the foreground."""
+    """Mark pixels that are clearly more red than green and blue as foreground."""
 
     def __call__(self, pixels: Tensor) -> Tensor:
-        """uint8 ``[N, 3, H, W]`` to bool ``[N, 1, H, W]``."""
+        """Map uint8 ``[N, 3, H, W]`` to bool ``[N, 1, H, W]``."""
         red, others = pixels[:, :1].int(), pixels[:, 1:].int().amax(1, keepdim=True)
         return red - others > 100
 
@@ -94,8 +94,8 @@ def make_disc(
     device: str = "cpu",
     **unused: Any,
 ) -> EnvBase:
-    """The factory that :func:`register_env` gets: an env, with masks if they are wanted."""
-    del unused  # `render` and `camera_id`, which mean nothing to a disc
+    """Make an env, with masks if requested; the factory for :func:`register_env`."""
+    del unused  # `render` and `camera_id`, which do not apply to a disc
     if task != "centre":
         raise ValueError(f"task is {task!r}: disc has centre.")
     env = DiscEnv(image_size, action_repeat, seed, device)
@@ -104,7 +104,7 @@ def make_disc(
     return TransformedEnv(env, ForegroundMaskTransform(RedSegmenter()))
 
 
-# Where the module is imported, and not in main(): worker processes import it as well.
+# At import, not in main(): worker processes import this module as well.
 register_env("disc", make_disc)
 
 
@@ -116,7 +116,7 @@ def main(arguments: list[str] | None = None) -> Path:
     """
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--run-dir", type=Path, default=Path("runs/disc"))
-    parser.add_argument("--frames", type=int, default=800, help="control steps in all")
+    parser.add_argument("--frames", type=int, default=800, help="total control steps")
     args = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     config = to_run_config(
@@ -130,7 +130,7 @@ def main(arguments: list[str] | None = None) -> Path:
                 "train_ratio": 16,
                 "prefill_steps": 100,
             },
-            # The env's own mask is "the simulator's" to a run.
+            # A run treats the env's own mask as the simulator's.
             "segmentation": {"source": "simulator"},
             "optimizer": {"lr": 1e-3, "warmup_updates": 20},
             "collection": {"num_workers": 0},

@@ -2,9 +2,9 @@
 
 python examples/ppo_with_sam3.py --checkpoint checkpoints/sam3.pt --prompts cart pole
 
-The mask comes from one appended transform: all else is TorchRL as usual. SAM3 sees each frame as it
-is collected, so a CUDA device is what this is for; ``tiny`` as the checkpoint makes a small random
-model and shows that everything runs, on any machine.
+The mask comes from an appended transform; everything else is standard TorchRL. SAM3 segments each
+frame when it is collected, so this needs a CUDA device. With ``tiny`` as the checkpoint, a small
+random model shows on any machine that everything runs.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from w2f_torchrl.transforms import SAM3MaskTransform
 
 
 class Encoder(nn.Module):
-    """Pixels and mask to features; ``blank`` hides the background instead of adding a channel."""
+    """Encode pixels and mask; ``blank`` hides the background instead of adding a channel."""
 
     def __init__(self, outputs: int, *, blank: bool) -> None:
         super().__init__()
@@ -39,14 +39,14 @@ class Encoder(nn.Module):
         )
 
     def forward(self, pixels: Tensor, mask: Tensor) -> Tensor:
-        """Uint8 ``[*B, 3, H, W]`` and bool ``[*B, 1, H, W]`` to ``[*B, outputs]``."""
+        """Map uint8 ``[*B, 3, H, W]`` and bool ``[*B, 1, H, W]`` to ``[*B, outputs]``."""
         images, batch = pixels / 255, pixels.shape[:-3]
         images = images * mask if self.blank else torch.cat([images, mask.float()], -3)
         return self.layers(images.flatten(0, -4) if batch else images[None]).view(*batch, -1)
 
 
 def build(env: EnvBase, *, blank: bool) -> tuple[ProbabilisticActor, ValueOperator]:
-    """The actor and the critic; both read pixels and mask."""
+    """Make the actor and the critic; both read pixels and mask."""
     size, keys = env.action_spec.shape[-1], ["pixels", "foreground_mask"]
     features = TensorDictModule(Encoder(2 * size, blank=blank), keys, ["parameters"])
     split = TensorDictModule(NormalParamExtractor(), ["parameters"], ["loc", "scale"])
@@ -73,7 +73,7 @@ def train(args: argparse.Namespace) -> list[float]:
     env.append_transform(transform)
     policy, critic = build(env, blank=args.blank)
     reset = env.reset()
-    policy(reset.clone()), critic(reset.clone())  # the lazy layers take their sizes
+    policy(reset.clone()), critic(reset.clone())  # initialise the lazy layers
     loss = ClipPPOLoss(policy, critic, entropy_coeff=1e-3)
     advantage = GAE(gamma=0.99, lmbda=0.95, value_network=critic)
     optimizer = torch.optim.Adam(loss.parameters(), lr=3e-4)
@@ -101,13 +101,13 @@ def train(args: argparse.Namespace) -> list[float]:
 def main(arguments: list[str] | None = None) -> list[float]:
     """Read the command line, then train."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--checkpoint", help="SAM3's weights; none: Hugging Face; or tiny")
+    parser.add_argument("--checkpoint", help="SAM3's weights, or tiny (default: from Hugging Face)")
     parser.add_argument("--prompts", nargs="+", default=["cart", "pole"])
     parser.add_argument("--resolution", type=int, default=336)
     parser.add_argument("--score-threshold", type=float, default=0.5)
     parser.add_argument("--blank", action="store_true", help="blank the background instead")
     parser.add_argument("--envs", type=int, default=8)
-    parser.add_argument("--frames", type=int, default=200_000, help="agent steps in all")
+    parser.add_argument("--frames", type=int, default=200_000, help="total agent steps")
     parser.add_argument("--batch", type=int, default=1024)
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)

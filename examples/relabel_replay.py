@@ -1,9 +1,10 @@
-"""Give a stored replay buffer foreground masks: any TorchRL buffer, no training.
+"""Add foreground masks to any stored TorchRL replay buffer, without training.
 
 python examples/relabel_replay.py --replay saved_buffer --out relabelled --student runs/x/student.pt
 
-Reads what ``TensorDictReplayBuffer.dumps`` wrote, segments each picture once, and writes a buffer
-that ``loads`` reads, with ``foreground_mask`` beside ``pixels`` (and beside ``next.pixels``).
+Reads a buffer written by ``TensorDictReplayBuffer.dumps``, segments each image once, and writes a
+buffer that ``loads`` reads, with ``foreground_mask`` next to ``pixels`` (and next to
+``next.pixels``).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ PIXELS = ("pixels", ("next", "pixels"))
 
 
 def stored_transitions(folder: Path) -> TensorDictBase:
-    """The transitions that a buffer's ``dumps`` left, memory-mapped, in their order."""
+    """Return the transitions written by a buffer's ``dumps``, memory-mapped and in order."""
     return TensorDict.load_memmap(folder / "storage")
 
 
@@ -32,12 +33,12 @@ def relabel(
 
     Args:
         source: Transitions ``[N]`` with ``pixels`` uint8 ``[N, 3, H, W]``.
-        segmenter: Makes the masks.
-        batch_size: Transitions that are segmented at a time.
+        segmenter: Returns the masks.
+        batch_size: Transitions segmented at a time.
     """
     keys = [key for key in PIXELS if source.get(key, None) is not None]
     replay = TensorDictReplayBuffer(storage=LazyMemmapStorage(len(source)), batch_size=batch_size)
-    # On the way in: extend segments a batch in one call, and equal frames once.
+    # extend() segments a batch in one call, and equal frames once.
     replay.append_transform(ForegroundMaskTransform(segmenter, keys))
     for start in range(0, len(source), batch_size):
         replay.extend(source[start : start + batch_size].clone())
@@ -49,8 +50,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--replay", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--student", type=Path, help="a student; none: SAM3")
-    parser.add_argument("--checkpoint", type=Path, help="SAM3's weights; none: Hugging Face")
+    parser.add_argument("--student", type=Path, help="a student (default: SAM3)")
+    parser.add_argument(
+        "--checkpoint", type=Path, help="SAM3's weights (default: from Hugging Face)"
+    )
     parser.add_argument("--prompts", nargs="+", default=["robot"])
     args = parser.parse_args(arguments)
     if args.student is not None:

@@ -1,11 +1,11 @@
-"""Load a checkpoint and film what its world model imagines.
+"""Load a checkpoint and make videos of its world model's imagination.
 
 python examples/render_imagination.py runs/demo/checkpoints/checkpoint_000000000792.pt \
     --out imagination.mp4
 
-Plays an episode. Out of it the model sees five frames of each window (green bar) and then imagines
-on (red bar): once with the actions that were really taken, beside the truth, and once with its
-policy acting in the imagination.
+Plays an episode. The model sees five frames of each window of it (green bar) and then imagines the
+rest (red bar): once with the actual actions, next to the truth, and once with its policy acting in
+the imagination.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def main(arguments: list[str] | None = None) -> tuple[Path, Path]:
     """Play, imagine, write two videos.
 
     Returns:
-        The video beside the truth, and that of the policy's imagination.
+        The video with the truth, and that of the policy's imagination.
     """
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("checkpoint", type=Path)
@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> tuple[Path, Path]:
         episode = env.rollout(args.steps, policy)  # [T]
     env.close()
 
-    # The model is trained on records, one per observation, so that is what it is shown: [1, T + 1].
+    # The model is trained on records, one per observation, so it gets records here: [1, T + 1].
     records = records_from_rollout(episode.unsqueeze(0)).unsqueeze(0)
     actor = policy.policy[2][0].module  # encoder, state estimator, actor
     made = imagine_windows(policy.world_model, actor, records, count=args.windows, seed=args.seed)

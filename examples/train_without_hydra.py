@@ -1,9 +1,9 @@
-"""Train from Python: the settings are dataclasses, and nothing reads a command line or YAML.
+"""Train from Python: the settings are dataclasses, without command line or YAML.
 
 python examples/train_without_hydra.py --run-dir runs/from_python
 
-What the defaults are, and every other setting: docs/configuration.md. This run is short; it shows
-the parts and learns little. For a longer one raise ``total_frames`` and ``train_ratio``.
+docs/configuration.md lists all settings with their defaults. This run is short; it shows the
+components and learns little. For a longer one increase ``total_frames`` and ``train_ratio``.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def make_config(run_dir: Path, frames: int) -> RunConfig:
         training=TrainingConfig(
             total_frames=frames, batch_size=4, batch_length=8, train_ratio=4, prefill_steps=64
         ),
-        # In this process: worker processes pay off in runs of more than a minute.
+        # In this process: worker processes only pay off in runs of more than a minute.
         collection=CollectionConfig(num_workers=0),
         evaluation=EvaluationConfig(every_frames=0),
         run_dir=str(run_dir),
@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> Path:
     """
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--run-dir", type=Path, default=Path("runs/from_python"))
-    parser.add_argument("--frames", type=int, default=400, help="control steps in all")
+    parser.add_argument("--frames", type=int, default=400, help="total control steps")
     args = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
 

@@ -1,11 +1,11 @@
-"""Watch a trained agent in scenery that it has never seen.
+"""Watch a trained agent in unseen scenery.
 
 python examples/watch_policy.py runs/demo/checkpoints/checkpoint_000000000792.pt --out film.mp4
 
-Plays one episode before an unseen video, beside one of random actions, prints both returns, and
-writes a film: what the agent sees, the mask that it predicts, and what its two decoders make of it.
-Takes less than a minute on a CPU. Exported policies (``python -m w2f_torchrl.evaluation.export``) are
-opened too.
+Plays an episode with an unseen background video, and another with random actions, prints both
+returns, and writes a video of the observations, the predicted mask and the two reconstructions.
+Takes less than a minute on a CPU. Exported policies (``python -m w2f_torchrl.evaluation.export``)
+work too.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ def play(policy: LoadedPolicy, seed: int, scenery: str | None, *, random: bool) 
 
     Args:
         policy: The trained policy, whose environment is used.
-        seed: Of the environment and of random actions.
-        scenery: An evaluation set's name; None: the scenery of the training.
-        random: Whether actions are uniform random ones.
+        seed: Seed of the environment and of random actions.
+        scenery: Name of an evaluation set; None for the scenery of the training.
+        random: Whether actions are uniformly random.
 
     Returns:
         The episode's transitions ``[T]``.
@@ -44,7 +44,7 @@ def play(policy: LoadedPolicy, seed: int, scenery: str | None, *, random: bool) 
 
 
 def main(arguments: list[str] | None = None) -> tuple[float, float]:
-    """Play, print, film.
+    """Play both episodes, print the returns, and write the video.
 
     Returns:
         The returns of the trained and of the random policy.
@@ -63,7 +63,7 @@ def main(arguments: list[str] | None = None) -> tuple[float, float]:
     trained, random = (float(e["next", "reward"].sum()) for e in (episode, chance))
     print(f"{task}, {args.scenery}: return {trained:.0f}; with random actions {random:.0f}")
 
-    # The model is trained on records, one per observation, so that is what it is shown: [1, T + 1].
+    # The model is trained on records, one per observation, so it gets records here: [1, T + 1].
     records = records_from_rollout(episode.unsqueeze(0)).unsqueeze(0)
     columns, iou = reconstruct(policy.world_model, records)
     if iou is not None:

@@ -1,8 +1,8 @@
-"""What the documentation gets when it is built: tables from the source, and files it links to.
+"""Add tables generated from the source, and linked files, when the documentation is built.
 
-MkDocs calls the ``on_*`` functions. A page's ``<!-- generated: NAME -->`` is replaced by what
-:data:`GENERATED` makes, README.md and its like become pages, and links out of docs/ (to results
-files, tests, examples) lead to copies in the site.
+MkDocs calls the ``on_*`` functions. A page's ``<!-- generated: NAME -->`` is replaced by the output
+of the function in :data:`GENERATED`, README.md and similar files become pages, and links out of
+docs/ (to results files, tests, examples) lead to copies in the site.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ PAGES = {
     "contributing.md": "CONTRIBUTING.md",
     "changelog.md": "CHANGELOG.md",
 }
-"""Pages of the site that lie outside docs/."""
+"""Pages of the site whose source is outside docs/."""
 PROGRAM = re.compile(r"benchmarks/(?:\w+/)*(\w+\.py)")
 LINK = re.compile(r"\[([^\[\]]*)\]\((?!\w+:|#|/)([^)\s#]+)(#[^)\s]*)?\)")
 
@@ -40,7 +40,7 @@ def command_today(command: str) -> str:
 
 
 def results_table() -> str:
-    """Every results file, with the command that made it and the machine it ran on."""
+    """Return a table of every results file, with its command and machine."""
     rows = ["| results | command | machine |", "|---|---|---|"]
     folder = ROOT / "benchmarks" / "results"
     for path in sorted(folder.rglob("*.json")):
@@ -61,12 +61,12 @@ GENERATED: dict[str, Callable[[], str]] = {
 
 
 def source_of(uri: str) -> str:
-    """Where a page of the site lies in the checkout."""
+    """Return the path of a page in the checkout."""
     return PAGES.get(uri) or join("docs", uri)
 
 
 def fill_in(markdown: str) -> str:
-    """Replace the markers by what is generated."""
+    """Replace the markers by the generated text."""
     for name, make in GENERATED.items():
         marker = f"<!-- generated: {name} -->"
         if marker in markdown:
@@ -75,20 +75,20 @@ def fill_in(markdown: str) -> str:
 
 
 def target_of(link: re.Match[str], source: str) -> str:
-    """The file or folder of the checkout that a page's link leads to.
+    """Return the file or folder of the checkout that a page's link leads to.
 
     Raises:
-        FileNotFoundError: If there is none.
+        FileNotFoundError: If it does not exist.
     """
     target = normpath(join(dirname(source), link[2]))
     generated = target.startswith("docs/") and target.removeprefix("docs/") in PAGES
     if not generated and not (ROOT / target).exists():
-        raise FileNotFoundError(f"{source} links to {link[2]}, and there is no {target}.")
+        raise FileNotFoundError(f"{source} links to {link[2]}, but {target} does not exist.")
     return target
 
 
 def mend_links(markdown: str, uri: str) -> str:
-    """Turn links that are right in the checkout into those that are right in the site."""
+    """Convert links that work in the checkout to links that work in the site."""
     source, pages = source_of(uri), {path: name for name, path in PAGES.items()}
 
     def mend(link: re.Match[str]) -> str:
@@ -104,7 +104,7 @@ def mend_links(markdown: str, uri: str) -> str:
 
 
 def on_files(files: Any, config: Any) -> Any:
-    """Add the pages that lie outside docs/, and what any page links to outside docs/."""
+    """Add the pages outside docs/, and files outside docs/ that pages link to."""
     from mkdocs.structure.files import File
 
     for uri, source in PAGES.items():
@@ -123,6 +123,6 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
-    """Fill in what is generated, and mend the links that lead out of docs/."""
+    """Fill in generated text, and convert the links that lead out of docs/."""
     del config, files
     return mend_links(fill_in(markdown), page.file.src_uri)

@@ -1,11 +1,11 @@
-"""Run a Dockerfile's steps in a plain Debian, where there is no container engine.
+"""Run a Dockerfile's steps in a plain Debian, without a container engine.
 
 python scripts/replay_dockerfile.py --root debian [--mirror URL] [--bind FROM:TO] [--env NAME=VALUE]
     [--then "python sota_configs/world2filter.py experiment=smoke"]
 
-As root. ``FROM`` becomes a Debian that debootstrap makes in the folder (kept, and taken again, if
-it is there); ARG, ENV, USER, WORKDIR, COPY of tracked files and RUN do what they say, in a chroot.
-What it can't show: the real base image, an NVIDIA driver, layers and their cache.
+Needs root. ``FROM`` is replaced by a Debian made by debootstrap in the folder (reused if it
+exists); ARG, ENV, USER, WORKDIR, COPY of tracked files and RUN are executed in a chroot. It does
+not cover the real base image, an NVIDIA driver, or layers and their cache.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def instructions(path: Path) -> list[tuple[str, str]]:
-    """The Dockerfile's instructions in their order, with continued lines joined."""
+    """Return the Dockerfile's instructions in order, with continued lines joined."""
     lines = [line for line in path.read_text().splitlines() if not line.lstrip().startswith("#")]
     joined = re.sub(r"\\\n", " ", "\n".join(lines))
     parts = [line.split(None, 1) for line in joined.splitlines() if line.strip()]
@@ -35,7 +35,7 @@ def instructions(path: Path) -> list[tuple[str, str]]:
 
 
 def context_files() -> list[Path]:
-    """What ``COPY . .`` takes: tracked files that .dockerignore lets through."""
+    """Return the files of ``COPY . .``: tracked files that .dockerignore does not exclude."""
     ignored = (ROOT / ".dockerignore").read_text().split()
     listed = subprocess.run(
         ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
@@ -56,7 +56,7 @@ class Replay:
         self.user, self.folder = "0", "/"
 
     def expand(self, text: str) -> str:
-        """Put variables in their places."""
+        """Substitute variables."""
         return re.sub(r"\$\{?(\w+)\}?", lambda m: self.variables.get(m[1], ""), text)
 
     def run(self, command: str) -> None:
@@ -86,7 +86,7 @@ class Replay:
         subprocess.run(["chown", "-R", f"{self.user}:{self.user}", destination], check=True)
 
     def do(self, name: str, argument: str) -> None:
-        """Carry out one instruction."""
+        """Execute one instruction."""
         if name == "ARG":
             key, _, value = argument.partition("=")
             self.variables.setdefault(key, value)
@@ -103,16 +103,16 @@ class Replay:
             self.run(argument)
 
     def expand_env(self, argument: str) -> str:
-        """Expand ENV's values; PATH begins as the base image's."""
+        """Expand ENV's values; PATH starts with that of the base image."""
         path = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
         return argument.replace("$PATH", self.variables.get("PATH", path))
 
 
 @contextmanager
 def mounted(root: Path, binds: list[str]) -> Iterator[None]:
-    """Mount what a chroot needs, and what is asked for; unmount it whatever happens.
+    """Mount the folders that a chroot needs and the requested ones; always unmount them.
 
-    What is asked for is read-only: a package that is installed in the chroot must not write here.
+    Requested folders are read-only: a package installed in the chroot must not write to them.
     """
     places: list[Path] = []
     needed = ["/proc:/proc", "/dev:/dev"]
@@ -127,7 +127,7 @@ def mounted(root: Path, binds: list[str]) -> Iterator[None]:
                 place.touch()
             subprocess.run(["mount", "--rbind", source, place], check=True)
             places.append(place)
-            # Or the unmounting would spread to this machine's own /dev.
+            # Otherwise unmounting would propagate to this machine's /dev.
             subprocess.run(["mount", "--make-rprivate", place], check=True)
             if bind not in needed:
                 subprocess.run(["mount", "-o", "remount,bind,ro", place], check=True)
@@ -144,7 +144,7 @@ def main() -> None:
     )
     parser.add_argument("--root", type=Path, required=True)
     parser.add_argument("--suite", default="bookworm")
-    parser.add_argument("--mirror", help="Debian's mirror; none: debootstrap's own")
+    parser.add_argument("--mirror", help="Debian mirror (default: debootstrap's)")
     parser.add_argument("--bind", action="append", default=[], metavar="FROM:TO", help="read-only")
     parser.add_argument("--env", action="append", default=[], metavar="NAME=VALUE")
     parser.add_argument("--then", action="append", default=[], help="run at the end, as the user")

@@ -13,7 +13,7 @@ fail() {
   exit 1
 }
 
-# Install Debian packages when root, else say how and stop. First argument: what is missing.
+# Install Debian packages if root, otherwise print the command and stop. First argument: what is missing.
 need_packages() {
   missing=$1
   shift
@@ -30,8 +30,8 @@ need_packages() {
     fail "$missing, and apt-get could not install: $*"
 }
 
-# A name on the PATH is not enough: version managers leave shims that only print an error, and
-# Ubuntu 22.04's python3.11 is a release candidate that torch fails on.
+# A name on the PATH is not enough: version managers leave shims that only print an error, and Ubuntu
+# 22.04's python3.11 is a release candidate that breaks torch.
 is_new_enough() {
   "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11, 0, "final"))' 2>/dev/null
 }
@@ -62,7 +62,7 @@ Python, or name an interpreter: make PYTHON=/path/to/python3.12"
     uv venv --clear --python 3.12 .venv
     return
   fi
-  # Debian ships ensurepip apart; without it venv leaves a directory that only looks complete.
+  # Debian packages ensurepip separately; without it venv leaves a directory that only looks complete.
   if ! "$python" -c 'import ensurepip, venv' 2>/dev/null; then
     version=$("$python" -c 'import sys; print("{}.{}".format(*sys.version_info))')
     need_packages "$python can't make virtual environments" "python$version-venv"
@@ -87,7 +87,7 @@ packages() {
   $uv pip install --python $venv_python --no-deps --no-build-isolation --editable .
 }
 
-# Making a context is the one check that covers the library, its driver and their versions.
+# Only creating a context checks the library, its driver and their versions.
 can_render() {
   $venv_python -c 'import mujoco; mujoco.GLContext(16, 16).make_current()' >/dev/null 2>&1
 }

@@ -1,4 +1,4 @@
-"""Get DAVIS 2017, for ``environment.background_source=davis``."""
+"""Install DAVIS 2017, for ``environment.background_source=davis``."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from w2f_torchrl.envs.clip_files import BackgroundError
 
 
 def main() -> None:
-    """Download or take an archive, check it, put it in place."""
+    """Download an archive or use an existing one, check it, and install it."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--to", type=Path, default=davis.default_directory(), help="where to")
-    parser.add_argument("--archive", type=Path, help="a zip file that is here already")
+    parser.add_argument("--archive", type=Path, help="a zip file that was already downloaded")
     parser.add_argument("--url", default=davis.URL, help="where from")
     args = parser.parse_args()
     try:

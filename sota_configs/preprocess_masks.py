@@ -2,12 +2,12 @@
 
   --frames data.npz                  an .npz file with pixels uint8 [N, 3, H, W]
   --frames replay/storage --key next.pixels
-                                     a memory-mapped tensordict: a dataset, or the storage that a
-                                     replay's `dumps` wrote
-  --policy CHECKPOINT --count 5000   frames that a run's policy sees
+                                     a memory-mapped tensordict: a dataset, or the storage written
+                                     by a replay's `dumps`
+  --policy CHECKPOINT --count 5000   frames collected with a run's policy
 
-The output folder holds masks.npy (one bit a pixel, memory-mapped), masks.json (prompts, model,
-versions) and contact_sheet.png. The same command goes on where an earlier one was stopped.
+The output folder holds masks.npy (one bit per pixel, memory-mapped), masks.json (prompts, model,
+versions) and contact_sheet.png. If the command is interrupted, run it again to continue.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ PACKAGES = {"sam3": ("sam3", "torch"), "student": ("torch",), "median": ("torch"
 
 
 def read_frames(args: argparse.Namespace) -> Tensor:
-    """The frames to segment, uint8 [N, 3, H, W]; memory-mapped where they are stored so."""
+    """Return the frames to segment, uint8 [N, 3, H, W]; memory-mapped if stored that way."""
     if args.policy is not None:
         policy = load_policy(args.policy)
         env, parts = policy.make_env(seed=args.seed), []
@@ -65,7 +65,7 @@ def read_frames(args: argparse.Namespace) -> Tensor:
 
 
 def make_segmenter(args: argparse.Namespace, pixels: Tensor) -> Segmenter:
-    """The segmenter that the command line asks for."""
+    """Make the segmenter chosen on the command line."""
     if args.segmenter == "sam3":
         return Sam3Segmenter(
             args.prompts,
@@ -76,14 +76,14 @@ def make_segmenter(args: argparse.Namespace, pixels: Tensor) -> Segmenter:
         )
     if args.segmenter == "student":
         if args.checkpoint is None:
-            raise ConfigError("--segmenter student needs --checkpoint, a run's student.pt say.")
+            raise ConfigError("--segmenter student needs --checkpoint, such as a run's student.pt.")
         return StudentSegmenter.load(args.checkpoint, device=args.device or "cpu")
     every = max(len(pixels) // 500, 1)
     return MedianSegmenter().fit(torch.as_tensor(pixels[::every]))
 
 
 def describe(args: argparse.Namespace, pixels: Tensor) -> dict[str, Any]:
-    """What makes the masks, and of which frames: a change of it is no continuation."""
+    """Describe segmenter and frames; if either changes, the work cannot be continued."""
     record: dict[str, Any] = {"segmenter": args.segmenter}
     if args.segmenter == "sam3":
         record |= {
@@ -102,7 +102,7 @@ def describe(args: argparse.Namespace, pixels: Tensor) -> dict[str, Any]:
 
 
 def preprocess(args: argparse.Namespace) -> MaskStore:
-    """Segment what is not done yet."""
+    """Segment the remaining frames."""
     pixels = read_frames(args)
     segmenter = make_segmenter(args, pixels)
     count, _, height, width = pixels.shape
@@ -126,17 +126,23 @@ def main(arguments: list[str] | None = None) -> None:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--frames", type=Path)
     source.add_argument("--policy", type=Path, metavar="CHECKPOINT")
-    parser.add_argument("--key", default="pixels", help="of a stored tensordict: next.pixels say")
+    parser.add_argument(
+        "--key", default="pixels", help="key in a stored tensordict, such as next.pixels"
+    )
     parser.add_argument("--count", type=int, default=5000, help="frames to collect with a policy")
-    parser.add_argument("--seed", type=int, default=0, help="of the env that a policy plays in")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the policy's env")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--segmenter", choices=PACKAGES, default="sam3")
-    parser.add_argument("--checkpoint", type=Path, help="of SAM3 (none: Hugging Face) or a student")
+    parser.add_argument(
+        "--checkpoint", type=Path, help="weights of SAM3 (default: from Hugging Face) or a student"
+    )
     parser.add_argument("--prompts", nargs="+", default=["robot"])
-    parser.add_argument("--resolution", type=int, help="what SAM3 sees; none: the weights' own")
+    parser.add_argument(
+        "--resolution", type=int, help="SAM3's resolution (default: that of the weights)"
+    )
     parser.add_argument("--score-threshold", type=float, default=0.5)
     parser.add_argument("--batch-size", type=int, default=256, help="frames between two saves")
-    parser.add_argument("--device", help="none: CUDA for SAM3 if there is one, else the CPU")
+    parser.add_argument("--device", help="default: for SAM3 CUDA if available, otherwise the CPU")
     args = parser.parse_args(arguments)
     if args.checkpoint is not None and not args.checkpoint.is_file():
         sys.exit(f"error: --checkpoint {args.checkpoint} is no file.")

@@ -6,8 +6,8 @@ import logging
 import os
 import sys
 
-# Threads that spin at barriers starve the environments' workers on a small machine; OpenMP reads
-# this once, when torch is imported.
+# Threads that spin at barriers starve the environments' workers on a small machine. OpenMP reads
+# this only once, when torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import hydra
@@ -19,8 +19,8 @@ from omegaconf import DictConfig
 from w2f_torchrl.modules import PRESETS
 from w2f_torchrl.trainers import ConfigError, RunConfig, to_run_config
 
-# The typed settings and their defaults live in w2f_torchrl.config; the YAML groups beside
-# this file only choose among them.
+# The typed settings and their defaults are in w2f_torchrl.config; the YAML groups in this
+# folder only choose among them.
 store = ConfigStore.instance()
 store.store(name="run_config", node=RunConfig)
 for name, preset in PRESETS.items():
@@ -28,7 +28,7 @@ for name, preset in PRESETS.items():
 
 
 def run_directory(config: DictConfig) -> str:
-    """The run's directory; a sweep's runs get one each, unless the command line names them."""
+    """Return the run's directory; each run of a sweep gets one, unless the command line sets it."""
     job = HydraConfig.get()
     named = any(override.lstrip("+").startswith("run_dir=") for override in job.overrides.task)
     in_sweep = job.mode is RunMode.MULTIRUN and not named
@@ -75,7 +75,7 @@ def train(config: DictConfig) -> None:
             Trainer(run, made).train()
     except (ConfigError, CheckpointError, ModuleNotFoundError, RankError) as error:
         sys.exit(f"error: {error}" if ranks.is_first or isinstance(error, RankError) else 1)
-    except KeyboardInterrupt:  # before the first update, or a second one; the trainer has said so
+    except KeyboardInterrupt:  # before the first update, or a second Ctrl+C; already logged
         sys.exit(130)
 
 

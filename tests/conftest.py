@@ -73,7 +73,7 @@ def usual_signals() -> Iterator[None]:
 def no_curves() -> Iterator[None]:
     """For runs of a few seconds: drawing their curves takes longer than the rest."""
     from w2f_torchrl.logging import diagnostics
-from w2f_torchrl.trainers import run_logging
+    from w2f_torchrl.trainers import run_logging
 
     with pytest.MonkeyPatch.context() as patch:
         for module in (diagnostics, run_logging):

@@ -123,7 +123,7 @@ def test_procedural_splits_and_seeds_share_nothing() -> None:
     [
         ("no/such/folder", "background_source is 'no/such/folder': no such folder"),
         ("procedural:x", "background_source is 'procedural:x': no such folder"),
-        ("davis", r"background_source is 'davis', and .*DAVIS is not there. Run `python sota_conf"),
+        ("davis", r"background_source is 'davis', but .*DAVIS is missing. Run `python sota_conf"),
     ],
 )
 def test_missing_sources_are_named(source: str, message: str) -> None:
@@ -135,7 +135,7 @@ def test_too_few_clips_are_named(tmp_path: Path) -> None:
     with pytest.raises(BackgroundError, match=r"has no clips: .*holds neither"):
         list_clips(str(tmp_path), "train")
     write_images(tmp_path / "a")
-    with pytest.raises(BackgroundError, match=r"has 1 clips, and by their names none .*'val'"):
+    with pytest.raises(BackgroundError, match=r"has 1 clips, but by their names none .*'val'"):
         list_clips(str(tmp_path), "val")
     with pytest.raises(BackgroundError, match=r"num_videos is 4: .* has 1 clips"):
         select_clips(str(tmp_path), "train", 4)
@@ -178,12 +178,12 @@ def test_broken_files_are_named(tmp_path: Path) -> None:
     folder = write_images(tmp_path / "images" / "a")
     whole = (folder / "frame_1.png").read_bytes()
     (folder / "frame_1.png").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(BackgroundError, match=r"background image .*a/frame_1.png can't be read"):
+    with pytest.raises(BackgroundError, match=r"background image .*a/frame_1.png cannot be read"):
         load_clips(str(tmp_path / "images"), "train", 1, SIZE)
     assert not cached_path(list_clips(str(tmp_path / "images"), "train")[0], SIZE).exists()
     (tmp_path / "videos").mkdir()
     (tmp_path / "videos" / "c.mp4").write_bytes(b"no video at all")
-    with pytest.raises(BackgroundError, match=r"background video .*c.mp4 can't be read"):
+    with pytest.raises(BackgroundError, match=r"background video .*c.mp4 cannot be read"):
         load_clips(str(tmp_path / "videos"), "train", 1, SIZE)
     write_images(tmp_path / "short" / "c", frames=1)
     with pytest.raises(BackgroundError, match=r"c has 1 frames: it needs at least 2"):
@@ -212,7 +212,7 @@ def test_sixteen_bits_are_scaled_to_eight(tmp_path: Path, suffix: str) -> None:
 
 @pytest.mark.parametrize(("dtype", "said"), [(np.float32, "floating-point"), (np.int32, "32-bit")])
 def test_pixels_of_no_known_range_are_refused(tmp_path: Path, dtype: type, said: str) -> None:
-    with pytest.raises(BackgroundError, match=rf"0\.tif can't be read: its pixels are {said}"):
+    with pytest.raises(BackgroundError, match=rf"0\.tif cannot be read: its pixels are {said}"):
         read_image(tmp_path / "a", Image.fromarray(np.ones((8, 8), dtype=dtype)), "0.tif")
 
 
@@ -244,13 +244,13 @@ def test_only_formats_that_are_meant_are_opened(tmp_path: Path) -> None:
     folder = write_images(tmp_path / "a")
     eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n%%EOF\n"
     (folder / "frame_0.png").write_bytes(eps)
-    with pytest.raises(BackgroundError, match=r"frame_0.png can't be read: cannot identify"):
+    with pytest.raises(BackgroundError, match=r"frame_0.png cannot be read: cannot identify"):
         FileClip(folder).read(SIZE)
     write_video(tmp_path / "clip.mp4")
     playlist = "#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nclip.mp4\n#EXT-X-ENDLIST\n"
     for name, text in {"a.mp4": playlist, "b.mp4": "ffconcat version 1.0\nfile clip.mp4\n"}.items():
         (tmp_path / name).write_text(text)
-        with pytest.raises(BackgroundError, match=rf"{name} can't be read"):
+        with pytest.raises(BackgroundError, match=rf"{name} cannot be read"):
             FileClip(tmp_path / name).read(SIZE)
 
 
@@ -365,7 +365,7 @@ def test_a_damaged_file_of_the_cache_is_made_again(
         bad = {"cut": content[:-1], "empty": b"", "header": b"x" + content[1:]}
         path.write_bytes(bad[how])
     np.testing.assert_array_equal(mapped_clip(clip, SIZE), whole)
-    assert f"{path} is damaged: counted is read again" in caplog.text
+    assert f"{path} is damaged: reading counted again" in caplog.text
     assert path.read_bytes() == content
 
 
@@ -416,21 +416,21 @@ def test_davis_is_installed_checked_and_pinned(tmp_path: Path) -> None:
     assert pin["bytes"] == archive.stat().st_size
     assert davis.install_davis(directory, archive=archive) == directory  # again: the same digest
     (directory / "archive.json").write_text(json.dumps(pin | {"sha256": "0" * 64}))
-    with pytest.raises(BackgroundError, match=r"SHA-256 digest is \w{64}, and that .* is 0000"):
+    with pytest.raises(BackgroundError, match=r"SHA-256 digest is \w{64}, but that .* is 0000"):
         davis.install_davis(directory, archive=archive)
 
 
 def test_what_goes_wrong_with_davis_is_said(tmp_path: Path) -> None:
     to = tmp_path / "to"
-    with pytest.raises(BackgroundError, match=r"can't be downloaded: .*--archive FILE"):
+    with pytest.raises(BackgroundError, match=r"cannot be downloaded: .*--archive FILE"):
         davis.install_davis(to, url=(tmp_path / "nothing.zip").as_uri())
-    with pytest.raises(BackgroundError, match=r"nothing.zip is no file. Run"):
+    with pytest.raises(BackgroundError, match=r"nothing.zip is not a file. Run"):
         davis.install_davis(to, archive=tmp_path / "nothing.zip")
     archive = zipped_davis(tmp_path, without="camel")
     with pytest.raises(BackgroundError, match=r"lacks 1 of its 30 val videos: camel"):
         davis.install_davis(to, archive=archive)
     archive.write_bytes(archive.read_bytes()[:5000])
-    with pytest.raises(BackgroundError, match="is no whole zip archive"):
+    with pytest.raises(BackgroundError, match="is not a complete zip archive"):
         davis.install_davis(to, archive=archive)
     with zipfile.ZipFile(archive, "w") as contents:
         contents.writestr("readme.txt", "something else")

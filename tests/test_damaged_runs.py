@@ -107,7 +107,7 @@ def test_damaged_files_beside_the_checkpoints_are_no_reason_to_end(run, caplog):
     lines[2] = lines[2].replace(b'"frames"', b'"fr\xffmes"')
     (run / "metrics.jsonl").write_bytes(b"".join(lines))
     assert len(read_metrics(run)) == len(lines) - 1
-    assert "metrics.jsonl: left out what is no metrics record, line 3" in caplog.text
+    assert "metrics.jsonl: skipped damaged lines 3" in caplog.text
     write_report([run], run / "report.html")
     assert "environment.json is damaged" in caplog.text
     Trainer(short_run(run, **LONGER)).train()

@@ -247,7 +247,7 @@ FAULTS = {
         {"reward_spec": Unbounded((1,), dtype=torch.float64)},
         r"reward must be float32 \[1\], the spec says float64",
     ),
-    "nan reward": ({"reward": math.nan}, "step.. gives a reward of nan"),
+    "nan reward": ({"reward": math.nan}, "step.. returns reward nan"),
     "not what the spec says": (
         {"given": {"pixels": torch.zeros(PICTURE)}},
         r"pixels must be uint8.*reset\(\) gives float32",

@@ -85,11 +85,11 @@ def test_values_are_explained_or_not():
 
 def test_probes_refuse_what_they_cannot_answer():
     features, labels, episodes, _ = rows()
-    with pytest.raises(ValueError, match="two or more"):
+    with pytest.raises(ValueError, match="at least two"):
         probe_class(features, np.zeros_like(labels), episodes)
-    with pytest.raises(ValueError, match="4 episodes or more, one has 3"):
+    with pytest.raises(ValueError, match="at least 4 episodes, one has 3"):
         probe_class(features, (episodes < 3).astype(int), episodes)
-    with pytest.raises(ValueError, match="some that vary"):
+    with pytest.raises(ValueError, match="one column that varies"):
         probe_values(features, np.ones((len(labels), 2)), episodes)
 
 

@@ -90,7 +90,7 @@ def test_validate_task_needs_no_rendering() -> None:
     )
     result = run_python(code, MUJOCO_GL="disabled")
     assert result.returncode == 1
-    assert "RuntimeError: MuJoCo has nothing to render with (MUJOCO_GL=disabled)" in result.stderr
+    assert "RuntimeError: MuJoCo cannot render (MUJOCO_GL=disabled)" in result.stderr
     assert _gl.INSTALL_COMMAND in result.stderr
 
 

@@ -158,7 +158,7 @@ def test_a_run_that_has_only_begun_and_a_codec_that_browsers_lack(tmp_path, monk
     run = make_run(tmp_path / "run")
     monkeypatch.setattr(page, "BROWSER_CODECS", ("none",))
     html = write_report([run], tmp_path / "page.html").read_text()
-    assert "Encoded as h264, which browsers don&#39;t play" in html
+    assert "Encoded as h264, which browsers cannot play" in html
     assert "<video" not in html
 
 

@@ -182,7 +182,7 @@ def test_auto_takes_the_best_there_is_and_says_so(
     config = tiny_run(tmp_path, segmentation={"source": "auto"} | settings)
     with caplog.at_level(logging.INFO):
         assert choose_source(config, env_has_mask) == choice
-    assert f"segmentation=auto takes {choice}" in caplog.text
+    assert f"segmentation=auto uses {choice}" in caplog.text
     assert ("no weights" in caplog.text) == (not sam3_there)
     # A resumed run keeps its choice.
     assert choose_source(config, env_has_mask, before="median") == "median"
@@ -191,7 +191,7 @@ def test_auto_takes_the_best_there_is_and_says_so(
 @pytest.mark.parametrize("settings", [{}, {"source": "student"}])
 def test_an_env_without_masks_is_refused_as_their_source(tmp_path, settings):
     config = tiny_run(tmp_path, segmentation=settings)
-    with pytest.raises(ConfigError, match="cartpole makes no foreground_mask"):
+    with pytest.raises(ConfigError, match="cartpole has no foreground_mask"):
         choose_source(config, env_has_mask=False)
     assert choose_source(tiny_run(tmp_path, segmentation={"source": "median"}), False) == "median"
 
@@ -261,7 +261,7 @@ def test_a_student_that_is_none_is_refused(tmp_path):
     torch.save({"a": 1}, tmp_path / "other.pt")
     settings = {"source": "student", "student_checkpoint": str(tmp_path / "other.pt")}
     config = tiny_run(tmp_path / "run", segmentation=settings)
-    with pytest.raises(ConfigError, match="holds no student"):
+    with pytest.raises(ConfigError, match="does not hold a student"):
         build_mask_source(config, "student", env_has_mask=True)
 
 
@@ -395,7 +395,7 @@ def test_a_domain_without_masks_trains_on_the_medians(tmp_path, monkeypatch):
     names = {name for row in read_metrics(tmp_path / "run") for name in row}
     assert "segmentation/iou" not in names  # nothing to compare with
     assert "wm/mask_iou" in names  # the evaluation's masks come from the median too
-    with pytest.raises(ConfigError, match="maskless makes no foreground_mask"):
+    with pytest.raises(ConfigError, match="maskless has no foreground_mask"):
         Trainer(tiny_run(tmp_path / "other", environment=environment))
 
 

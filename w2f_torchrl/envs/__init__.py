@@ -1,8 +1,8 @@
 """Environments with uint8 pixels, the simulator's foreground mask, and distractions.
 
-Once this package is imported, MuJoCo's OpenGL backend (``MUJOCO_GL``) is chosen when dm_control is
-first imported, if the variable is unset: EGL where a display can be had, else OSMesa. dm_control
-reads it once, at its own import.
+After this package is imported, MuJoCo's OpenGL backend (``MUJOCO_GL``) is chosen when dm_control is
+first imported, if the variable is unset: EGL if it finds a device, otherwise OSMesa. dm_control
+reads the variable only once, at its import.
 """
 
 from __future__ import annotations

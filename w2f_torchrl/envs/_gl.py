@@ -16,7 +16,7 @@ INSTALL_COMMAND = "apt-get install -y libegl1 libgl1 libgles2 libegl-mesa0"
 
 
 def _egl_works() -> bool:
-    """Whether some EGL device gives a display, which is what headless MuJoCo asks for."""
+    """Return whether some EGL device provides a display, which headless MuJoCo requires."""
     try:
         egl = ctypes.CDLL("libEGL.so.1")
     except OSError:
@@ -55,11 +55,11 @@ def _osmesa_works() -> bool:
 
 
 def choose_gl_backend() -> None:
-    """Choose ``MUJOCO_GL`` if it is unset: EGL where a display can be had, else OSMesa.
+    """Choose ``MUJOCO_GL`` if it is unset: EGL if it finds a device, otherwise OSMesa.
 
-    dm_control reads the variable once, when it is imported, so this runs right before (see
-    :mod:`w2f_torchrl._import_order`). Worker processes inherit the choice. Where neither works the
-    value is ``"disabled"``: the package can be imported, and an env that has to render raises (see
+    dm_control reads the variable only once, when it is imported, so this runs just before (see
+    :mod:`w2f_torchrl._import_order`). Worker processes inherit the choice. If neither works, the
+    value is ``"disabled"``: the package can be imported, but an env that has to render raises (see
     :func:`require_gl_backend`).
     """
     if os.environ.get("MUJOCO_GL"):
@@ -77,8 +77,8 @@ def load_gl_backend() -> None:
     """Choose ``MUJOCO_GL`` if it is unset, and load dm_control's renderer with it.
 
     Raises:
-        RuntimeError: If ``MUJOCO_GL`` asks for a backend that can't be loaded, with the command
-            that installs one.
+        RuntimeError: If ``MUJOCO_GL`` names a backend that cannot be loaded; the message has the
+            command that installs one.
     """
     choose_gl_backend()
     try:
@@ -88,12 +88,12 @@ def load_gl_backend() -> None:
 
 
 def require_gl_backend() -> None:
-    """Raise an error that says what to do, if dm_control has nothing to render with.
+    """Raise an error that says what to do if dm_control cannot render.
 
     Raises:
         RuntimeError: If rendering is switched off or no library was found; or if dm_control was
-            imported before this package, without ``MUJOCO_GL``, and took the window system's
-            backend although there is none.
+            imported before this package, without ``MUJOCO_GL``, and chose the window system's
+            backend on a machine without a display.
     """
     backend = importlib.import_module("dm_control._render").BACKEND
     if backend in _HEADLESS:
@@ -102,15 +102,15 @@ def require_gl_backend() -> None:
         raise RuntimeError(_missing_gl("rendering is off, or no library was found"))
     if not os.environ.get("DISPLAY") and not os.environ.get("WAYLAND_DISPLAY"):
         raise RuntimeError(
-            "MuJoCo's OpenGL backend is glfw, which needs a display, and there is none. Set "
+            "MuJoCo's OpenGL backend is glfw, which needs a display, but none is available. Set "
             "MUJOCO_GL=egl, or leave it unset and import w2f_torchrl.envs before dm_control."
         )
 
 
 def _missing_gl(cause: object) -> str:
     return (
-        f"MuJoCo has nothing to render with (MUJOCO_GL={os.environ.get('MUJOCO_GL')}): {cause}. "
+        f"MuJoCo cannot render (MUJOCO_GL={os.environ.get('MUJOCO_GL')}): {cause}. "
         "Without a display it needs EGL or OSMesa; on Debian and Ubuntu: "
-        f"`{INSTALL_COMMAND}`. MUJOCO_GL can be egl, osmesa or glfw (needs a display); unset, it "
-        "is chosen for you."
+        f"`{INSTALL_COMMAND}`. MUJOCO_GL can be egl, osmesa or glfw (needs a display); if unset, "
+        "it is chosen automatically."
     )

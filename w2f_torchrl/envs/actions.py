@@ -1,4 +1,4 @@
-"""From the policy's actions to those that an env's spec allows."""
+"""Map the policy's actions to the range of an env's action spec."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from torchrl.envs import EnvBase, Transform
 ACTION = "action"
 
 _UNLIMITED = 1e9
-"""Bounds beyond it mean none: Gym and MuJoCo write numbers where others write infinity."""
+"""Larger bounds count as no limit: Gym and MuJoCo write large numbers instead of infinity."""
 
 
 class BoxActions(Transform):
-    """Gives an env actions within its box, whatever the policy proposes.
+    """Clip and scale any proposed action into the env's box.
 
-    The policy acts in [-1, 1] and samples from an unbounded distribution around it. What it
-    proposes is clipped to [-1, 1] and then scaled: -1 is the box's lower end and 1 its upper one,
-    exactly, in every component. The tensordict of a step keeps what the policy proposed, as the
-    replay of the reference does; the recurrence scales it into [-1, 1] where it is larger.
+    The policy acts in [-1, 1] but samples from an unbounded distribution. Its proposal is clipped
+    to [-1, 1] and then scaled: -1 becomes exactly the box's lower end and 1 its upper end, in every
+    component. The tensordict of a step keeps the unclipped proposal, as the replay of the reference
+    does; the recurrence scales larger values into [-1, 1].
 
     Args:
-        low: The box's lower end ``[*B, A]``.
-        high: Its upper end ``[*B, A]``.
+        low: Lower end of the box ``[*B, A]``.
+        high: Upper end of the box ``[*B, A]``.
     """
 
     def __init__(self, low: Tensor, high: Tensor) -> None:
@@ -38,14 +38,14 @@ class BoxActions(Transform):
 
     def _inv_apply_transform(self, action: Tensor) -> Tensor:
         clipped = action.to(self.low.dtype).clamp(-1, 1)
-        # A lerp, unlike centre + half the width, gives the ends themselves.
+        # A lerp, unlike centre + half the width, returns the exact ends.
         return clipped if self.is_unit else torch.lerp(self.low, self.high, (clipped + 1) / 2)
 
     def _inv_call(self, tensordict: TensorDictBase) -> TensorDictBase:
         return tensordict.set(ACTION, self._inv_apply_transform(tensordict.get(ACTION)))
 
     def transform_input_spec(self, input_spec: Composite) -> Composite:
-        """Announce [-1, 1] in the place of the env's own box."""
+        """Replace the env's box in the spec by [-1, 1]."""
         old = input_spec["full_action_spec", ACTION]
         input_spec["full_action_spec", ACTION] = Bounded(
             -1.0, 1.0, shape=old.shape, dtype=torch.float32, device=old.device
@@ -56,16 +56,16 @@ class BoxActions(Transform):
 def box_actions(
     env: EnvBase, domain: str, action_range: Sequence[float] | None = None
 ) -> BoxActions:
-    """Make the transform that gives an env actions within its spec.
+    """Make the transform that keeps an env's actions within its spec.
 
     Args:
-        env: A single env, or a batch of them.
-        domain: Its name, for the messages.
-        action_range: Lowest and highest value for components that the spec leaves without a limit.
+        env: A single env, or a batch of envs.
+        domain: Name of the env, for the messages.
+        action_range: Lowest and highest value for components without limits in the spec.
 
     Raises:
-        ValueError: If the actions are no box, or one without limits and without ``action_range``,
-            or ``action_range`` changes nothing.
+        ValueError: If the action space is not a box, if it has no limits and ``action_range`` is
+            missing, or if ``action_range`` would change nothing.
     """
     spec = _action_spec(env, domain)
     if isinstance(spec, Bounded):
@@ -78,7 +78,7 @@ def box_actions(
         if no_low.any() or no_high.any():
             raise ValueError(
                 f"domain {domain!r}: action has no limits ({_describe(spec)}): declare the range "
-                "that the policy shall use, environment.action_range=[-1,1] for example."
+                "that the policy should use, for example environment.action_range=[-1,1]."
             )
     else:
         if not (no_low.any() or no_high.any()):

@@ -1,4 +1,4 @@
-"""Which clips a background is drawn from: computed ones, DAVIS 2017, or a folder of the user's."""
+"""The clips of a background: procedural ones, DAVIS 2017, or those in a folder."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ SPLITS = ("train", "val")
 PROCEDURAL = "procedural"
 DAVIS = "davis"
 NUM_PROCEDURAL = {"train": 60, "val": 30}
-"""As many as DAVIS 2017 has."""
+"""The numbers of clips in DAVIS 2017."""
 VAL_EVERY = 3
-"""Of a folder without splits about every third clip is for validation."""
+"""In a folder without splits, about one clip in three is for validation."""
 
 _PROCEDURAL = re.compile(rf"{PROCEDURAL}(?::(\d+))?")
 
@@ -29,10 +29,10 @@ UInt8Array = npt.NDArray[np.uint8]
 
 
 def validate_split(split: str) -> None:
-    """Check a split's name.
+    """Check the name of a split.
 
     Raises:
-        ValueError: If it is none.
+        ValueError: If it is not the name of a split.
     """
     if split not in SPLITS:
         raise ValueError(f"background_split is {split!r}: must be one of {', '.join(SPLITS)}.")
@@ -43,12 +43,13 @@ def list_clips(source: str | None, split: str) -> Sequence[Clip]:
 
     The two splits of a source never share a clip:
 
-    - ``"procedural"`` (and None) and ``"procedural:7"``: computed clips of seed 0, or 7;
-    - ``"davis"``: DAVIS 2017 where ``download_davis.py`` put it;
-    - a folder in the layout of DAVIS 2017 (``JPEGImages/480p``): its fixed lists;
+    - ``"procedural"`` (or None) and ``"procedural:7"``: computed clips of seed 0, or 7;
+    - ``"davis"``: DAVIS 2017 as installed by ``download_davis.py``;
+    - a folder in the layout of DAVIS 2017 (``JPEGImages/480p``): the dataset's fixed lists;
     - a folder with the subfolders ``train`` and ``val``: their clips;
-    - another folder: each clip by its own name alone, so that others come and go without moving
-      it; about every third is for validation (:func:`is_for_validation`).
+    - any other folder: the split of a clip depends only on its name, so that adding or removing
+      other clips does not move it; about one in three is for validation
+      (:func:`is_for_validation`).
 
     Args:
         source: One of these.
@@ -58,7 +59,7 @@ def list_clips(source: str | None, split: str) -> Sequence[Clip]:
         At least one clip.
 
     Raises:
-        BackgroundError: If there is no such source, or it has no clip; the message names it.
+        BackgroundError: If the source does not exist or has no clips; the message names it.
     """
     validate_split(split)
     matched = _PROCEDURAL.fullmatch(PROCEDURAL if source is None else source)
@@ -77,7 +78,7 @@ def list_clips(source: str | None, split: str) -> Sequence[Clip]:
 
 def _missing(source: str, folder: Path) -> str:
     if source == DAVIS:
-        return f"background_source is 'davis', and {folder} is not there. {davis.HOW_TO_GET_IT}"
+        return f"background_source is 'davis', but {folder} is missing. {davis.HOW_TO_GET_IT}"
     return (
         f"background_source is {source!r}: no such folder. It must be a folder of clips, 'davis', "
         "'procedural', or 'procedural:SEED'."
@@ -98,32 +99,32 @@ def _folder_split(folder: Path, split: str) -> list[FileClip]:
     chosen = [clip for clip in found if is_for_validation(clip.path.name) == (split == "val")]
     if not chosen:
         raise BackgroundError(
-            f"background_source {folder} has {len(found)} clips, and by their names none of them "
-            f"is for background_split={split!r} (about every third is for 'val'): add clips, or "
+            f"background_source {folder} has {len(found)} clips, but by their names none of them "
+            f"is for background_split={split!r} (about one in three is for 'val'): add clips, or "
             f"make subfolders {' and '.join(SPLITS)}."
         )
     return chosen
 
 
 def is_for_validation(name: str) -> bool:
-    """Whether a clip of this name, in a folder without splits, is for validation.
+    """Return whether a clip in a folder without splits is for validation.
 
     Args:
-        name: Of its file or folder.
+        name: Name of the clip's file or folder.
     """
     return hashlib.sha256(name.encode()).digest()[0] % VAL_EVERY == 0
 
 
 def select_clips(source: str | None, split: str, num_videos: int | None) -> Sequence[Clip]:
-    """The first clips of a split.
+    """Return the first clips of a split.
 
     Args:
-        source: As :func:`list_clips` has it.
+        source: See :func:`list_clips`.
         split: ``"train"`` or ``"val"``.
-        num_videos: How many; None for all.
+        num_videos: Number of clips; None for all.
 
     Raises:
-        BackgroundError: If there are fewer, or no such source.
+        BackgroundError: If there are fewer, or the source does not exist.
     """
     clips = list_clips(source, split)
     if num_videos is not None and num_videos > len(clips):
@@ -141,15 +142,15 @@ def load_clips(
     """Map the clips of a background into memory, read-only, decoded once for all processes.
 
     Args:
-        source: As :func:`list_clips` has it.
+        source: See :func:`list_clips`.
         split: ``"train"`` or ``"val"``.
-        num_videos: How many, the first by name; None for all.
+        num_videos: Number of clips, the first by name; None for all.
         size: Side of the frames, pixels.
 
     Returns:
-        Arrays uint8 [T, size, size, 3], one a clip, T at least 2.
+        Arrays uint8 [T, size, size, 3], one per clip, T at least 2.
 
     Raises:
-        BackgroundError: If a clip can't be read, or there are too few; the message names it.
+        BackgroundError: If a clip cannot be read, or there are too few; the message names it.
     """
     return [mapped_clip(clip, size) for clip in select_clips(source, split, num_videos)]

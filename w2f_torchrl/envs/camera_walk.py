@@ -1,9 +1,9 @@
-"""A camera that wanders around what it looks at, as in the Distracting Control Suite.
+"""A camera that wanders around its target, as in the Distracting Control Suite.
 
-The specification is that of Stone et al., "The Distracting Control Suite -- A Challenging Benchmark
-for Reinforcement Learning from Pixels" (2021), and of the code published with it: a position in
-spherical coordinates within a box around the start, a Gaussian walk of the velocity, and a camera
-that keeps looking at the point that it looked at first.
+It follows Stone et al., "The Distracting Control Suite -- A Challenging Benchmark for Reinforcement
+Learning from Pixels" (2021), and the code published with it: a position in spherical coordinates
+within a box around the start, a Gaussian walk of the velocity, and a camera that keeps looking at
+its first target.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ FloatArray = npt.NDArray[np.float64]
 Vector = tuple[float, float, float]
 
 _RADIUS_OF_UNIT_SPEED = 4.0
-"""The specification's speeds are for this start radius, metres, and shrink with it."""
+"""Start radius, metres, for which the paper gives speeds; they scale with the radius."""
 _OVERHEAD = 0.1
-"""A camera that starts closer to the vertical than this, radians, may roll as it looks."""
+"""Radians; a camera that starts closer to the vertical is not kept upright."""
 _AGENT = 1
 """The first body after the world."""
 _FRONT = -math.pi / 2
@@ -35,12 +35,12 @@ class CameraBox(NamedTuple):
     """The limits of a camera's walk.
 
     Attributes:
-        low: Least radius (metres), azimuth and polar angle (radians, from the vertical).
-        high: The greatest.
-        roll: Greatest roll to either side, radians.
+        low: Minimum radius (metres), azimuth and polar angle (radians, from the vertical).
+        high: Maximum of the same.
+        roll: Maximum roll to either side, radians.
         speed: Start radius over 4 m; all velocities are multiplied by it.
-        upright: Whether the picture's horizon is level before the roll; False for a camera that
-            starts overhead, whose azimuth means nothing.
+        upright: Whether the image's horizon is level before the roll; False for a camera that
+            starts overhead, whose azimuth is meaningless.
     """
 
     low: Vector
@@ -51,16 +51,16 @@ class CameraBox(NamedTuple):
 
 
 def camera_box(start: Vector, scale: float) -> CameraBox:
-    """Limits around a start position.
+    """Return the limits around a start position.
 
     Args:
         start: The camera's position from the centre of the walk, metres.
-        scale: Intensity s in [0, 1]: angles reach pi/2 s to each side and the roll too, the radius
-            0.5 s inwards and 1.5 s outwards of itself.
+        scale: Intensity s in [0, 1]: angles and roll reach pi/2 s to each side, the radius 0.5 s of
+            itself inwards and 1.5 s outwards.
 
     Returns:
-        The box. A camera that doesn't start overhead stays above the horizon and on the side that
-        it starts from.
+        The box. A camera that does not start overhead stays above the horizon and on the side on
+        which it starts.
     """
     radius, azimuth, polar = to_sphere(start)
     reach = math.pi / 2 * scale
@@ -101,7 +101,7 @@ class CameraWalk:
         self.roll_velocity = 0.0
 
     def start(self, box: CameraBox, generator: np.random.Generator) -> None:
-        """Begin somewhere in the box, in a random direction."""
+        """Start at a random place in the box, in a random direction."""
         self.box = box
         radius, azimuth, polar = generator.uniform(box.low, box.high).tolist()
         self.sphere = (radius, azimuth, polar)
@@ -134,7 +134,7 @@ class CameraWalk:
         x, y, z = self.position
         move = [shrink * v for v in velocity]
         radius, azimuth, polar = to_sphere((x + move[0], y + move[1], z + move[2]))
-        # The azimuth jumps by a turn where the walk crosses the negative x axis.
+        # The azimuth jumps by a full turn when the walk crosses the negative x axis.
         middle = (box.low[1] + box.high[1]) / 2
         azimuth = middle + math.remainder(azimuth - middle, 2 * math.pi)
         self.sphere = (
@@ -143,7 +143,7 @@ class CameraWalk:
             _clip(polar, box.low[2], box.high[2]),
         )
         after = self.position
-        # The velocity becomes the move that was made: at the box's wall it slides along.
+        # The velocity becomes the actual move, so that the walk slides along the box's wall.
         self.velocity = (after[0] - x, after[1] - y, after[2] - z)
 
     @property
@@ -152,7 +152,7 @@ class CameraWalk:
         return to_cartesian(self.sphere)
 
     def state_dict(self) -> dict[str, Any]:
-        """All that the next steps depend on, but for the generator."""
+        """Return everything that the next steps depend on, except the generator."""
         return {
             "box": self.box._asdict(),
             "sphere": self.sphere,
@@ -162,7 +162,7 @@ class CameraWalk:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from what :meth:`state_dict` returned."""
+        """Continue from a state of :meth:`state_dict`."""
         self.box = CameraBox(**state["box"])
         self.sphere = state["sphere"]
         self.velocity = state["velocity"]
@@ -171,14 +171,14 @@ class CameraWalk:
 
 
 class CameraPose:
-    """Where a camera is and looks, as the simulation's centre of mass moves along.
+    """Place and aim a camera while the simulation's centre of mass moves.
 
     Args:
         physics: The simulation.
-        camera_id: A camera that is fixed in the world, or one that tracks a centre of mass.
+        camera_id: A camera that is fixed in the world or tracks a centre of mass.
 
     Raises:
-        ValueError: If the camera is of another kind.
+        ValueError: If the camera does neither.
     """
 
     def __init__(self, physics: Physics, camera_id: int) -> None:
@@ -195,9 +195,9 @@ class CameraPose:
         self._look_at: FloatArray = np.zeros(3)
 
     def start(self) -> Vector:
-        """Note what the camera looks at, and return its position from the walk's centre.
+        """Store the camera's target, and return the camera's position from the walk's centre.
 
-        The point lies in the viewing direction, as far away as the agent's centre of mass.
+        The target lies in the viewing direction, as far away as the agent's centre of mass.
         """
         data = self._physics.data
         position = data.cam_xpos[self._camera_id]
@@ -209,13 +209,13 @@ class CameraPose:
         return x, y, z
 
     def _centre(self) -> FloatArray:
-        """The point that the walk goes around: the world's origin, or the centre of mass."""
+        """The centre of the walk: the world's origin, or the centre of mass."""
         if not self._tracks:
             return np.zeros(3)
         return np.array(self._physics.data.subtree_com[self._body])
 
     def apply(self, walk: CameraWalk) -> None:
-        """Put the simulation's camera where the walk is."""
+        """Move the simulation's camera to the position of the walk."""
         position = walk.position
         look_at = self._look_at.tolist()
         direction = (look_at[0] - position[0], look_at[1] - position[1], look_at[2] - position[2])
@@ -225,22 +225,22 @@ class CameraPose:
         data.cam_xmat[self._camera_id] = frame
 
     def state_dict(self) -> dict[str, Any]:
-        """The point that the camera looks at, from the walk's centre."""
+        """The camera's target, relative to the walk's centre."""
         return {"look_at": self._look_at.tolist()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from what :meth:`state_dict` returned."""
+        """Continue from a state of :meth:`state_dict`."""
         self._look_at = np.asarray(state["look_at"], dtype=np.float64)
 
 
 def look_along(direction: Vector, roll: float, *, upright: bool) -> list[float]:
-    """The orientation of a camera, row by row [9]: its axes right, up and backwards are columns.
+    """Return a camera's orientation, row by row [9]; its columns point right, up and backwards.
 
     Args:
-        direction: Where it looks; any length.
-        roll: Turn about the viewing direction, radians.
-        upright: Whether the horizon is level at zero roll. Otherwise the camera is turned from
-            looking straight down by the shortest way.
+        direction: Viewing direction, of any length.
+        roll: Rotation about the viewing direction, radians.
+        upright: Whether the horizon is level at zero roll. Otherwise the camera is rotated from
+            looking straight down by the shortest rotation.
     """
     norm = math.hypot(*direction)
     x, y, z = direction[0] / norm, direction[1] / norm, direction[2] / norm
@@ -262,14 +262,14 @@ def look_along(direction: Vector, roll: float, *, upright: bool) -> list[float]:
 
 
 def to_sphere(position: Vector) -> Vector:
-    """Radius, azimuth in (-pi, pi] and polar angle in [0, pi] of a position."""
+    """Return radius, azimuth in (-pi, pi] and polar angle in [0, pi] of a position."""
     x, y, z = position
     level = math.hypot(x, y)
     return math.hypot(level, z), math.atan2(y, x), math.atan2(level, z)
 
 
 def to_cartesian(sphere: Vector) -> Vector:
-    """The position of a radius, an azimuth and a polar angle; negative angles are allowed."""
+    """Return the position of a radius, an azimuth and a polar angle, which may be negative."""
     radius, azimuth, polar = sphere
     level = radius * math.sin(polar)
     return level * math.cos(azimuth), level * math.sin(azimuth), radius * math.cos(polar)

@@ -1,4 +1,4 @@
-"""Clips on disk, decoded or computed once, and mapped into every process that shows them."""
+"""Clips on disk, decoded or computed once and mapped into every process that shows them."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ UInt8Array = npt.NDArray[np.uint8]
 
 
 class Clip(Protocol):
-    """Frames from somewhere."""
+    """A source of frames."""
 
     @property
     def name(self) -> str:
-        """What messages call it."""
+        """Name for messages."""
 
     def key(self) -> list[object]:
-        """What tells it from every other clip: plain values."""
+        """Return plain values that differ from those of every other clip."""
 
     def read(self, size: int) -> UInt8Array:
-        """Make the frames, uint8 [T, size, size, 3]."""
+        """Return the frames, uint8 [T, size, size, 3]."""
 
 
 def cache_directory() -> Path:
-    """Where clips are kept: ``$W2F_CACHE``, or ``w2f_torchrl`` in the user's cache directory."""
+    """Return the folder of clips: ``$W2F_CACHE``, or ``w2f_torchrl`` in the user's cache."""
     chosen = os.environ.get(VARIABLE)
     if chosen:
         return Path(chosen)
@@ -50,17 +50,17 @@ def cache_directory() -> Path:
 
 
 def cached_path(clip: Clip, size: int) -> Path:
-    """The file that holds a clip at a size, whether it is there or not."""
+    """Return the path of a clip at a size, whether the file exists or not."""
     text = json.dumps([FORMAT, size, clip.key()])
     digest = hashlib.sha256(text.encode()).hexdigest()[:32]
     return cache_directory() / "backgrounds" / f"{digest}.npy"
 
 
 def mapped_clip(clip: Clip, size: int) -> UInt8Array:
-    """Map a clip's frames into memory, read-only; make the file first if there is none.
+    """Map a clip's frames into memory, read-only; create the file first if it does not exist.
 
-    The file takes its name when it is whole, and processes that want the same clip at once wait for
-    the one that makes it. The pages are shared by all processes.
+    The file gets its name when it is complete. Processes that need the same clip at the same time
+    wait for the one that creates it. All processes share the pages.
 
     Args:
         clip: The clip.
@@ -70,8 +70,8 @@ def mapped_clip(clip: Clip, size: int) -> UInt8Array:
         uint8 [T, size, size, 3].
 
     Raises:
-        BackgroundError: If the clip can't be read.
-        OSError: If the cache can't be written; ``W2F_CACHE`` names another place.
+        BackgroundError: If the clip cannot be read.
+        OSError: If the cache cannot be written; ``W2F_CACHE`` can name another place.
     """
     path = cached_path(clip, size)
     frames = _map(path, size)
@@ -81,20 +81,20 @@ def mapped_clip(clip: Clip, size: int) -> UInt8Array:
             frames = _map(path, size)
             if frames is None:
                 if path.exists():
-                    logger.warning("%s is damaged: %s is read again", path, clip.name)
+                    logger.warning("%s is damaged: reading %s again", path, clip.name)
                 _write(path, clip.read(size))
                 frames = _map(path, size)
     if frames is None:
-        raise OSError(f"{path} can't be read back; {VARIABLE} names another place for the cache.")
+        raise OSError(f"{path} cannot be read back; set {VARIABLE} to move the cache elsewhere.")
     return frames
 
 
 def _map(path: Path, size: int) -> UInt8Array | None:
-    """Map a file's frames, without a descriptor that stays open; None if it is missing or damaged.
+    """Map a file's frames without keeping it open; return None if it is missing or damaged.
 
-    There are limits on open files, often 1024, and a source may have thousands of clips.
+    The number of open files is limited, often to 1024, and a source may have thousands of clips.
     """
-    import torch  # here: what checks settings imports this module
+    import torch  # not at the top: the validation of settings imports this module
 
     try:
         with path.open("rb") as stream:
@@ -108,7 +108,7 @@ def _map(path: Path, size: int) -> UInt8Array | None:
     wanted = len(shape) == 4 and shape[1:] == (size, size, 3) and shape[0] > 0
     if not wanted or fortran or dtype != np.uint8 or end - begin != math.prod(shape):
         return None
-    # A private map: what is only read stays shared by all processes.
+    # A private map: pages that are only read stay shared by all processes.
     everything = torch.from_file(str(path), shared=False, size=end, dtype=torch.uint8)
     frames: UInt8Array = everything.numpy()[begin:].reshape(shape)
     frames.flags.writeable = False
@@ -124,7 +124,7 @@ def _write(path: Path, frames: UInt8Array) -> None:
 
 @contextlib.contextmanager
 def _only_one(lock: Path) -> Iterator[None]:
-    """Let one process at a time in."""
+    """Let one process in at a time."""
     with lock.open("w") as stream:
         fcntl.flock(stream, fcntl.LOCK_EX)
         yield

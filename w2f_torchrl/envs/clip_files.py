@@ -1,6 +1,6 @@
 """Clips that are files: folders of images, and videos.
 
-Settings are checked with this module, so what decodes is imported where a clip is read.
+The validation of settings imports this module, so decoders are imported only when a clip is read.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".ti
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".gif")
 MIN_FRAMES = 2
 MAX_FRAMES = 1000
-"""A longer clip ends here."""
+"""Longer clips are cut here."""
 
 UNEVEN = 0.5
-"""Share of the usual interval between a video's frames by which one may differ in an even video."""
+"""Maximum deviation of a frame interval from the median in an even video, as a share of it."""
 
-# What Pillow and FFmpeg call the formats behind the suffixes.
+# Names of the formats behind the suffixes, in Pillow and FFmpeg.
 _FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "PPM", "TIFF")
 _DEMUXERS = "mov,mp4,m4a,3gp,3g2,mj2,avi,matroska,webm,mpeg,mpegvideo,mpegts,gif"
 
@@ -37,15 +37,15 @@ UInt8Array = npt.NDArray[np.uint8]
 
 
 class BackgroundError(ValueError):
-    """A background can't be used; the message names the file or the setting."""
+    """A background cannot be used; the message names the file or the setting."""
 
 
 @dataclass(frozen=True)
 class FileClip:
     """A clip in a folder of images or in a video file.
 
-    Frames are stretched to a square, by means over areas where they shrink; within a clip sizes may
-    differ. Images play in the order of their names, with numbers compared as numbers.
+    Frames are stretched to a square, and averaged over areas if they shrink; sizes may differ
+    within a clip. Images play in the order of their names, with numbers compared as numbers.
 
     Args:
         path: A folder or a file.
@@ -55,11 +55,11 @@ class FileClip:
 
     @property
     def name(self) -> str:
-        """What messages call it."""
+        """Name for messages."""
         return str(self.path)
 
     def key(self) -> list[object]:
-        """What the cache knows it by: it changes when a file does."""
+        """Return its key in the cache, which changes when a file does."""
         files = _images(self.path) if self.path.is_dir() else [self.path]
         parts = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files[:MAX_FRAMES]]
         return ["files", str(self.path.resolve()), parts]
@@ -74,7 +74,7 @@ class FileClip:
             uint8 [T, size, size, 3].
 
         Raises:
-            BackgroundError: If a file can't be read, or there are fewer than two frames.
+            BackgroundError: If a file cannot be read, or there are fewer than two frames.
         """
         times: list[float | None] = []
         folder = self.path.is_dir()
@@ -91,12 +91,12 @@ class FileClip:
 
 
 def find_clips(folder: Path) -> list[FileClip]:
-    """The clips of a folder: its subfolders and its video files, by name.
+    """Return the clips of a folder: its subfolders and its video files, by name.
 
-    Hidden entries, and files that are no videos by their suffix, are left out.
+    Hidden entries, and files without a video suffix, are ignored.
 
     Raises:
-        BackgroundError: If the folder holds no clip.
+        BackgroundError: If the folder has no clips.
     """
     entries = [path for path in _sorted(folder.iterdir()) if not path.name.startswith(".")]
     clips = [p for p in entries if p.is_dir() or p.suffix.lower() in VIDEO_SUFFIXES]
@@ -111,7 +111,7 @@ def find_clips(folder: Path) -> list[FileClip]:
 
 
 def _sorted(paths: Iterator[Path]) -> list[Path]:
-    """By name, with frame_9 before frame_10."""
+    """Sort by name, with frame_9 before frame_10."""
 
     def key(path: Path) -> list[tuple[str, int]]:
         return [(text, int(number or -1)) for text, number in _PART.findall(path.name)]
@@ -132,10 +132,10 @@ def _resize(picture: Image.Image, size: int) -> UInt8Array:
 
 
 def _as_shown(picture: Image.Image) -> Image.Image:
-    """A picture as a viewer shows it: upright, before black where it is transparent, 8 bits RGB.
+    """Return an image as a viewer shows it: upright, on black if transparent, 8-bit RGB.
 
     Raises:
-        ValueError: If its values have no range that is known.
+        ValueError: If the range of its values is unknown.
     """
     from PIL import Image, ImageOps
 
@@ -144,7 +144,7 @@ def _as_shown(picture: Image.Image) -> Image.Image:
     if picture.mode in ("I", "F") and not sixteen_bits:
         raise ValueError(
             f"its pixels are {'floating-point' if picture.mode == 'F' else '32-bit'} numbers, "
-            "whose range isn't known: save it with 8 or 16 bits"
+            "whose range is unknown: save it with 8 or 16 bits"
         )
     transparent = "transparency" in picture.info or picture.mode in ("RGBA", "LA", "PA", "RGBa")
     picture = ImageOps.exif_transpose(picture)
@@ -162,7 +162,7 @@ def _read_images(folder: Path) -> Iterator[Image.Image]:
 
     for path in _images(folder):
         try:
-            # By its contents, whatever the name: of all that Pillow knows only these are meant.
+            # The contents decide, not the name, and only these formats are allowed.
             with Image.open(path, formats=_FORMATS) as picture:
                 shown = _as_shown(picture)
         except (
@@ -172,37 +172,37 @@ def _read_images(folder: Path) -> Iterator[Image.Image]:
             UnidentifiedImageError,
             Image.DecompressionBombError,
         ) as error:
-            raise BackgroundError(f"background image {path} can't be read: {error}") from error
+            raise BackgroundError(f"background image {path} cannot be read: {error}") from error
         yield shown
 
 
 def _read_video(path: Path, times: list[float | None]) -> Iterator[Image.Image]:
-    """The pictures of a video, and in ``times`` when each is shown, seconds."""
+    """Yield the images of a video, and append to ``times`` when each is shown, seconds."""
     import av
     from PIL import Image
 
     try:
-        # Playlists and the like would have FFmpeg read other files, and from the network.
+        # Playlists and the like would make FFmpeg read other files, even from the network.
         options = {"format_whitelist": _DEMUXERS, "protocol_whitelist": "file"}
         with av.open(path, options=options) as container:
             if not container.streams.video:
-                raise BackgroundError(f"background video {path} has no pictures in it.")
+                raise BackgroundError(f"background video {path} has no images.")
             for frame in container.decode(container.streams.video[0]):
                 times.append(frame.time)
                 picture = Image.fromarray(frame.to_ndarray(format="rgb24"))
                 turn = getattr(frame, "rotation", 0)
                 yield picture.rotate(turn, expand=True) if turn else picture
     except (av.error.FFmpegError, OSError) as error:
-        raise BackgroundError(f"background video {path} can't be read: {error}") from error
+        raise BackgroundError(f"background video {path} cannot be read: {error}") from error
 
 
 def even_intervals(times: Sequence[float | None]) -> list[int]:
-    """Which frames to show for even intervals, the median of theirs; long ones are repeated.
+    """Return the frames to show at even intervals, the median of theirs; long ones are repeated.
 
-    A video with even intervals, up to the rounding of its clock, stays as it is.
+    A video with even intervals, up to the rounding of its clock, is left unchanged.
 
     Args:
-        times: When each frame is shown, seconds; None if that isn't known.
+        times: When each frame is shown, seconds; None if unknown.
 
     Returns:
         Indices of the frames, at most ``MAX_FRAMES``.

@@ -1,4 +1,4 @@
-"""DAVIS 2017: its fixed lists, its layout, and getting it."""
+"""DAVIS 2017: its fixed lists, its layout, and its installation."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ VIDEOS = {"train": tuple(_TRAIN.split()), "val": tuple(_VAL.split())}
 
 COMMAND = "python sota_configs/download_davis.py"
 HOW_TO_GET_IT = (
-    f"Run `{COMMAND}`; or, where there is no network, fetch {URL} elsewhere, copy it here, and run "
+    f"Run `{COMMAND}`; or, without network access, download {URL} elsewhere, copy it here, and run "
     f"`{COMMAND} --archive FILE`."
 )
 _FRAMES = Path("JPEGImages") / "480p"
@@ -46,18 +46,18 @@ _PIN = "archive.json"
 
 
 def default_directory() -> Path:
-    """Where the download command puts it, and ``background_source="davis"`` looks."""
+    """Return the folder of the download command and of ``background_source="davis"``."""
     return cache_directory() / "DAVIS"
 
 
 def frames_directory(folder: Path) -> Path | None:
-    """The folder of DAVIS's videos in a folder of DAVIS's layout; None if it has another."""
+    """Return the folder of videos in a folder with DAVIS's layout; None for other layouts."""
     frames = folder / _FRAMES
     return frames if frames.is_dir() else None
 
 
 def clip_paths(frames: Path, split: str) -> list[Path]:
-    """The folders of a split's videos, in DAVIS's order.
+    """Return the folders of a split's videos, in DAVIS's order.
 
     Raises:
         BackgroundError: If one is missing.
@@ -75,21 +75,21 @@ def clip_paths(frames: Path, split: str) -> list[Path]:
 def install_davis(
     directory: Path | None = None, *, url: str = URL, archive: Path | None = None
 ) -> Path:
-    """Get DAVIS 2017, check it, and put it in place as a whole or not at all.
+    """Download and check DAVIS 2017, and install it completely or not at all.
 
-    Nobody publishes a checksum of the archive. Its SHA-256 digest is written beside the images when
-    it is first installed, and a later installation in the same place must have the same.
+    No official checksum of the archive exists. The first installation writes its SHA-256 digest
+    next to the images, and a later installation in the same place must have the same digest.
 
     Args:
-        directory: Where to; None for :func:`default_directory`.
-        url: Where from.
-        archive: A file that was downloaded already.
+        directory: Target; None for :func:`default_directory`.
+        url: Source.
+        archive: A file that was already downloaded.
 
     Returns:
         The directory, which is a ``background_source``.
 
     Raises:
-        BackgroundError: If it can't be had or isn't what it should be; says what to do.
+        BackgroundError: If the download fails or the archive is wrong; the message says what to do.
     """
     directory = directory or default_directory()
     directory.parent.mkdir(parents=True, exist_ok=True)
@@ -115,16 +115,16 @@ def _download(url: str, path: Path) -> None:
             shutil.copyfileobj(response, stream, 1 << 20)
             expected = response.headers.get("Content-Length")
     except (urllib.error.URLError, OSError) as error:
-        raise BackgroundError(f"{url} can't be downloaded: {error}. {HOW_TO_GET_IT}") from error
+        raise BackgroundError(f"{url} cannot be downloaded: {error}. {HOW_TO_GET_IT}") from error
     if expected is not None and int(expected) != path.stat().st_size:
         raise BackgroundError(
-            f"{url} was cut short: {path.stat().st_size} of {expected} bytes came. Run it again."
+            f"{url} was cut short: {path.stat().st_size} of {expected} bytes arrived. Run it again."
         )
 
 
 def _digest(path: Path) -> str:
     if not path.is_file():
-        raise BackgroundError(f"{path} is no file. {HOW_TO_GET_IT}")
+        raise BackgroundError(f"{path} is not a file. {HOW_TO_GET_IT}")
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
@@ -136,20 +136,20 @@ def _check_pin(directory: Path, digest: str) -> None:
     pinned = json.loads(path.read_text())["sha256"]
     if digest != pinned:
         raise BackgroundError(
-            f"the archive's SHA-256 digest is {digest}, and that of the one installed in "
-            f"{directory} is {pinned}. Delete {path} if the change is meant."
+            f"the archive's SHA-256 digest is {digest}, but that of the one installed in "
+            f"{directory} is {pinned}. Delete {path} if the change is intended."
         )
 
 
 def _unpack(archive: Path, scratch: Path) -> Path:
-    """Unpack the images; every file's checksum in the archive is checked on the way."""
+    """Unpack the images; the checksum of every file in the archive is checked."""
     try:
         with zipfile.ZipFile(archive) as contents:
             inside = [n for n in contents.namelist() if f"/{_FRAMES.as_posix()}/" in f"/{n}"]
             contents.extractall(scratch, inside)
     except (zipfile.BadZipFile, EOFError, OSError) as error:
         raise BackgroundError(
-            f"{archive} is no whole zip archive: {error}. Get it again."
+            f"{archive} is not a complete zip archive: {error}. Download it again."
         ) from error
     found = sorted(scratch.glob(f"**/{_FRAMES.as_posix()}"))
     if not found:

@@ -1,4 +1,4 @@
-"""Pictures of a distracted simulation, with a mask that is exact to the pixel."""
+"""Images of a distracted simulation, with a mask that is exact to the pixel."""
 
 from __future__ import annotations
 
@@ -38,27 +38,27 @@ _HIDDEN_GROUP = 5
 
 
 class Renderer(Protocol):
-    """What draws an environment."""
+    """Renders an environment."""
 
     image_size: int
     foreground_mask: bool
 
     def draw(self) -> tuple[UInt8Array, BoolArray | None]:
-        """The picture uint8 [3, H, W], and the mask bool [1, H, W] if there is to be one."""
+        """Return the image uint8 [3, H, W], and the mask bool [1, H, W] or None."""
 
     def upload_height_fields(self) -> None:
-        """Hand terrain to OpenGL."""
+        """Upload terrain to OpenGL."""
 
     def close(self) -> None:
-        """Free what OpenGL holds."""
+        """Free OpenGL's resources."""
 
 
 def frame_size(physics: Physics, *, image_size: int, camera_id: int, render: RenderMode) -> int:
-    """The side of a background's frames, pixels: what a picture can show of them.
+    """Return the side of a background's frames, pixels, as far as an image can resolve them.
 
-    A composite shows a frame as it is. The sky box stretches it over 90 degrees, of which the
-    camera sees its field of view. OpenGL shows the reference's 800 x 800 texels halved as often as
-    a picture's pixels allow: the frame starts at that half.
+    A composite shows a frame unchanged. The sky box stretches it over 90 degrees, of which the
+    camera sees its field of view. OpenGL halves the reference's 800 x 800 texels until they match
+    the image's resolution; the frame starts at that size.
     """
     if render == "fast":
         return image_size
@@ -80,7 +80,7 @@ def make_distracted_renderer(
     render: RenderMode,
     foreground_mask: bool,
 ) -> Renderer:
-    """Make what draws a simulation with its distractions.
+    """Make the renderer of a simulation with distractions.
 
     Args:
         physics: The simulation.
@@ -89,9 +89,9 @@ def make_distracted_renderer(
         camera_id: Index of the model's camera.
         domain: The suite's domain, which decides how opaque the floor is.
         render: ``"fast"`` lays the agent over the video's frame; ``"reference"`` puts the frame on
-            the sky box and draws shadows and reflections. Neither multisamples, so that the mask is
-            exact.
-        foreground_mask: Whether the mask is made too.
+            the sky box and renders shadows and reflections. Neither multisamples, so that the mask
+            is exact.
+        foreground_mask: Whether to render the mask too.
     """
     settings: dict[str, Any] = {"image_size": image_size, "camera_id": camera_id}
     background = distractor.config.background
@@ -109,8 +109,8 @@ class DistractedRenderer:
     """A scene with another camera and other colours.
 
     Args:
-        scene: Draws the scene.
-        distractor: Changes it.
+        scene: Renders the scene.
+        distractor: Changes the scene.
     """
 
     def __init__(self, scene: SceneRenderer, distractor: Distractor) -> None:
@@ -118,16 +118,16 @@ class DistractedRenderer:
         self._scene, self._distractor = scene, distractor
 
     def draw(self) -> tuple[UInt8Array, BoolArray | None]:
-        """The picture and the mask, as :class:`SceneRenderer` makes them."""
+        """Return the image and the mask, as :class:`SceneRenderer` does."""
         with self._distractor.applied():
             return self._scene.draw()
 
     def upload_height_fields(self) -> None:
-        """Hand terrain to OpenGL."""
+        """Upload terrain to OpenGL."""
         self._scene.upload_height_fields()
 
     def close(self) -> None:
-        """Free what OpenGL holds."""
+        """Free OpenGL's resources."""
         self._scene.close()
 
 
@@ -135,10 +135,10 @@ class SkyBoxRenderer(DistractedRenderer):
     """A scene whose sky box shows the video, the same frame on its six faces.
 
     Args:
-        scene: Draws the scene.
-        distractor: Changes it.
+        scene: Renders the scene.
+        distractor: Changes the scene.
         physics: The simulation.
-        ground_alpha: How opaque the floor is; a backdrop that hides the sky is left out.
+        ground_alpha: Opacity of the floor; a backdrop that hides the sky is left out.
     """
 
     def __init__(
@@ -156,19 +156,19 @@ class SkyBoxRenderer(DistractedRenderer):
         ]
 
     def draw(self) -> tuple[UInt8Array, BoolArray | None]:
-        """The picture and the mask."""
+        """Return the image and the mask."""
         video = self._distractor.video
         assert video is not None, "made only with a background"
         if self._shown != (video.clip, video.frame):
             self._upload(self._distractor.frame)
             self._shown = (video.clip, video.frame)
-        with self._distractor.applied():  # puts the alphas back as well
+        with self._distractor.applied():  # restores the alphas as well
             for material, alpha in self._alphas:
                 self._model.mat_rgba[material, 3] = alpha
             return self._scene.draw()
 
     def _upload(self, frame: UInt8Array) -> None:
-        """Hand a frame to OpenGL by way of the model's texture, which stays as it was."""
+        """Upload a frame to OpenGL through the model's texture, which is then restored."""
         model, index = self._model, self._texture
         start = int(model.tex_adr[index])
         texels = slice(start, start + frame.size)
@@ -187,15 +187,15 @@ def _sky_texture(physics: Physics) -> int:
 
 
 class CompositeRenderer:
-    """A video's frame, the floor blended over it, and the foreground before both.
+    """A video's frame, the floor blended over it, and the foreground in front of both.
 
-    All other scenery (sky, rails, walls, bases) is left out: what isn't foreground is the frame's
-    pixel, or the floor's mixed with it. An opaque floor hides what is below it.
+    All other scenery (sky, rails, walls, bases) is left out: each background pixel is the frame's,
+    or a mixture of it and the floor's. An opaque floor hides everything below it.
 
     Args:
         physics: The simulation.
-        distractor: Its distractions, with a background whose frames have the picture's size.
-        ground_alpha: How opaque the floor is, in [0, 1].
+        distractor: Its distractions, with a background whose frames have the image's size.
+        ground_alpha: Opacity of the floor, in [0, 1].
         foreground_mask: Whether :meth:`draw` returns the mask.
         image_size: Height and width in pixels.
         camera_id: Index of the model's camera.
@@ -231,7 +231,7 @@ class CompositeRenderer:
         return view
 
     def draw(self) -> tuple[UInt8Array, BoolArray | None]:
-        """The picture and the mask."""
+        """Return the image and the mask."""
         with self._distractor.applied(), self._scenery_hidden():
             self._everything.update(ALL)
             self._context.draw(self._everything.scene, self._pixels, self._nearness)
@@ -239,7 +239,7 @@ class CompositeRenderer:
                 self._floor.update(STATIC)
                 self._floor.hide(self._targets)
                 self._context.draw(self._floor.scene, None, self._floor_nearness)
-        # OpenGL's first row is the bottom one. Without a floor its nearness is 0, the far end.
+        # OpenGL's first row is the bottom one. Without a floor, its nearness is 0, the far end.
         pixels, floor = self._pixels[::-1], self._floor_nearness[::-1]
         mask = self._nearness[::-1] > floor
         picture = np.array(self._distractor.frame)
@@ -256,7 +256,7 @@ class CompositeRenderer:
 
     @contextlib.contextmanager
     def _scenery_hidden(self) -> Iterator[None]:
-        """Put the scenery into a group that isn't drawn, and back."""
+        """Move the scenery to a group that is not rendered, then restore it."""
         geoms, sites = self._scenery
         model = self._model
         saved = model.geom_group[geoms].copy(), model.site_group[sites].copy()
@@ -267,11 +267,11 @@ class CompositeRenderer:
             model.geom_group[geoms], model.site_group[sites] = saved
 
     def upload_height_fields(self) -> None:
-        """Hand terrain to OpenGL."""
+        """Upload terrain to OpenGL."""
         self._context.upload_height_fields()
 
     def close(self) -> None:
-        """Free what OpenGL holds."""
+        """Free OpenGL's resources."""
         self._context.close()
 
 
@@ -281,7 +281,7 @@ IndexArray = npt.NDArray[np.intp]
 def _scenery(
     physics: Physics, targets: StaticTargets, *, keep_floor: bool
 ) -> tuple[IndexArray, IndexArray]:
-    """Indices of the geoms and sites that are neither foreground nor floor."""
+    """Return the indices of the geoms and sites that are neither foreground nor floor."""
     model = physics.model
     floors = (mujoco.mjtGeom.mjGEOM_PLANE, mujoco.mjtGeom.mjGEOM_HFIELD)
     materials = [model.id2name(index, "material") for index in range(model.nmat)]

@@ -1,4 +1,4 @@
-"""The distractions of one environment: their walks, their generators, and what they change."""
+"""The distractions of one environment: their walks, their generators, and their effects."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ _STREAMS = ("background", "camera", "color")
 
 
 class Distractor:
-    """Walk all distractions of a simulation.
+    """Step all distractions of a simulation.
 
-    The simulation is changed only while a picture is drawn, within :meth:`applied`: states, rewards
-    and ``physics.render`` are those of the undistracted task.
+    The simulation is changed only while an image is rendered, within :meth:`applied`: states,
+    rewards and ``physics.render`` are those of the undistracted task.
 
-    Each distraction has a generator of its own, so that one of them is the same with and without
-    the others. Call :meth:`reset` after the task's reset, :meth:`step` once a step.
+    Each distraction has a separate generator, so that it is the same with and without the others.
+    Call :meth:`reset` after the task's reset, and :meth:`step` once per step.
 
     Args:
-        config: What distracts.
+        config: The distractions.
         physics: The simulation.
         camera_id: The camera that wanders.
         clips: Backgrounds, arrays uint8 [T, S, S, 3]; needed if the configuration has one.
         seed: Seed of all distractions.
 
     Raises:
-        ValueError: If the camera can't wander.
+        ValueError: If the camera cannot wander.
     """
 
     def __init__(
@@ -70,22 +70,22 @@ class Distractor:
         self.seed(seed)
 
     def seed(self, seed: int, *, streams: Sequence[str] = _STREAMS) -> None:
-        """Start generators again; the next reset begins their streams.
+        """Seed the generators again; the next reset starts their streams.
 
         Args:
             seed: Any non-negative number.
-            streams: Which: ``"background"``, ``"camera"``, ``"color"``.
+            streams: Which of ``"background"``, ``"camera"``, ``"color"`` to seed.
         """
         for name in streams:
             self._generators[name] = np.random.default_rng(derive_seed(seed, "distraction", name))
 
     def labels(self) -> dict[str, npt.NDArray[np.float64]]:
-        """What distracts at present, as vectors, for who asks what a model knows of it.
+        """Return the present distractions as vectors, for probes of a model's latents.
 
         Returns:
-            As far as there are: ``clip`` (index of the video) and ``frame``, both [1]; ``camera``
-            [4]: radius, azimuth and polar angle relative to what it looks at, and roll; ``color``
-            [3 M], the materials' colours.
+            For the distractions that exist: ``clip`` (index of the video) and ``frame``, both [1];
+            ``camera`` [4]: radius, azimuth and polar angle relative to its target, and roll;
+            ``color`` [3 M], the materials' colours.
         """
         found: dict[str, npt.NDArray[np.float64]] = {}
         if self.video is not None:
@@ -98,7 +98,7 @@ class Distractor:
         return found
 
     def reset(self) -> None:
-        """Begin an episode: a new clip, camera position and colours."""
+        """Start an episode with a new clip, camera position and colours."""
         if self.video is not None:
             self.video.start(self._generators["background"])
         if self.camera is not None:
@@ -108,7 +108,7 @@ class Distractor:
             self.color.start(self._generators["color"])
 
     def step(self) -> None:
-        """Let each distraction take a step."""
+        """Advance each distraction by one step."""
         if self.video is not None:
             self.video.step()
         if self.camera is not None:
@@ -119,13 +119,13 @@ class Distractor:
     @property
     def frame(self) -> UInt8Array:
         """The background's present frame, uint8 [S, S, 3]."""
-        assert self.video is not None, "there is no background"
+        assert self.video is not None, "only called with a background"
         frame: UInt8Array = self._clips[self.video.clip][self.video.frame]
         return frame
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
-        """Change camera and colours of the simulation, and put them back."""
+        """Change camera and colours of the simulation, then restore them."""
         model, data, camera = self._model, self._data, self._camera_id
         saved_position, saved_frame = data.cam_xpos[camera].copy(), data.cam_xmat[camera].copy()
         saved_colors = model.mat_rgba.copy()
@@ -140,7 +140,7 @@ class Distractor:
             model.mat_rgba[:] = saved_colors
 
     def state_dict(self) -> dict[str, Any]:
-        """All that the coming pictures depend on beside the simulation: plain values."""
+        """Return everything besides the simulation that the next images depend on."""
         state: dict[str, Any] = {
             "generators": {
                 name: generator.bit_generator.state for name, generator in self._generators.items()
@@ -151,15 +151,15 @@ class Distractor:
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from what :meth:`state_dict` returned, in a simulation in the same state.
+        """Continue from a state of :meth:`state_dict`, in a simulation in the same state.
 
         Raises:
-            ValueError: If the state is of other distractions.
+            ValueError: If the state belongs to other distractions.
         """
         walks = self._walks()
         if set(state) != {"generators", *walks}:
             raise ValueError(
-                f"the state is of {sorted(set(state) - {'generators'})}, and the distractions are "
+                f"the state is of {sorted(set(state) - {'generators'})}, but the distractions are "
                 f"{sorted(walks)}."
             )
         for name, values in state["generators"].items():

@@ -35,56 +35,56 @@ from w2f_torchrl.envs.tasks import (
 )
 from w2f_torchrl.keys import MASK
 
-# MuJoCo writes +-1e10 where an actuator has no limit.
+# MuJoCo writes +-1e10 for an actuator without limits.
 _UNLIMITED = 1e9
 
 
 class PixelDMControlEnv(DMControlEnv):
     """A Control Suite task from pixels, with the simulator's foreground mask.
 
-    One picture is drawn per agent step, after the action repeat. The tensordict holds:
+    One image is rendered per agent step, after the action repeat. The tensordict holds:
 
     - ``pixels``: uint8 [3, H, W] in [0, 255];
     - ``foreground_mask``: bool [1, H, W], True on the agent, on objects and on targets (the rule is
-      :class:`~w2f_torchrl.envs.foreground.StaticTargets`). With ``render="fast"`` it is exact:
-      the pixels that show foreground, all of them and no other. With ``render="reference"`` it is
-      the silhouette without multisampling; outline pixels of the picture blend both sides;
-    - ``action``: float32 [A] in [-1, 1]. Values outside are clipped. Actuators with other limits
-      get [-1, 1] scaled to their range; those without limits get the clipped value as it is;
+      :class:`~w2f_torchrl.envs.foreground.StaticTargets`). With ``render="fast"`` it is exact: all
+      pixels that show foreground and no others. With ``render="reference"`` it is the silhouette
+      without multisampling; outline pixels of the image blend both sides;
+    - ``action``: float32 [A] in [-1, 1]. Values outside are clipped. For actuators with other
+      limits [-1, 1] is scaled to their range; those without limits get the clipped value;
     - ``reward``: float32 [1], the sum over the control steps of the repeat;
-    - ``terminated``, ``truncated``, ``done``: bool [1]. A time limit truncates; an end that the
-      task declares, with a discount below 1, terminates. An episode that ends within a repeat cuts
-      the repeat short.
+    - ``terminated``, ``truncated``, ``done``: bool [1]. A time limit truncates; an end declared by
+      the task, with a discount below 1, terminates. An episode that ends within an action repeat
+      cuts it short.
 
-    ``env.physics`` is the simulation, and ``env.physics.render`` draws it at any size, without
-    distractions. Distractions change pictures only: states and rewards are those of the task.
-    ``env.distractor`` is what walks them, None without; its ``state_dict`` and ``load_state_dict``
-    let them go on from where they were.
+    ``env.physics`` is the simulation, and ``env.physics.render`` renders it at any size, without
+    distractions. Distractions change only images: states and rewards are those of the task.
+    ``env.distractor`` steps them, and is None without distractions; its ``state_dict`` and
+    ``load_state_dict`` let them continue.
 
     Args:
-        env_name: Domain, ``"walker"`` say.
-        task_name: Task, ``"walk"`` say.
+        env_name: Domain, such as ``"walker"``.
+        task_name: Task, such as ``"walk"``.
         image_size: Height H and width W in pixels, at least 16.
         camera_id: Index of the model's camera; None for the one that follows the agent: 0, or 2
-            for the quadruped's and the dog's fetch task.
+            for quadruped and for the fetch task of dog.
         action_repeat: Control steps per agent step, at least 1.
         render: ``"fast"`` (no multisampling, shadows or reflections) or ``"reference"``
-            (dm_control's own picture; with distractions, the same without multisampling).
+            (as dm_control renders; with distractions, the same without multisampling).
         distraction: ``"none"``, ``"easy"``, ``"medium"``, ``"hard"``, or a
             :class:`~w2f_torchrl.envs.DistractionConfig`.
-        background_source: Where its videos are from, see
+        background_source: Source of the videos, see
             :func:`~w2f_torchrl.envs.backgrounds.list_clips`; None for the procedural clips.
-        background_split: ``"train"`` or ``"val"``: which of them.
-        foreground_mask: Whether to make ``foreground_mask``.
+        background_split: Which of its clips: ``"train"`` or ``"val"``.
+        foreground_mask: Whether to render ``foreground_mask``.
         state_observations: Whether to add the suite's own observations (``position``, ``velocity``,
             ...) as float32 entries; scalars become [1].
-        seed: Seed of the task's and the distractions' randomness; None draws one.
+        seed: Seed of the task and the distractions; None draws one.
         device: Device of the tensors.
 
     Raises:
-        ValueError: If a setting is not allowed; the message names it, its value and what is.
-        RuntimeError: If there is no OpenGL backend, or if the env is stepped after an episode's
-            end without a reset.
+        ValueError: If a setting is not allowed; names it, its value and what is allowed.
+        RuntimeError: If no OpenGL backend works, or if the env is stepped after the end of an
+            episode without a reset.
     """
 
     def __init__(
@@ -124,12 +124,12 @@ class PixelDMControlEnv(DMControlEnv):
 
     @property
     def max_episode_steps(self) -> int | None:
-        """Control steps after which the task ends an episode; None where it has no time limit."""
+        """Control steps after which the task ends an episode; None without a time limit."""
         limit = self._env._step_limit
         return None if math.isinf(limit) else math.ceil(limit)
 
     def _check_kwargs(self, kwargs: dict[str, Any]) -> None:
-        """Nothing left to check: the constructor did."""
+        """Do nothing: the constructor has checked the specs."""
 
     def _build_env(
         self,
@@ -251,10 +251,10 @@ class PixelDMControlEnv(DMControlEnv):
         return self._tensordict(output)
 
     def resume_state(self) -> dict[str, Any]:
-        """All that coming steps depend on: simulation, task, random states and distractions.
+        """Return all that the next steps depend on: simulation, task, random states, distractions.
 
         Returns:
-            Plain values and tensors, which ``torch.load(weights_only=True)`` reads.
+            Plain values and tensors, which ``torch.load(weights_only=True)`` can read.
         """
         distractor = None if self.distractor is None else self.distractor.state_dict()
         return {
@@ -264,10 +264,10 @@ class PixelDMControlEnv(DMControlEnv):
         }
 
     def load_resume_state(self, state: dict[str, Any]) -> None:
-        """Go on from what :meth:`resume_state` gave, in an env made with the same arguments.
+        """Continue from a state of :meth:`resume_state`, in an env made with the same arguments.
 
         Raises:
-            ValueError: If the state is of another task or of other distractions.
+            ValueError: If the state belongs to another task or other distractions.
         """
         if (self.distractor is None) != (state["distractor"] is None):
             raise ValueError("the state and the env must both have distractions, or neither.")
@@ -314,19 +314,19 @@ def make_distractor(
     render: RenderMode,
     seed: int | None,
 ) -> Distractor:
-    """Make the distractions of an env, and decode their videos if nobody has yet.
+    """Make the distractions of an env, and decode their videos unless the cache has them.
 
     Args:
-        config: What distracts.
+        config: The distractions.
         physics: The simulation.
         backgrounds: ``background_source`` and ``background_split``.
-        image_size: Height and width of the env's pictures, pixels.
+        image_size: Height and width of the env's images, pixels.
         camera_id: Index of the model's camera.
-        render: How the env draws.
+        render: How the env renders.
         seed: The env's seed; None draws one.
 
     Raises:
-        ValueError: If a video can't be read, or the camera can't wander.
+        ValueError: If a video cannot be read, or the camera cannot wander.
     """
     clips: list[npt.NDArray[np.uint8]] = []
     if config.background is not None:
@@ -338,7 +338,7 @@ def make_distractor(
 
 
 class _ActionMap:
-    """From an agent's action to the actuators' control."""
+    """Map an agent's action to the actuators' controls."""
 
     def __init__(self, env: Environment) -> None:
         spec = env.action_spec()
@@ -355,7 +355,7 @@ class _ActionMap:
 
 
 def _as_tensors(observation: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """The suite's observations as float32 tensors, scalars as [1]."""
+    """Return the suite's observations as float32 tensors, scalars as [1]."""
     return {
         name: torch.from_numpy(np.atleast_1d(np.asarray(value, dtype=np.float32)).copy())
         for name, value in observation.items()

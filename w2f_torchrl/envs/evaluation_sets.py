@@ -1,4 +1,4 @@
-"""Named environments to evaluate in: which distractions, and which videos, seen or unseen."""
+"""Named environments for evaluation: their distractions, and seen or unseen videos."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ class EvaluationSet:
     """One way to distract an agent at evaluation.
 
     Attributes:
-        name: What settings, metrics and tables call it.
+        name: Name in settings, metrics and tables.
         description: One line.
-        distraction: What distracts; None for nothing.
-        split: Which of the source's clips.
-        source: Where the clips are from; None for the run's own source.
+        distraction: The distractions; None for none.
+        split: Which of the source's clips to use.
+        source: Source of the clips; None for the run's source.
     """
 
     name: str
@@ -27,7 +27,7 @@ class EvaluationSet:
     source: str | None = None
 
     def background_source(self, run_source: str | None) -> str | None:
-        """The ``background_source`` of an env of this set, None without a video."""
+        """Return the ``background_source`` of an env of this set, None without a video."""
         if self.distraction is None or self.distraction.background is None:
             return None
         return self.source or run_source
@@ -38,12 +38,12 @@ def evaluation_sets() -> dict[str, EvaluationSet]:
 
     ``clean``, and for each difficulty (``easy``, ``medium``, ``hard``):
 
-    - ``train_videos_easy``: the background alone, with the clips that a run of this difficulty and
+    - ``train_videos_easy``: only the background, with the clips that a run of this difficulty and
       source is trained on;
-    - ``unseen_videos_easy``: the background alone, with the source's validation clips;
-    - ``unseen_procedural_easy``: the background alone, with procedural validation clips, whatever
+    - ``unseen_videos_easy``: only the background, with the source's validation clips;
+    - ``unseen_procedural_easy``: only the background, with procedural validation clips, whatever
       the run's source;
-    - ``color_easy``, ``camera_easy``: one of these alone;
+    - ``color_easy``, ``camera_easy``: only colours, or only the camera;
     - ``all_easy``: background with validation clips, camera and colours.
 
     Returns:

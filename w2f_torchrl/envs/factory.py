@@ -1,4 +1,4 @@
-"""One env, or a batch of envs in processes, by the name of its domain and task."""
+"""Make an env, or a batch of envs in processes, from the names of its domain and task."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def _validate_simulation(
     image_size: int,
     render: RenderMode,
 ) -> None:
-    """Raise here what workers would raise seconds later, and decode videos once for all of them."""
+    """Raise errors that workers would raise seconds later, and decode videos once for all."""
     require_gl_backend()
     if camera_id is None and distractions is None:
         return
@@ -92,7 +92,7 @@ def make_env(
     foreground_mask: bool = True,
     action_range: Sequence[float] | None = None,
 ) -> TransformedEnv:
-    """Make one env, or a batch of envs that run in processes of their own.
+    """Make one env, or a batch of envs that run in separate processes.
 
     Env ``i`` is seeded with ``derive_seed(seed, "env", i)``: the envs of a batch differ, and the
     same seed gives the same batch, bit for bit.
@@ -103,31 +103,31 @@ def make_env(
         image_size: Height H and width W in pixels, at least 16.
         action_repeat: Control steps per agent step, at least 1.
         distraction: ``"none"``; ``"easy"``, ``"medium"`` or ``"hard"``, as the Distracting Control
-            Suite has them; or a :class:`~w2f_torchrl.envs.DistractionConfig`.
-        num_envs: B, the number of envs. 1 gives an env without a batch dimension.
+            Suite defines them; or a :class:`~w2f_torchrl.envs.DistractionConfig`.
+        num_envs: B, the number of envs. 1 makes an env without a batch dimension.
         seed: Non-negative seed of the batch.
         render: ``"fast"`` or ``"reference"``, see :class:`PixelDMControlEnv`.
-        background_source: Where the distraction's videos are from: a folder, ``"davis"``,
+        background_source: Source of the distraction's videos: a folder, ``"davis"``,
             ``"procedural"`` or ``"procedural:SEED"`` (see
             :func:`~w2f_torchrl.envs.backgrounds.list_clips`); None for procedural.
-        background_split: ``"train"`` or ``"val"``: which of them.
+        background_split: Which of its clips: ``"train"`` or ``"val"``.
         device: Device of the tensors.
         camera_id: Index of the model's camera, None for the domain's usual one.
-        foreground_mask: Whether to make ``foreground_mask``.
-        action_range: Lowest and highest action of a registered env whose spec names no limits; None
-            where it names them.
+        foreground_mask: Whether to render ``foreground_mask``.
+        action_range: Lowest and highest action of a registered env whose spec has no limits; None
+            if it has.
 
     Returns:
         An env with ``pixels`` uint8 [*B, 3, H, W], ``foreground_mask`` bool [*B, 1, H, W],
-        ``action`` float32 [*B, A] in [-1, 1] (what lies outside is clipped, then scaled to the
-        env's own box), ``is_init`` bool [*B, 1], ``reward`` and ``episode_reward`` float32 [*B, 1],
-        ``step_count`` int64 [*B, 1] in agent steps, and TorchRL's ``done``, ``terminated`` and
-        ``truncated``.
+        ``action`` float32 [*B, A] in [-1, 1] (clipped, then scaled to the env's box), ``is_init``
+        bool [*B, 1], ``reward`` and ``episode_reward`` float32 [*B, 1], ``step_count`` int64
+        [*B, 1] in agent steps, and TorchRL's ``done``, ``terminated`` and ``truncated``.
 
     Raises:
-        ValueError: If a setting is not allowed; the message names it, its value and what is.
-        RuntimeError: If there is no OpenGL backend; the message says how to get one. If a script
-            makes a batch outside ``if __name__ == "__main__":``, which its processes import again.
+        ValueError: If a setting is not allowed; names it, its value and what is allowed.
+        RuntimeError: If no OpenGL backend works; the message says how to install one. Also if a
+            script makes a batch outside ``if __name__ == "__main__":``, since its processes import
+            the script again.
     """
     validate_pixel_settings(image_size, action_repeat, render)
     validate_integer("num_envs", num_envs, 1)
@@ -165,15 +165,15 @@ def make_env(
     elif distractions is not None:
         raise ValueError(
             f"distraction is {distraction!r}: must be 'none' for the registered domain {domain!r}, "
-            "whose factory draws its own pictures."
+            "whose factory renders its own images."
         )
     seeds = [{"seed": derive_seed(seed, "env", index)} for index in range(num_envs)]
     make_one = partial(factory, task, **settings)
     if num_envs == 1:
         env = make_one(**seeds[0], device=device)
     else:
-        # A fork would inherit OpenGL's state. Daemons end with this process, also when an exception
-        # ends it before anyone calls close().
+        # A fork would inherit OpenGL's state. Daemons end with this process, even if an exception
+        # ends it before close() is called.
         env = ParallelEnv(
             num_envs,
             make_one,

@@ -1,4 +1,4 @@
-"""Which parts of a Control Suite scene are foreground: the simulator's own mask."""
+"""The foreground of a Control Suite scene, for the simulator's mask."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ TARGET_PREFIX = "target"
 
 
 class StaticTargets:
-    """Tell the things that a task is about from the scenery, among all that doesn't move.
+    """Distinguish targets from scenery among the objects that do not move.
 
-    Foreground is what moves (geoms and sites on a body that isn't welded to the world, skins,
-    tendons) and the task's targets: a static geom or site that is called ``target*``, or whose body
-    is, or that sits on a mocap body. All else (sky, floor, walls, rails, bases) is background.
-    MuJoCo sorts what moves from what doesn't by itself, as ``mjCAT_DYNAMIC`` and ``mjCAT_STATIC``,
-    and draws nothing that is fully transparent. The names are left to us.
+    Foreground is everything that moves (geoms and sites on a body that is not welded to the world,
+    skins, tendons), and the task's targets: a static geom or site whose name, or whose body's name,
+    is ``target*``, or that sits on a mocap body. Everything else (sky, floor, walls, rails, bases)
+    is background. MuJoCo itself separates moving from static objects, as ``mjCAT_DYNAMIC`` and
+    ``mjCAT_STATIC``, and does not render fully transparent ones; only names are checked here.
 
     Args:
         physics: The simulation, whose names are read once.
@@ -43,14 +43,14 @@ class StaticTargets:
         }
 
     def __call__(self, object_type: int, object_id: int) -> bool:
-        """Whether a drawn object that doesn't move is a target.
+        """Return whether a rendered object that does not move is a target.
 
         Args:
             object_type: A value of ``mujoco.mjtObj``.
             object_id: The object's index among those of its type; negative for a decoration.
 
         Returns:
-            True for a target. Decorations, which stand for no object, are none.
+            True for a target. Decorations, which belong to no object, are not targets.
         """
         is_target = self._is_target.get(object_type)
         return is_target is not None and object_id >= 0 and bool(is_target[object_id])

@@ -1,8 +1,8 @@
-"""Moving backgrounds that are computed: scenes of opaque textured shapes, and a camera that pans.
+"""Procedural moving backgrounds: a camera pans over scenes of opaque textured shapes.
 
-A still picture is a pile of leaves, shapes of all sizes that hide each other ("dead leaves"; Lee,
-Mumford and Huang 2001), whose edges and power-law sizes give the statistics of natural pictures.
-A clip pans over such a picture, and some shapes move across it on paths of their own.
+A still image is a pile of leaves, shapes of all sizes that hide each other ("dead leaves"; Lee,
+Mumford and Huang 2001), whose edges and power-law sizes give the statistics of natural images. A
+clip pans over such an image, and some shapes move across it on separate paths.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from w2f_torchrl.utils.seeding import derive_seed
 FRAMES = 100
 """Frames of a clip."""
 VERSION = 1
-"""Goes into the cache's keys; raised when the same seed gives another picture."""
+"""Part of the cache's keys; increased when the same seed gives a different image."""
 
 FloatArray = npt.NDArray[np.float32]
 UInt8Array = npt.NDArray[np.uint8]
 
 _OVERSAMPLING = 2
 _EXTENT = 2.2
-"""Side of the still picture that a clip pans over, in sides of a frame."""
+"""Side of the still image that a clip pans over, in sides of a frame."""
 _LEAVES = 330
 _SIZES = (0.024, 0.8)
-"""Least and greatest radius of a leaf, in sides of a frame."""
+"""Minimum and maximum radius of a leaf, in sides of a frame."""
 
 
 @dataclass(frozen=True)
@@ -47,11 +47,11 @@ class ProceduralClip:
 
     @property
     def name(self) -> str:
-        """What messages call it."""
+        """Name for messages."""
         return f"procedural:{self.seed}/{self.split}/{self.index:02d}"
 
     def key(self) -> list[object]:
-        """What the cache knows it by."""
+        """Return its key in the cache."""
         return ["procedural", VERSION, FRAMES, self.seed, self.split, self.index]
 
     def read(self, size: int) -> UInt8Array:
@@ -78,7 +78,7 @@ def render_clip(generator: np.random.Generator, size: int) -> UInt8Array:
 
 
 def _palette(generator: np.random.Generator) -> FloatArray:
-    """A few colours that go together, float32 [5, 3]: much difference in light, less in hue."""
+    """Return a few matching colours, float32 [5, 3]: very different in lightness, less in hue."""
     light = generator.uniform(0.0, 1.0, (5, 1))
     tint = generator.normal(0.0, 0.04, (1, 3)) + generator.normal(0.0, 0.07, (5, 3))
     return np.asarray(light + tint - tint.mean(axis=1, keepdims=True), dtype=np.float32)
@@ -97,10 +97,10 @@ class _Leaf:
     """Half axes, in sides of a frame."""
     angle: float
     power: float
-    """2: an ellipse; more: squarer."""
+    """2 is an ellipse; larger values are squarer."""
     color: FloatArray
     shading: tuple[float, float]
-    """Change of light along each axis, from the middle to the rim."""
+    """Change of lightness along each axis, from the middle to the rim."""
     stripes: tuple[float, float]
     """Amplitude and waves per frame of stripes along the first axis."""
 
@@ -118,7 +118,7 @@ class _Leaf:
         )
 
     def paint(self, x: FloatArray, y: FloatArray, pixel: float) -> tuple[FloatArray, FloatArray]:
-        """Coverage [*, h, w, 1] and colours [*, h, w, 3] at positions from the leaf's centre.
+        """Return coverage [*, h, w, 1] and colours [*, h, w, 3] relative to the leaf's centre.
 
         Args:
             x: In sides of a frame.
@@ -151,7 +151,7 @@ def _paint_still(generator: np.random.Generator, palette: FloatArray, size: int)
     positions = (np.arange(side, dtype=np.float32) + 0.5) * np.float32(pixel)
     smallest, largest = _SIZES
     for _ in range(_LEAVES):
-        # Radii of density r^-3 between the limits: as many leaves of each size as cover equal area.
+        # Radii of density r^-3 between the limits, so that leaves of each size cover equal areas.
         share = generator.random()
         radius = (smallest**-2 + share * (largest**-2 - smallest**-2)) ** -0.5
         leaf = _Leaf.draw(generator, palette, radius)
@@ -170,7 +170,7 @@ def _paint_still(generator: np.random.Generator, palette: FloatArray, size: int)
 
 
 def _texture(generator: np.random.Generator, size: int, side: int) -> FloatArray:
-    """Fine grey 1/f noise, float32 [side, side, 1]."""
+    """Return fine grey 1/f noise, float32 [side, side, 1]."""
     frequency = np.hypot(np.fft.fftfreq(side)[:, None], np.fft.rfftfreq(side)[None, :])
     frequency = np.maximum(frequency * side / _EXTENT, 1.0)  # waves per frame
     shape = (*frequency.shape, 2)
@@ -180,7 +180,7 @@ def _texture(generator: np.random.Generator, size: int, side: int) -> FloatArray
 
 
 def _path(generator: np.random.Generator, room: float, speed: float) -> FloatArray:
-    """A smooth path within [0, room]^2, float32 [100, 2]; about ``speed`` sides per 100 frames."""
+    """Return a smooth path in [0, room]^2, float32 [100, 2]; ``speed`` sides per 100 frames."""
     times = np.linspace(0.0, 1.0, FRAMES)
     path = np.zeros((FRAMES, 2))
     heading = generator.uniform(0.0, 2 * math.pi)
@@ -196,7 +196,7 @@ def _path(generator: np.random.Generator, room: float, speed: float) -> FloatArr
 
 
 def _pan(still: FloatArray, path: FloatArray, size: int) -> FloatArray:
-    """Look at the still picture through a moving window, float32 [100, size, size, 3]."""
+    """View the still image through a moving window, float32 [100, size, size, 3]."""
     frames = np.empty((len(path), size, size, 3), dtype=np.float32)
     wide = size * _OVERSAMPLING
     for frame, (x, y) in zip(frames, path * wide, strict=True):
@@ -209,7 +209,7 @@ def _pan(still: FloatArray, path: FloatArray, size: int) -> FloatArray:
 
 
 def _paint_mover(frames: FloatArray, generator: np.random.Generator, palette: FloatArray) -> None:
-    """Let an object of three leaves cross the clip, in place."""
+    """Move an object of three leaves across the clip, in place."""
     size = frames.shape[1]
     path = _path(generator, 1.2, speed=generator.uniform(0.2, 0.7)) - np.float32(0.1)
     radius = generator.uniform(0.05, 0.16)

@@ -1,4 +1,4 @@
-"""Small, cheap pictures of a dm_control simulation, with the simulator's foreground mask."""
+"""Small, cheap images of a dm_control simulation, with the simulator's foreground mask."""
 
 from __future__ import annotations
 
@@ -26,28 +26,27 @@ if TYPE_CHECKING:
 
 
 class SceneRenderer:
-    """Draw one camera of a simulation at one size.
+    """Render one camera of a simulation at one size.
 
-    The renderer has OpenGL contexts of its own, with an offscreen buffer of the picture's size.
-    ``physics.render`` keeps working beside it, at any size and at dm_control's full quality, say
-    for a video.
+    The renderer has separate OpenGL contexts, with an offscreen buffer of the image's size, so
+    that ``physics.render`` still works at any size and at dm_control's full quality.
 
-    The mask comes from depth: the scene is drawn once with everything and once without the
-    foreground, and where the first is nearer, foreground shows. Both passes put the background's
+    The mask is computed from depth: the scene is rendered with and without the foreground, and the
+    foreground covers the pixels where the first is nearer. Both passes send the background's
     triangles through the same pipeline, so its depths are equal to the last bit. A segmentation
-    pass draws everything twice, and labels what lies behind a transparent surface wrongly.
+    pass would render everything twice, and label objects behind a transparent surface wrongly.
 
     Args:
         physics: The simulation.
         image_size: Height and width in pixels.
         camera_id: Index of the model's camera.
-        render: ``"fast"`` draws without multisampling, shadows and reflections; ``"reference"``
-            draws the model's own quality, which is what ``physics.render`` shows.
-        foreground_mask: Whether :meth:`draw` makes the mask too.
-        quality: In place of what ``render`` means.
+        render: ``"fast"`` renders without multisampling, shadows and reflections; ``"reference"``
+            uses the model's own quality, as ``physics.render`` does.
+        foreground_mask: Whether :meth:`draw` returns the mask too.
+        quality: Overrides the quality implied by ``render``.
 
     Raises:
-        RuntimeError: If there is no OpenGL backend; the message says how to get one.
+        RuntimeError: If no OpenGL backend works; the message says how to install one.
     """
 
     def __init__(
@@ -72,18 +71,18 @@ class SceneRenderer:
         self._background: SceneView | None = None
         self._silhouette: SceneRenderer | None = None
         if foreground_mask and quality.multisamples is None:
-            # Multisampling mixes the depths along an outline; the mask is drawn without.
+            # Multisampling mixes the depths along an outline, so the mask is rendered without it.
             self._silhouette = SceneRenderer(physics, image_size=image_size, camera_id=camera_id)
         elif foreground_mask:
             self._background = SceneView(physics, camera_id, FAST)
             self._targets = StaticTargets(physics)
 
     def draw(self) -> tuple[UInt8Array, BoolArray | None]:
-        """Draw the simulation's present state.
+        """Render the simulation's present state.
 
         Returns:
-            The picture, uint8 [3, H, W] in [0, 255], and the foreground mask, bool [1, H, W], or
-            None if the renderer makes none. Both are fresh arrays.
+            The image, uint8 [3, H, W] in [0, 255], and the foreground mask, bool [1, H, W], or None
+            if the renderer makes none. Both are new arrays.
         """
         self._everything.update(ALL)
         self.context.draw(self._everything.scene, self._pixels, self._nearness)
@@ -101,7 +100,7 @@ class SceneRenderer:
         return np.ascontiguousarray(mask)
 
     def upload_height_fields(self) -> None:
-        """Hand terrain to OpenGL, which keeps a copy: call it after each episode's reset."""
+        """Upload terrain to OpenGL, which keeps a copy; call it after each episode's reset."""
         self.context.upload_height_fields()
         if self._silhouette is not None:
             self._silhouette.upload_height_fields()

@@ -1,4 +1,4 @@
-"""MuJoCo's scene and OpenGL context, as the renderers of this package share them."""
+"""MuJoCo's scene and OpenGL context, shared by the renderers of this package."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ STATIC = int(mujoco.mjtCatBit.mjCAT_STATIC) | int(mujoco.mjtCatBit.mjCAT_DECOR)
 
 @dataclass(frozen=True)
 class Quality:
-    """What a picture costs; None leaves the model's own value.
+    """Rendering quality; None keeps the model's value.
 
     Attributes:
-        multisamples: Samples of a pixel. Only without (0) does each pixel show one object.
-        shadow_map: Side of the shadow map, texels; 0 draws no shadows.
+        multisamples: Samples per pixel. Only with 0 does each pixel show a single object.
+        shadow_map: Side of the shadow map, texels; 0 disables shadows.
         reflections: Whether floors reflect.
-        slices: Corners around a round body, and along it.
+        slices: Vertices around a round body, and along it.
     """
 
     multisamples: int | None = None
@@ -42,20 +42,20 @@ class Quality:
 
 
 FULL = Quality()
-"""dm_control's own picture."""
+"""The quality of dm_control's renderer."""
 FAST = Quality(multisamples=0, shadow_map=0, reflections=False)
 SHARP = Quality(multisamples=0, shadow_map=512, slices=(16, 10))
-"""dm_control's picture but for its smooth outlines, at a fraction of the price."""
+"""Like dm_control's renderer except for smooth outlines, at a fraction of the cost."""
 
 
 class SceneView:
-    """What one camera sees of some categories of objects.
+    """The view of one camera on some categories of objects.
 
     Args:
         physics: The simulation.
         camera_id: Index of the model's camera.
-        quality: Which effects the scene has.
-        hidden_group: A group of geoms and sites that isn't drawn; None draws what MuJoCo does.
+        quality: Effects of the scene.
+        hidden_group: A group of geoms and sites to hide; None renders the same as MuJoCo.
     """
 
     def __init__(
@@ -81,13 +81,13 @@ class SceneView:
             self._option.geomgroup[hidden_group] = self._option.sitegroup[hidden_group] = 0
 
     def leave_out_sky(self) -> None:
-        """Draw no sky box, no haze before it, and no rays of range finders."""
+        """Hide the sky box, the haze in front of it, and the rays of range finders."""
         self.scene.flags[mujoco.mjtRndFlag.mjRND_SKYBOX] = 0
         self.scene.flags[mujoco.mjtRndFlag.mjRND_HAZE] = 0
         self._option.flags[mujoco.mjtVisFlag.mjVIS_RANGEFINDER] = 0
 
     def update(self, categories: int) -> None:
-        """Collect the objects of these categories at their present poses."""
+        """Collect the objects of these categories in their present poses."""
         mujoco.mjv_updateScene(
             self._physics.model.ptr,
             self._physics.data.ptr,
@@ -99,7 +99,7 @@ class SceneView:
         )
 
     def hide(self, targets: StaticTargets) -> None:
-        """Leave the targets out, until the next update."""
+        """Hide the targets until the next update."""
         for geom in self.scene.geoms[: self.scene.ngeom]:
             if targets(geom.objtype, geom.objid):
                 geom.type = mujoco.mjtGeom.mjGEOM_NONE
@@ -120,18 +120,18 @@ class RenderContext:
         with _context_settings(self._model, image_size, quality):
             self._gl = _render.Renderer(max_width=image_size, max_height=image_size)
             self._mujoco = wrapper.MjrContext(self._model, self._gl)
-        # Depth as it is stored, 0 at the far end: the other map is 1 - depth, which rounds.
+        # Read depth as stored, 0 at the far end: the other mapping is 1 - depth, which rounds.
         self._mujoco.ptr.readDepthMap = mujoco.mjtDepthMap.mjDEPTH_ZEROFAR
 
     def draw(self, scene: mujoco.MjvScene, pixels: UInt8Array | None, nearness: FloatArray) -> None:
-        """Draw a scene, bottom row first.
+        """Render a scene, bottom row first.
 
         Args:
-            scene: What to draw.
-            pixels: Gets the picture, uint8 [H, W, 3]; None for depth only.
-            nearness: Gets the depth, float32 [H, W]: 0 at the far end, 1 at the near one.
+            scene: The scene.
+            pixels: Receives the image, uint8 [H, W, 3]; None renders only depth.
+            nearness: Receives the depth, float32 [H, W]: 0 at the far end, 1 at the near one.
         """
-        # OSMesa's context lives on a thread of its own, so OpenGL calls go through the executor.
+        # OSMesa's context lives on a separate thread, so OpenGL calls go through the executor.
         with self._gl.make_current() as executor:
             executor.call(self._draw, scene, pixels, nearness)
 
@@ -142,26 +142,26 @@ class RenderContext:
         mujoco.mjr_readPixels(pixels, nearness, self._rect, self._mujoco.ptr)
 
     def upload_height_fields(self) -> None:
-        """Hand terrain to OpenGL, which keeps a copy."""
+        """Upload terrain to OpenGL, which keeps a copy."""
         with self._gl.make_current() as executor:
             for index in range(self._model.nhfield):
                 executor.call(mujoco.mjr_uploadHField, self._model.ptr, self._mujoco.ptr, index)
 
     def upload_texture(self, index: int) -> None:
-        """Hand the model's present texture to OpenGL, which keeps a copy."""
+        """Upload the model's present texture to OpenGL, which keeps a copy."""
         with self._gl.make_current() as executor:
             executor.call(mujoco.mjr_uploadTexture, self._model.ptr, self._mujoco.ptr, index)
 
     def close(self) -> None:
-        """Free what OpenGL holds."""
+        """Free OpenGL's resources."""
         self._mujoco.free()
 
 
 @contextlib.contextmanager
 def _context_settings(model: wrapper.MjModel, image_size: int, quality: Quality) -> Iterator[None]:
-    """Change the model's settings that MuJoCo reads once, when a context is made; then restore.
+    """Change the settings that MuJoCo reads when a context is made, then restore them.
 
-    Changed for good, they would also degrade ``physics.render``.
+    A permanent change would also degrade ``physics.render``.
     """
     visual_global, visual_quality = model.vis.global_, model.vis.quality
     saved = (

@@ -1,4 +1,4 @@
-"""All that a dm_control simulation's future depends on, read and put back."""
+"""Save and restore everything that a dm_control simulation's future depends on."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ _COUNTERS = ("_step_count", "_reset_next_step")
 
 
 class SimulationState:
-    """Reads and writes the state of one dm_control environment.
+    """Save and restore the state of one dm_control environment.
 
     The state holds MuJoCo's integration state (positions, velocities, activations, controls, mocap
     bodies, warm start), the model's arrays that the task has changed since it was loaded (a
-    target's place, a terrain), the task's own values and random state, and the episode's counters.
+    target's position, a terrain), the task's values and random state, and the episode's counters.
 
     Args:
         env: The environment, before its first reset.
@@ -41,7 +41,7 @@ class SimulationState:
         return {n: v for n, v in values if isinstance(v, np.ndarray) and v.flags.writeable}
 
     def state_dict(self) -> dict[str, Any]:
-        """The state as plain values and tensors."""
+        """Return the state as plain values and tensors."""
         physics, task = self._env.physics, self._env.task
         size = mujoco.mj_stateSize(physics.model.ptr, _STATE)
         integration = np.empty(size)
@@ -58,16 +58,16 @@ class SimulationState:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Put a state back, into an environment that was loaded with the same seed.
+        """Restore a state, in an environment that was loaded with the same seed.
 
         Raises:
-            ValueError: If the state is of another model.
+            ValueError: If the state belongs to another model.
         """
         physics = self._env.physics
         size = mujoco.mj_stateSize(physics.model.ptr, _STATE)
         if len(state["integration"]) != size:
             raise ValueError(
-                f"the state has {len(state['integration'])} numbers, and this model's has {size}: "
+                f"the state has {len(state['integration'])} numbers, but this model's has {size}: "
                 "it is of another task."
             )
         for name, array in self._model_arrays().items():
@@ -75,8 +75,8 @@ class SimulationState:
             array[...] = self._model[name] if changed is None else changed.numpy()
         integration = state["integration"].numpy()
         mujoco.mj_setState(physics.model.ptr, physics.data.ptr, integration, _STATE)
-        # What positions and velocities imply, contacts and the cameras' places say: dm_control ends
-        # each of its steps with this.
+        # Recompute what follows from positions and velocities, such as contacts and camera poses:
+        # dm_control ends each of its steps with this.
         mujoco.mj_step1(physics.model.ptr, physics.data.ptr)
         unpack(state["task"], vars(self._env.task))
         for name in _COUNTERS:
@@ -84,9 +84,9 @@ class SimulationState:
 
 
 def pack(attributes: Mapping[str, Any]) -> dict[str, Any]:
-    """Turn an object's numbers, arrays and random states into plain values and tensors.
+    """Convert an object's numbers, arrays and random states to plain values and tensors.
 
-    Values of other types are left out: they are taken for settings.
+    Values of other types are skipped: they are assumed to be settings.
     """
     packed: dict[str, Any] = {}
     for name, value in attributes.items():
@@ -102,7 +102,7 @@ def pack(attributes: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def unpack(packed: Mapping[str, Any], attributes: dict[str, Any]) -> None:
-    """Put back what :func:`pack` made."""
+    """Restore values from :func:`pack`."""
     for name, value in packed.items():
         if not isinstance(value, Mapping):
             attributes[name] = value

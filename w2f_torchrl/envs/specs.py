@@ -1,4 +1,4 @@
-"""What an env offers, compared with what a run needs, before anything is built on it."""
+"""Check that an env provides what a run needs, before anything is built on it."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ FLAGS = ("done", "terminated")
 
 
 def check_env(env: EnvBase, domain: str, image_size: int) -> None:
-    """Compare an env's specs, and what it really gives, with what a run needs.
+    """Compare an env's specs, and the data it returns, with the requirements of a run.
 
     Args:
-        env: A single env. It is reset and makes one step, with torch's random state kept.
-        domain: Its name, for the messages.
-        image_size: S, the side that pictures must have, pixels.
+        env: A single env. It is reset and stepped once; torch's random state is preserved.
+        domain: Name of the env, for the messages.
+        image_size: S, required side of the images, pixels.
 
     Raises:
-        ValueError: Naming the domain, the entry, what it is and what is allowed.
+        ValueError: Naming the domain, the entry, its value and what is allowed.
     """
     if env.batch_size:
         raise ValueError(
@@ -40,7 +40,7 @@ def check_env(env: EnvBase, domain: str, image_size: int) -> None:
     for name in FLAGS:
         _check_entry(domain, name, after.get(name, None), [1], torch.bool, "step() gives")
     if not after["reward"].isfinite().all():
-        raise ValueError(f"domain {domain!r}: step() gives a reward of {after['reward'].item()}.")
+        raise ValueError(f"domain {domain!r}: step() returns reward {after['reward'].item()}.")
 
 
 def _check_specs(env: EnvBase, domain: str, image_size: int) -> None:

@@ -1,4 +1,4 @@
-"""Tasks by name, the Control Suite's and a user's own, and the checks made before any work."""
+"""Tasks by name, the Control Suite's and registered ones, and checks made before any work."""
 
 from __future__ import annotations
 
@@ -25,28 +25,29 @@ _REGISTRY: dict[str, EnvFactory] = {}
 
 
 def register_env(domain: str, factory: EnvFactory) -> None:
-    """Let :func:`~w2f_torchrl.envs.make_env` build a domain of your own.
+    """Register your own domain for :func:`~w2f_torchrl.envs.make_env`.
 
     The factory is called once per env, as ``factory(task, image_size=..., action_repeat=...,
     render=..., camera_id=..., foreground_mask=..., seed=..., device=...)``. It returns a TorchRL
     env with ``pixels`` uint8 [3, H, W] and, unless ``foreground_mask`` is False,
     ``foreground_mask`` bool [1, H, W]; ``action`` [A], a box with limits; ``reward`` float32 [1],
-    summed over the action repeat; ``done`` and ``terminated`` bool [1], and ``truncated`` where
-    episodes may be cut. ``make_env`` clips what a policy proposes to [-1, 1] and scales it to the
-    box: the env gets no action outside its spec. The factory raises ValueError for a task or a
-    setting that it does not support. Batches call it in worker processes, so it has to be
-    importable from a module.
+    summed over the action repeat; ``done`` and ``terminated`` bool [1], and ``truncated`` if
+    episodes may be truncated. ``make_env`` clips the policy's actions to [-1, 1] and scales them to
+    the box, so that the env never receives an action outside its spec. The factory raises
+    ValueError for a task or a setting that it does not support. Batches call it in worker
+    processes, so it must be importable from a module.
 
-    An env with ``resume_state()``, plain values and tensors, and ``load_resume_state(state)`` lets
-    a resumed run go on within its episodes; without, it begins new ones.
+    If the env has ``resume_state()``, which returns plain values and tensors, and
+    ``load_resume_state(state)``, a resumed run continues within its episodes; otherwise it starts
+    new ones.
 
     Args:
         domain: The name that users pass to :func:`~w2f_torchrl.envs.make_env`.
         factory: Builds one env.
 
     Raises:
-        ValueError: If the name is taken, by the Control Suite or by an earlier call, or is no name.
-        TypeError: If the factory can't be called.
+        ValueError: If the name is empty, or taken by the Control Suite or an earlier call.
+        TypeError: If the factory is not callable.
     """
     if not isinstance(domain, str) or not domain.strip():
         raise ValueError(f"domain is {domain!r}: must be a name.")
@@ -58,19 +59,19 @@ def register_env(domain: str, factory: EnvFactory) -> None:
 
 
 def registered_factory(domain: str) -> EnvFactory | None:
-    """The factory that a user registered for this domain, None for the Control Suite's domains."""
+    """Return the factory registered for this domain, None for the Control Suite's domains."""
     return _REGISTRY.get(domain)
 
 
 def validate_task(domain: str, task: str) -> None:
-    """Check that there is such a task, without loading a model.
+    """Check that a task exists, without loading a model.
 
     Args:
-        domain: A domain of the Control Suite, ``"walker"`` say, or one that was registered.
-        task: Name of one of its tasks, ``"walk"`` say. A registered factory checks it itself.
+        domain: A domain of the Control Suite, such as ``"walker"``, or a registered one.
+        task: One of its tasks, such as ``"walk"``. A registered factory checks it itself.
 
     Raises:
-        ValueError: If there is no such domain or task; the message lists those that there are.
+        ValueError: If the domain or task does not exist; the message lists those that do.
     """
     if domain in _REGISTRY:
         return
@@ -86,19 +87,19 @@ def validate_integer(name: str, value: object, minimum: int) -> None:
     """Check an integer setting.
 
     Args:
-        name: The setting's name, for the message.
-        value: What the user gave. A bool is no integer.
-        minimum: The least value allowed.
+        name: Name of the setting, for the message.
+        value: What the user gave. A bool does not count as an integer.
+        minimum: Smallest allowed value.
 
     Raises:
-        ValueError: If the value is of another type, or too small.
+        ValueError: If the value has another type, or is too small.
     """
     if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
         raise ValueError(f"{name} is {value!r}: must be an integer of at least {minimum}.")
 
 
 def validate_pixel_settings(image_size: int, action_repeat: int, render: str) -> None:
-    """Check how an env is to be drawn and stepped.
+    """Check the settings that an env is rendered and stepped with.
 
     Args:
         image_size: Height and width in pixels, from 16 to 1024.
@@ -106,7 +107,7 @@ def validate_pixel_settings(image_size: int, action_repeat: int, render: str) ->
         render: ``"fast"`` or ``"reference"``.
 
     Raises:
-        ValueError: If a setting is not allowed; the message names it, its value and what is.
+        ValueError: If a setting is not allowed; names it, its value and what is allowed.
     """
     validate_integer("image_size", image_size, MIN_IMAGE_SIZE)
     if image_size > MAX_IMAGE_SIZE:
@@ -117,7 +118,7 @@ def validate_pixel_settings(image_size: int, action_repeat: int, render: str) ->
 
 
 def validate_action_range(action_range: Sequence[float]) -> None:
-    """Check the range that is declared for actions without limits.
+    """Check the declared range of actions without limits.
 
     Args:
         action_range: Lowest and highest value.
@@ -135,18 +136,18 @@ def validate_action_range(action_range: Sequence[float]) -> None:
 def validate_distraction(
     distraction: Distraction, background_source: str | None, background_split: str
 ) -> DistractionConfig | None:
-    """Check what distracts, and that there are videos enough. None is decoded.
+    """Check the distractions, and that enough videos exist. No video is decoded.
 
     Args:
-        distraction: As :func:`~w2f_torchrl.envs.distractions.parse_distraction` takes it.
-        background_source: Where the videos are from; None for the procedural ones.
+        distraction: See :func:`~w2f_torchrl.envs.distractions.parse_distraction`.
+        background_source: Source of the videos; None for the procedural ones.
         background_split: ``"train"`` or ``"val"``.
 
     Returns:
         The distractions, None for none.
 
     Raises:
-        ValueError: If a setting is not allowed; the message names it, its value and what is.
+        ValueError: If a setting is not allowed; names it, its value and what is allowed.
     """
     validate_split(background_split)
     config = parse_distraction(distraction)
@@ -166,10 +167,10 @@ def validate_camera(domain: str, camera_id: int | None, cameras: int) -> None:
     Args:
         domain: The model's name, for the message.
         camera_id: What the user gave; None asks for the default.
-        cameras: How many the model has.
+        cameras: Number of cameras of the model.
 
     Raises:
-        ValueError: If the model lacks the camera.
+        ValueError: If the model does not have the camera.
     """
     if camera_id is None:
         return
@@ -178,8 +179,9 @@ def validate_camera(domain: str, camera_id: int | None, cameras: int) -> None:
 
 
 def default_camera(domain: str, task: str) -> int:
-    """The camera that agents learn from: 0, and 2 where camera 0 doesn't follow the agent.
+    """Return the camera that agents learn from: 0, or 2 if camera 0 does not follow the agent.
 
-    The quadruped's camera 0 stays with its arena, and the fetching dog's looks at the ball alone.
+    The quadruped's camera 0 is fixed to its arena, and that of dog's fetch task follows only the
+    ball.
     """
     return 2 if domain == "quadruped" or (domain, task) == ("dog", "fetch") else 0

@@ -1,4 +1,4 @@
-"""Colours that wander and videos that play to and fro, as in the Distracting Control Suite."""
+"""Wandering colours, and videos that play back and forth, as in the Distracting Control Suite."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class ColorWalk:
     """The colours of a model's materials.
 
     Args:
-        original: The materials' own colours, float [M, 3] in [0, 1].
+        original: The materials' original colours, float [M, 3] in [0, 1].
         scale: Intensity s: colours stay within s of the original, and in [0, 1]. A step adds
             Gaussian noise of standard deviation 0.03 s to each channel.
         dynamic: Whether the colours change after their start.
@@ -42,19 +42,19 @@ class ColorWalk:
         self.colors = np.minimum(np.maximum(moved, self.low), self.high)
 
     def state_dict(self) -> dict[str, Any]:
-        """All that the next steps depend on, but for the generator."""
+        """Return everything that the next steps depend on, except the generator."""
         return {"colors": self.colors.tolist()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from what :meth:`state_dict` returned."""
+        """Continue from a state of :meth:`state_dict`."""
         self.colors = np.asarray(state["colors"], dtype=np.float64)
 
 
 class VideoWalk:
-    """Which frame of which clip shows.
+    """The visible frame of a clip.
 
-    Each episode draws a clip, a first frame and a direction; a dynamic walk then goes one frame a
-    step, and turns around at the clip's ends.
+    Each episode draws a clip, a first frame and a direction; a dynamic walk then moves one frame
+    per step, and turns around at the clip's ends.
 
     Args:
         lengths: Frames of each clip, at least 2.
@@ -70,17 +70,17 @@ class VideoWalk:
 
     @property
     def num_clips(self) -> int:
-        """How many clips there are."""
+        """Number of clips."""
         return len(self._lengths)
 
     def start(self, generator: np.random.Generator) -> None:
-        """Draw clip, frame and direction, uniformly each."""
+        """Draw clip, frame and direction, each uniformly."""
         self.clip = int(generator.integers(len(self._lengths)))
         self.frame = int(generator.integers(self._lengths[self.clip]))
         self.direction = 1 if generator.integers(2) else -1
 
     def step(self) -> None:
-        """Go on to the next frame, if the walk is dynamic."""
+        """Move to the next frame, if the walk is dynamic."""
         if not self.dynamic:
             return
         if not 0 <= self.frame + self.direction < self._lengths[self.clip]:
@@ -88,10 +88,10 @@ class VideoWalk:
         self.frame += self.direction
 
     def state_dict(self) -> dict[str, Any]:
-        """All that the next steps depend on."""
+        """Return everything that the next steps depend on."""
         return {"clip": self.clip, "frame": self.frame, "direction": self.direction}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from what :meth:`state_dict` returned."""
+        """Continue from a state of :meth:`state_dict`."""
         self.clip, self.frame = state["clip"], state["frame"]
         self.direction = state["direction"]

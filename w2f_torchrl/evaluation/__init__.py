@@ -1,4 +1,4 @@
-"""How well a model filters: what its latents hold of the agent and of the scenery.
+"""Measure how well a model filters: what its latents contain of the agent and of the scenery.
 
 The probes need scikit-learn: ``pip install "w2f_torchrl[analysis]"``.
 """

@@ -1,4 +1,4 @@
-"""Episodes with all that probes ask for: pictures, masks, the agent's state, the distractions'."""
+"""Episodes with the data for probes: images, masks, and the states of agent and distractions."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from w2f_torchrl.utils.stopping import check_stop
 
 Array = npt.NDArray[np.float64]
 Act = Callable[[Tensor, bool], Tensor]
-"""From pixels uint8 [3, H, W], and whether they are an episode's first, to an action [A]."""
+"""Maps pixels uint8 [3, H, W], and whether they start an episode, to an action [A]."""
 
 Accept = Callable[[int], bool]
-"""Whether a clip of this index will do."""
+"""Returns whether to accept the clip of this index."""
 
 HOLD = 4
-"""Agent steps that a random action is held for, so that the agent moves."""
+"""Agent steps for which a random action is held, so that the agent moves."""
 PER_CLIP = 4
-"""Episodes that each clip is shown in, at least."""
+"""Minimum number of episodes per clip."""
 MAX_TRIES = 2000
 
 
@@ -37,14 +37,14 @@ class Episode:
     """One episode of T observations.
 
     Attributes:
-        seed: What the env was seeded with.
+        seed: Seed of the env.
         pixels: uint8 ``[T, 3, H, W]``.
         masks: The simulator's foreground, bool ``[T, 1, H, W]``.
         actions: float32 ``[T, A]``: the action that led to each observation, zero for the first.
-        agent: The suite's own observations of the agent, float ``[T, K]`` each: ``velocity``, and
+        agent: The suite's observations of the agent, float ``[T, K]`` each: ``velocity``, and
             ``pose``, which is all the others.
-        scenery: What the distractions show, float ``[T, K]`` each: ``clip`` (its index), ``frame``,
-            ``camera``, ``color``, as far as there are.
+        scenery: State of the distractions that exist, float ``[T, K]`` each: ``clip`` (its index),
+            ``frame``, ``camera``, ``color``.
         physics: The simulation's state, float ``[T, K]``.
     """
 
@@ -57,11 +57,11 @@ class Episode:
     physics: Array
 
     def __len__(self) -> int:
-        """T."""
+        """T, the number of observations."""
         return len(self.pixels)
 
     def records(self) -> TensorDict:
-        """What the world model and the losses read, ``[1, T]``."""
+        """Return the entries that the world model and the losses read, ``[1, T]``."""
         is_init = torch.zeros(1, len(self), 1, dtype=torch.bool)
         is_init[:, 0] = True
         following = {PIXELS: self.pixels[None], MASK: self.masks[None]}
@@ -83,17 +83,18 @@ def record_episodes(
     act: Act | None = None,
     max_steps: int = 10_000,
 ) -> list[Episode]:
-    """Play episodes and write down what was seen and what there was.
+    """Play episodes and record the observations and the true states.
 
-    The background's clips take turns: as many of them as are shown in 4 episodes or more.
+    The background's clips take turns; their number is limited so that each is shown in at least 4
+    episodes.
 
     Args:
-        env: With ``foreground_mask``.
-        count: Episodes.
+        env: An env with ``foreground_mask``.
+        count: Number of episodes.
         seed: Episode i is played with the seed ``derive_seed(seed, "episode", i)``.
-        act: The agent; None for random actions that are held for 4 steps, so that episodes of the
-            same seed are the same for every agent.
-        max_steps: Agent steps after which an episode is cut.
+        act: The agent; None for random actions, each held for 4 steps, so that episodes of the same
+            seed are equal for every agent.
+        max_steps: Agent steps after which an episode is truncated.
     """
     video = None if env.distractor is None else env.distractor.video
     clips = 1 if video is None else max(min(video.num_clips, count // PER_CLIP), 1)
@@ -106,15 +107,15 @@ def record_episodes(
 
 
 def replace_backgrounds(env: PixelDMControlEnv, episodes: Sequence[Episode]) -> list[Episode]:
-    """Play episodes again before another clip: same actions, same physics, same camera and colours.
+    """Replay episodes with another clip, but the same actions, physics, camera and colours.
 
     Args:
-        env: The env that they were recorded in, with two background clips or more.
+        env: The env that they were recorded in, with at least two background clips.
         episodes: From :func:`record_episodes`.
 
     Raises:
         ValueError: If the env has no video, or only one clip.
-        RuntimeError: If the physics came out otherwise.
+        RuntimeError: If the physics differ.
     """
     if env.distractor is None or env.distractor.video is None:
         raise ValueError("replacing the background needs an env with a background video.")
@@ -123,7 +124,7 @@ def replace_backgrounds(env: PixelDMControlEnv, episodes: Sequence[Episode]) -> 
         differs = partial(operator.ne, int(episode.scenery["clip"][0, 0]))
         other = _record(env, episode.seed, actions=episode.actions, accept=differs)
         if not np.array_equal(other.physics, episode.physics):
-            raise RuntimeError(f"the episode of seed {episode.seed} took another course.")
+            raise RuntimeError(f"the episode of seed {episode.seed} did not repeat exactly.")
         replaced.append(other)
     return replaced
 
@@ -137,7 +138,7 @@ def _record(
     accept: Accept | None = None,
     max_steps: int = 10_000,
 ) -> Episode:
-    """Play one episode: given actions ``[T, A]``, an agent's, or random ones."""
+    """Play one episode with given actions ``[T, A]``, an agent's, or random ones."""
     act = act or _random_actions(env, seed)
     data = _reset(env, seed, accept)
     action = torch.zeros(env.action_spec.shape)
@@ -163,7 +164,7 @@ def _record(
 
 
 def _reset(env: PixelDMControlEnv, seed: int, accept: Accept | None) -> TensorDict:
-    """Begin the seed's episode, before a clip that is accepted; all else is the seed's."""
+    """Start the seed's episode with an accepted clip; everything else follows the seed."""
     env.set_seed(seed, static_seed=True)
     if accept is not None:
         background = _find_background(env, seed, accept)
@@ -175,7 +176,7 @@ def _reset(env: PixelDMControlEnv, seed: int, accept: Accept | None) -> TensorDi
 
 
 def _find_background(env: PixelDMControlEnv, seed: int, accept: Accept) -> int:
-    """A seed of the background with which the next reset shows a clip that is accepted."""
+    """Return a seed of the background for which the next reset shows an accepted clip."""
     assert env.distractor is not None, "checked by the callers"
     for attempt in range(MAX_TRIES):
         other = derive_seed(seed, "clip", attempt)
@@ -183,7 +184,7 @@ def _find_background(env: PixelDMControlEnv, seed: int, accept: Accept) -> int:
         env.distractor.reset()
         if accept(int(env.distractor.labels()["clip"][0])):
             return other
-    raise ValueError(f"no such clip in {MAX_TRIES} tries: it takes two clips or more.")
+    raise ValueError(f"no acceptable clip in {MAX_TRIES} tries: at least two clips are needed.")
 
 
 def _random_actions(env: PixelDMControlEnv, seed: int) -> Act:

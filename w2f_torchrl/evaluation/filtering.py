@@ -1,4 +1,4 @@
-"""Leakage, content, reconstruction, and what another background changes."""
+"""Leakage, content, reconstruction, and the effect of another background."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from w2f_torchrl.utils.stopping import check_stop
 Array = npt.NDArray[np.float64]
 
 FRAMES = 2000
-"""Rows that the probes see, at most: evenly many of every episode."""
+"""Maximum number of rows for the probes, evenly from every episode."""
 CHUNK = 64
-"""Pictures decoded at a time, to bound memory."""
+"""Images decoded at a time, to bound memory."""
 
 
 def measure_filtering(
@@ -35,27 +35,27 @@ def measure_filtering(
     seeds: Sequence[int] = (0, 1, 2),
     probes: Sequence[str] = PROBES,
 ) -> dict[str, Any]:
-    """Measure what the latents hold of the agent and of the scenery.
+    """Measure what the latents contain of the agent and of the scenery.
 
     Args:
         model: World model, actor and critic.
         episodes: From :func:`~w2f_torchrl.evaluation.record_episodes`; for the clip's identity at
-            least 4 of each clip.
-        replaced: The first of them again before other backgrounds, from
+            least 4 per clip.
+        replaced: The first of them with other backgrounds, from
             :func:`~w2f_torchrl.evaluation.replace_backgrounds`.
-        untrained: A control: a world model of the same sizes with its first weights.
-        seeds: Of the probes' splits.
-        probes: For the clip's identity: see :func:`~w2f_torchrl.evaluation.probe_class`.
+        untrained: A control: a world model of the same sizes with its initial weights.
+        seeds: Seeds of the probes' splits.
+        probes: Probes of the clip's identity, see :func:`~w2f_torchrl.evaluation.probe_class`.
 
     Returns:
-        ``leakage`` and ``content``: for the latent ``foreground`` (which the actor reads; the only
-        one of a model with one latent), for ``background`` where there is one, and for
-        ``untrained``, what probes find: the accuracy for ``clip``; R2 for ``camera``, ``color``,
-        ``pose``, ``velocity``. ``reconstruction``: ``foreground_psnr`` inside the simulator's mask
-        and ``background_psnr`` outside, in dB, and ``mask_iou``. ``replacement``: how far the mean
-        action and the value move when the background is another, as a mean absolute difference
-        (``action_change`` in [0, 2], ``value_change``), and as a share of how far two random frames
-        differ (``..._relative``: 0 is no influence, 1 is as if the agent were elsewhere).
+        ``leakage`` and ``content``: scores of the probes for the latent ``foreground`` (which the
+        actor reads; the only one in a model with one latent), for ``background`` if it exists, and
+        for ``untrained``: the accuracy for ``clip``; R2 for ``camera``, ``color``, ``pose``,
+        ``velocity``. ``reconstruction``: ``foreground_psnr`` inside the simulator's mask and
+        ``background_psnr`` outside, in dB, and ``mask_iou``. ``replacement``: the change of the
+        mean action and of the value with another background, as a mean absolute difference
+        (``action_change`` in [0, 2], ``value_change``), and relative to the difference between two
+        random frames (``..._relative``: 0 is no influence, 1 equals that difference).
     """
     latents, pictures = _encode_all(model.world_model, episodes)
     if untrained is not None:
@@ -76,7 +76,7 @@ def measure_filtering(
 
 
 def flat_metrics(result: Mapping[str, Any], prefix: str = "filtering") -> dict[str, float]:
-    """The measures under names for a log, ``filtering/leakage/foreground/clip/linear`` say."""
+    """Return the measures by name for a log: ``filtering/leakage/foreground/clip/linear``."""
     flat: dict[str, float] = {}
     for key, value in result.items():
         name = f"{prefix}/{key}"
@@ -90,7 +90,7 @@ def flat_metrics(result: Mapping[str, Any], prefix: str = "filtering") -> dict[s
 
 
 def _choose(episodes: Sequence[Episode]) -> npt.NDArray[np.int64]:
-    """Rows of all episodes' frames that the probes see."""
+    """Return the rows of all episodes' frames that the probes use."""
     total = sum(map(len, episodes))
     step = -(-total // FRAMES)
     starts = np.cumsum([0, *map(len, episodes)])
@@ -126,7 +126,7 @@ def _leakage(
 def _encode_all(
     world_model: WorldModel, episodes: Sequence[Episode]
 ) -> tuple[dict[str, Array], dict[str, float | None]]:
-    """Features of every frame by latent ``[N, D + S]``, and how well pictures are reconstructed."""
+    """Return features of every frame by latent ``[N, D + S]``, and reconstruction measures."""
     features: dict[str, list[Tensor]] = {}
     sums = _PictureSums()
     for episode in episodes:
@@ -141,7 +141,7 @@ def _encode_all(
 
 
 def _infer(world_model: WorldModel, episode: Episode) -> TensorDict:
-    """The posterior latents of an episode ``[T]``; the states are drawn alike at every call."""
+    """Return the posterior latents of an episode ``[T]``; every call draws the same states."""
     device = next(world_model.parameters()).device
     records = episode.records().select(*world_model.in_keys).to(device)
     with torch.random.fork_rng():
@@ -180,7 +180,7 @@ class _PictureSums:
                 self.ious.append(mask_iou(out["mask_logits"] > 0, mask))
 
     def result(self) -> dict[str, float | None]:
-        """Peak signal to noise in dB of each side, None where there is no picture of it; IoU."""
+        """Return each side's peak signal-to-noise ratio in dB, None without pixels, and the IoU."""
         found: dict[str, float | None] = {
             f"{side}_psnr": _psnr(self.error[side] / count) if (count := self.count[side]) else None
             for side in self.error
@@ -197,7 +197,7 @@ def _psnr(mean_squared_error: float) -> float:
 def _replacement(
     model: World2FilterLoss, episodes: Sequence[Episode], replaced: Sequence[Episode]
 ) -> dict[str, float]:
-    """Change of action and value, absolute and relative to what two random frames differ by."""
+    """Return the change of action and value, absolute and relative to random pairs of frames."""
 
     def act(features: Tensor) -> Tensor:
         belief, state = features.split(

@@ -1,4 +1,4 @@
-"""Slow work beside the training: encoding videos, drawing curves."""
+"""Slow work in the background of training: encoding videos, drawing curves."""
 
 from __future__ import annotations
 
@@ -13,41 +13,41 @@ logger = logging.getLogger(__name__)
 
 
 class BackgroundWorker:
-    """Does jobs one after another in a thread of low priority.
+    """Run jobs one after another in a low-priority thread.
 
-    Nothing is lost at the end: :meth:`close` waits for all jobs, and so does the interpreter when
-    it exits without a :meth:`close`. A job that raises is reported with its traceback, and its
-    label is kept in :attr:`failed`.
+    No job is lost at the end: :meth:`close` waits for all jobs, and so does the interpreter if it
+    exits without a :meth:`close`. A job that raises is logged with its traceback, and its label is
+    kept in :attr:`failed`.
 
     Args:
-        pending: Most jobs that wait or run. A further one is waited with for ``patience`` seconds,
-            then left out with a warning: a slow disk never holds training up for longer, nor fills
-            the memory.
-        patience: Seconds.
+        pending: Maximum number of queued or running jobs. If the queue is full, :meth:`submit`
+            waits for ``patience`` seconds, then drops the job with a warning: a slow disk neither
+            delays training for longer nor fills the memory.
+        patience: Maximum waiting time, seconds.
     """
 
     def __init__(self, pending: int = 32, patience: float = 1.0) -> None:
         self.failed: list[str] = []
-        """Labels of the jobs that raised or were left out."""
+        """Labels of the jobs that raised or were dropped."""
         self._patience = patience
         self._waiting: set[str] = set()
         self._slots = threading.BoundedSemaphore(pending)
         self._pool = ThreadPoolExecutor(1, "w2f-background", initializer=_lower_priority)
 
     def submit(self, label: str, job: Callable[[], object]) -> bool:
-        """Queue a job, unless one of that label waits already.
+        """Queue a job, unless one with the same label is already waiting.
 
         Args:
-            label: What a report of a failure calls it.
-            job: The work; what it returns is dropped.
+            label: Name of the job in messages.
+            job: The work; its return value is ignored.
 
         Returns:
-            Whether there was room for it.
+            Whether the job was accepted.
         """
         if label in self._waiting:
             return True
         if not self._slots.acquire(timeout=self._patience):
-            logger.warning("%s is left out: the work beside training takes too long.", label)
+            logger.warning("%s was dropped: background work takes too long.", label)
             self.failed.append(label)
             return False
         self._waiting.add(label)
@@ -55,7 +55,7 @@ class BackgroundWorker:
         return True
 
     def flush(self) -> None:
-        """Wait until everything that was queued is done."""
+        """Wait until all queued jobs are done."""
         self._pool.submit(lambda: None).result()
 
     def close(self) -> None:
@@ -67,13 +67,13 @@ class BackgroundWorker:
         try:
             job()
         except Exception:
-            logger.exception("%s could not be made.", label)
+            logger.exception("%s failed.", label)
             self.failed.append(label)
         finally:
             self._slots.release()
 
 
 def _lower_priority() -> None:
-    """On Linux a priority belongs to a thread: training and the environments go first."""
+    """Lower this thread's priority on Linux, so that training and environments go first."""
     if sys.platform == "linux":
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)

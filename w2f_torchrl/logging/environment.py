@@ -1,4 +1,4 @@
-"""What a run was made with: versions and hardware, without names of hosts, users or paths."""
+"""Versions and hardware of a run, without names of hosts, users or paths."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ def describe_environment(device: torch.device | str = "cpu") -> dict[str, str]:
     """Describe the machine and the software.
 
     Args:
-        device: Where the model learns.
+        device: Device of the model.
 
     Returns:
-        Label to text: Python, operating system, processor, cores, device, packages (those that are
-        installed), and the commit of this package's sources if they are a git checkout.
+        Label to text: Python, operating system, processor, cores, device, installed packages, and
+        the commit of this package's sources if they are a git checkout.
     """
-    import torch  # here, since the report reads environments without it
+    import torch  # not at the top: the report reads environments without torch
 
     device = torch.device(device)
     facts = {
@@ -68,12 +68,12 @@ def describe_environment(device: torch.device | str = "cpu") -> dict[str, str]:
 
 
 def note_environment(path: Path, frames: int, device: torch.device | str) -> None:
-    """Add a start or a resume of a run to its ``environment.json``.
+    """Append a start or resume of a run to its ``environment.json``.
 
     Args:
         path: The file; a list with one entry for each start.
         frames: Environment frames at the start.
-        device: Where the model learns.
+        device: Device of the model.
     """
     started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     entry = {"started": started, "frames": str(frames), **describe_environment(device)}
@@ -82,7 +82,7 @@ def note_environment(path: Path, frames: int, device: torch.device | str) -> Non
 
 
 def read_environment(path: Path) -> list[dict[str, str]]:
-    """Read an ``environment.json``; a missing one holds no start, a damaged one with a warning."""
+    """Read an ``environment.json``; if missing or damaged (with a warning), it has no entries."""
     if not path.exists():
         return []
     try:
@@ -90,7 +90,7 @@ def read_environment(path: Path) -> list[dict[str, str]]:
     except ValueError:  # UnicodeDecodeError too
         entries = None
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-        logger.warning("%s is damaged: what it says of earlier starts is lost", path)
+        logger.warning("%s is damaged: its records of earlier starts are lost", path)
         return []
     return [{str(key): str(value) for key, value in entry.items()} for entry in entries]
 

@@ -15,18 +15,18 @@ from torchrl.record.loggers.tensorboard import TensorboardLogger
 from w2f_torchrl.utils.files import write_text
 
 GIF_PICTURES = 100
-"""Most pictures of a video in TensorBoard, which keeps videos as GIF."""
+"""Maximum number of frames of a video in TensorBoard, which stores videos as GIF."""
 
 
 class RunTensorboardLogger(TensorboardLogger):
-    """TorchRL's TensorBoard logger, with pictures, and videos without moviepy.
+    """TorchRL's TensorBoard logger, with images, and videos without moviepy.
 
-    torch's own ``add_video`` imports a module that moviepy 2 has no more, and then drops the video
+    torch's ``add_video`` imports a module that moviepy 2 no longer has, and then drops the video
     with a printed line.
     """
 
     def log_image(self, name: str, picture: Tensor, *, step: int) -> None:
-        """Log a picture, uint8 ``[3, H, W]``."""
+        """Log an image, uint8 ``[3, H, W]``."""
         self.experiment.add_image(name, picture, global_step=step)
 
     def log_video_file(
@@ -64,19 +64,19 @@ class RunTensorboardLogger(TensorboardLogger):
         super().log_histogram(name, data, step=step, bins=bins)
 
     def truncate_after(self, frames: int) -> None:
-        """Let TensorBoard hide what an earlier process of the run wrote after ``frames``."""
+        """Make TensorBoard hide entries that an earlier process wrote after ``frames``."""
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
-        # What SummaryWriter does with `purge_step`, which TorchRL doesn't pass on.
+        # SummaryWriter does this with `purge_step`, which TorchRL does not pass on.
         start = SessionLog(status=SessionLog.START)
         self.experiment.file_writer.add_event(Event(session_log=start), frames + 1)
 
 
 class RunCSVLogger(CSVLogger):
-    """TorchRL's CSV logger for numbers; videos are in ``run_dir/videos`` already."""
+    """TorchRL's CSV logger for numbers; videos are already in ``run_dir/videos``."""
 
     def log_video_file(self, name: str, path: Path, video: Tensor, **kwargs: Any) -> None:
-        """Do nothing: TorchRL's would write the video again, as a tensor."""
+        """Do nothing: TorchRL's logger would write the video again, as a tensor."""
 
     def truncate_after(self, frames: int) -> None:
         """Remove the rows after ``frames`` from every file."""
@@ -90,10 +90,10 @@ class RunCSVLogger(CSVLogger):
 
 
 def make_tensorboard_logger(run_dir: Path) -> RunTensorboardLogger:
-    """Build the TensorBoard logger of a run, below ``run_dir/tensorboard``.
+    """Build the TensorBoard logger of a run, in ``run_dir/tensorboard``.
 
     Raises:
-        ModuleNotFoundError: If tensorboard is missing; gives the command.
+        ModuleNotFoundError: If tensorboard is missing; the message has the install command.
     """
     if importlib.util.find_spec("tensorboard") is None:
         raise ModuleNotFoundError(

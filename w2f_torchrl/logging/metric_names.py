@@ -1,4 +1,4 @@
-"""What each metric of a run means, for the report and for docs/logging.md."""
+"""The meaning of each metric of a run, for the report and for docs/logging.md."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ SUFFIXES = {
 
 
 def meaning_of(name: str) -> Meaning:
-    """Look a metric up; one that is unknown has an empty meaning.
+    """Look up a metric; an unknown one has an empty meaning.
 
     Args:
         name: The metric.
@@ -84,12 +84,12 @@ def meaning_of(name: str) -> Meaning:
         unit, text = METRICS.get(f"eval/{rest[1]}", METRICS["wm/mask_iou"])
         return Meaning(unit, f"{text}, set {rest[0]}")
     if is_own_loss(name):
-        return Meaning("", "a loss of one's own, weighted")
+        return Meaning("", "a loss added by a subclass, weighted")
     return Meaning("", "")
 
 
 def is_own_loss(name: str) -> bool:
-    """Whether a metric is a loss that a subclass of ``World2FilterLoss`` added.
+    """Return whether a metric is a loss that a subclass of ``World2FilterLoss`` added.
 
     Args:
         name: The metric.

@@ -1,4 +1,4 @@
-"""Metrics of a run: a JSON Lines file always, and TorchRL's loggers beside it."""
+"""Metrics of a run: always a JSON Lines file, and optionally TorchRL's loggers."""
 
 from __future__ import annotations
 
@@ -48,21 +48,22 @@ _NAME = re.compile(rf"({'|'.join(METRIC_GROUPS)})(/[A-Za-z0-9_]+)+")
 
 
 class MetricsLogger(Closing):
-    """Appends metrics to ``run_dir/metrics.jsonl`` and forwards them to TorchRL loggers.
+    """Append metrics to ``run_dir/metrics.jsonl`` and forward them to TorchRL loggers.
 
     A line is one JSON object: ``frames`` and ``updates`` (integers), then the metrics (numbers).
-    JSON has no NaN and no infinity: a metric that isn't finite is written as ``null``, and the
-    first time for each name a warning says which value it was. Lines reach the operating system as
-    they are written, so a killed process loses nothing; :meth:`sync` also covers a power failure.
+    JSON has no NaN and no infinity: a metric that is not finite is written as ``null``, and the
+    first one of each name is reported with a warning. Each line is passed to the operating system
+    at once, so a killed process loses nothing; :meth:`sync` also protects against a power failure.
 
-    A last line that a crash left incomplete is removed when the file is opened again.
+    An incomplete last line, left by a crash, is removed when the file is opened again.
 
     To resume a run: open the logger, call :meth:`truncate_after` with the checkpoint's counters,
-    go on. Log what belongs to an update before saving its checkpoint, else a resumed run lacks it.
+    then continue. Log the metrics of an update before saving its checkpoint; otherwise a resumed
+    run lacks them.
 
-    Videos and pictures are made in a thread beside the training (:attr:`background`); they are
-    complete after :meth:`flush` and :meth:`close`. What fails there, and a TorchRL logger that
-    raises, is reported and doesn't end the run.
+    Videos and images are made in a background thread (:attr:`background`); they are complete after
+    :meth:`flush` and :meth:`close`. A failure there, or in a TorchRL logger, is logged and does not
+    end the run.
 
     Args:
         run_dir: The run's directory; created if missing.
@@ -86,8 +87,8 @@ class MetricsLogger(Closing):
         """Write one line.
 
         Args:
-            metrics: Name to number or one-element tensor. All tensors of a device come to the host
-                in one transfer.
+            metrics: Name to number or one-element tensor. All tensors of a device are copied to the
+                host in one transfer.
             frames: Environment frames so far.
             updates: Learner updates so far.
 
@@ -95,17 +96,17 @@ class MetricsLogger(Closing):
             The metrics as Python floats, NaN and infinities included.
 
         Raises:
-            ValueError: If a name is in no group of ``METRIC_GROUPS``, a tensor holds more than one
-                element, or a counter lies before the last line that the file had when it was opened
-                (a resumed run that didn't call :meth:`truncate_after`).
-            TypeError: If a value is no number.
+            ValueError: If a name is in no group of ``METRIC_GROUPS``, a tensor has more than one
+                element, or a counter is below that of the last line when the file was opened (a
+                resumed run that did not call :meth:`truncate_after`).
+            TypeError: If a value is not a number.
         """
         for name in metrics:
             _check_name(name)
         if frames < self._start[0] or updates < self._start[1]:
             raise ValueError(
                 f"{self.path} already reaches frames={self._start[0]}, updates={self._start[1]}, "
-                f"and got frames={frames}, updates={updates}. When resuming, call truncate_after "
+                f"but got frames={frames}, updates={updates}. When resuming, call truncate_after "
                 "with the checkpoint's counters first."
             )
         values = _to_floats(metrics)
@@ -123,7 +124,7 @@ class MetricsLogger(Closing):
         Raises:
             OSError: If the disk is full.
         """
-        # A full disk takes a part of a line without an error; the next line would follow it.
+        # A full disk may accept part of a line without an error; the next line would follow it.
         size, written = os.fstat(self._file.fileno()).st_size, 0
         try:
             while written < len(line):
@@ -141,20 +142,20 @@ class MetricsLogger(Closing):
         fps: float = 30.0,
         scale: int | None = None,
     ) -> Path | None:
-        """Make ``run_dir/videos/<name>_<frames>.mp4`` and forward the video to the loggers.
+        """Write ``run_dir/videos/<name>_<frames>.mp4`` and forward the video to the loggers.
 
-        Without PyAV no video is made; a warning says so once.
+        Without PyAV no video is made, with a single warning.
 
         Args:
             name: A metric name, such as ``"train/reconstruction_video"``; ``/`` becomes ``_`` in
                 the file's name.
-            video: uint8 ``[T, 3, H, W]``, or what makes it, called in the background.
+            video: uint8 ``[T, 3, H, W]``, or a function that makes it in the background.
             frames: Environment frames so far.
-            fps: Pictures per second.
+            fps: Frames per second.
             scale: As in :func:`~w2f_torchrl.logging.pictures.video.write_video`.
 
         Returns:
-            The path that the file will have; None if no video is made.
+            The future path of the file; None if no video is made.
 
         Raises:
             ValueError: If the name is in no group.
@@ -178,16 +179,16 @@ class MetricsLogger(Closing):
     def log_image(
         self, name: str, picture: Tensor | Callable[[], Tensor], *, frames: int, scale: int = 1
     ) -> Path:
-        """Make ``run_dir/images/<name>_<frames>.png`` and forward the picture to the loggers.
+        """Write ``run_dir/images/<name>_<frames>.png`` and forward the image to the loggers.
 
         Args:
             name: A metric name.
-            picture: uint8 ``[3, H, W]``, or what makes it, called in the background.
+            picture: uint8 ``[3, H, W]``, or a function that makes it in the background.
             frames: Environment frames so far.
             scale: Each pixel becomes a square of this side.
 
         Returns:
-            The path that the file will have.
+            The future path of the file.
 
         Raises:
             ValueError: If the name is in no group.
@@ -205,11 +206,11 @@ class MetricsLogger(Closing):
         return path
 
     def log_histogram(self, name: str, values: Tensor, *, frames: int) -> None:
-        """Forward a histogram to the loggers that have them.
+        """Forward a histogram to the loggers that support them.
 
         Args:
             name: A metric name.
-            values: Floating point or integer ``[...]``; what isn't finite is left out.
+            values: Floating point or integer ``[...]``; values that are not finite are left out.
             frames: Environment frames so far.
 
         Raises:
@@ -222,7 +223,7 @@ class MetricsLogger(Closing):
             self.sinks.log_histogram(name, finite, step=int(frames))
 
     def flush(self) -> None:
-        """Wait until all videos and pictures are complete."""
+        """Wait until all videos and images are complete."""
         self.background.flush()
 
     def state_dict(self) -> dict[str, Any]:
@@ -248,7 +249,7 @@ class MetricsLogger(Closing):
         self.sinks.truncate_after(state["frames"])
 
     def truncate_after(self, frames: int, updates: int | None = None) -> int:
-        """Remove the lines that lie after a checkpoint, so that a resumed run repeats none.
+        """Remove the lines after a checkpoint, so that a resumed run does not repeat them.
 
         Args:
             frames: The checkpoint's frames; lines with more are removed.
@@ -256,7 +257,7 @@ class MetricsLogger(Closing):
                 share one count of frames).
 
         Returns:
-            How many lines were removed.
+            Number of removed lines.
         """
         kept, removed = [], 0
         for record in read_records(self.path):
@@ -276,11 +277,11 @@ class MetricsLogger(Closing):
         return removed
 
     def sync(self) -> None:
-        """Force the file to disk; call it before saving a checkpoint."""
+        """Flush the file to disk; call it before saving a checkpoint."""
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Finish the videos, close the file, shut the loggers down. Closing twice is allowed."""
+        """Finish the videos, close the file, and shut the loggers down. May be called twice."""
         if self._file.closed:
             return
         self.background.close()
@@ -292,7 +293,7 @@ class MetricsLogger(Closing):
             if not math.isfinite(value) and name not in self._reported:
                 self._reported.add(name)
                 logger.warning(
-                    "%s is %s at frame %d (written as null; said once).", name, value, frames
+                    "%s is %s at frame %d (written as null; reported once).", name, value, frames
                 )
 
 

@@ -1,4 +1,4 @@
-"""``metrics.jsonl``: reading it, and mending what a crash left. Needs no torch."""
+"""Read ``metrics.jsonl``, and repair it after a crash. Needs no torch."""
 
 from __future__ import annotations
 
@@ -14,18 +14,17 @@ logger = logging.getLogger(__name__)
 
 
 def read_metrics(run_dir: str | os.PathLike[str]) -> list[dict[str, float]]:
-    """Read the metrics of a run, which may still be going on.
+    """Read the metrics of a run, which may still be in progress.
 
     Args:
         run_dir: A run directory.
 
     Returns:
-        One dict per line with ``frames`` and ``updates`` (int) and the metrics (float; NaN where
-        the line has null). A last line that is still being written, or was torn, is left out, and
-        with a warning any other that is damaged.
+        One dict per line with ``frames`` and ``updates`` (int) and the metrics (float; NaN for
+        null). An incomplete last line is skipped, and any other damaged line with a warning.
 
     Raises:
-        FileNotFoundError: If there is no ``metrics.jsonl``.
+        FileNotFoundError: If ``metrics.jsonl`` does not exist.
     """
     path = Path(run_dir) / "metrics.jsonl"
     if not path.exists():
@@ -37,9 +36,9 @@ def read_metrics(run_dir: str | os.PathLike[str]) -> list[dict[str, float]]:
 
 
 def read_records(path: Path) -> Iterator[dict[str, Any]]:
-    """Read the lines of a file as they are, null where a value wasn't finite.
+    """Read the lines of a file unchanged, with null for values that were not finite.
 
-    Damaged ones are left out; of those before the last a warning says so.
+    Damaged ones are skipped, with a warning for those before the last.
     """
     damaged: list[int] = []
     with path.open("rb") as stream:
@@ -50,7 +49,7 @@ def read_records(path: Path) -> Iterator[dict[str, Any]]:
             elif line.endswith(b"\n"):
                 damaged.append(number)
     if damaged:
-        logger.warning("%s: left out what is no metrics record, line %s", path, _listed(damaged))
+        logger.warning("%s: skipped damaged lines %s", path, _listed(damaged))
 
 
 def _listed(numbers: list[int]) -> str:
@@ -70,7 +69,7 @@ def _parse(line: bytes) -> dict[str, Any] | None:
 
 
 def repair(path: Path) -> None:
-    """Make the file end with a whole line."""
+    """Make the file end with a complete line."""
     if not path.exists():
         return
     content = path.read_bytes()
@@ -78,7 +77,7 @@ def repair(path: Path) -> None:
     if not tail:
         return
     if _parse(tail) is not None:
-        with path.open("ab") as stream:  # only the line's end is missing
+        with path.open("ab") as stream:  # only the newline is missing
             stream.write(b"\n")
         return
     logger.warning("%s: removed an incomplete last line of %d bytes.", path, len(tail))

@@ -1,4 +1,4 @@
-"""A run's progress: a bar on a terminal, a line now and then elsewhere."""
+"""A run's progress: a bar on a terminal, otherwise a log line from time to time."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 class ProgressBar(Closing):
-    """Shows frames, updates, their rates, the last return and the time left.
+    """Show frames, updates, their rates, the last return and the time left.
 
     On a terminal this is a tqdm bar. Elsewhere (a file, a Slurm log) it writes one line through
     :mod:`logging` every ``log_every`` seconds, at level INFO.
@@ -28,10 +28,10 @@ class ProgressBar(Closing):
         total_frames: Environment frames of the whole run.
         initial_frames: Frames already done (a resumed run).
         initial_updates: Updates already done.
-        log_every: Seconds between lines where there is no terminal.
-        window: Seconds over which the rates are taken; the time left follows from them.
-        stream: Where the bar goes; None means standard error.
-        clock: Seconds, monotonic.
+        log_every: Seconds between lines without a terminal.
+        window: Seconds over which the rates and the time left are computed.
+        stream: Stream of the bar; None for standard error.
+        clock: Returns monotonic seconds.
     """
 
     def __init__(
@@ -65,8 +65,8 @@ class ProgressBar(Closing):
         """Show new counts.
 
         Args:
-            frames: Frames so far, in all.
-            updates: Updates so far, in all.
+            frames: Total frames so far.
+            updates: Total updates so far.
             last_return: Return of the last finished episode; None keeps the one shown.
         """
         now = self._clock()
@@ -79,7 +79,7 @@ class ProgressBar(Closing):
             try:
                 self._bar.set_postfix_str(self.text(), refresh=False)
                 self._bar.update(frames - self._bar.n)
-            except OSError:  # the terminal was closed; the run goes on, or ends with a checkpoint
+            except OSError:  # the terminal was closed; the run continues, or ends with a checkpoint
                 self._drop_bar()
         elif now - self._logged_at >= self._log_every:
             self._logged_at = now
@@ -110,7 +110,7 @@ class ProgressBar(Closing):
         )
 
     def close(self) -> None:
-        """Leave the bar as it is, or write a last line. Closing twice is allowed."""
+        """Leave the bar unchanged, or write a last line. Closing twice is allowed."""
         if self._bar is not None:
             with contextlib.suppress(OSError):
                 self._bar.refresh()
@@ -126,7 +126,7 @@ def _number(value: float) -> str:
 
 
 def format_duration(seconds: float) -> str:
-    """Write seconds as hours, minutes and seconds; ``?`` for NaN."""
+    """Format seconds as hours, minutes and seconds; ``?`` for NaN."""
     if math.isnan(seconds):
         return "?"
     minutes, rest = divmod(max(0, round(seconds)), 60)

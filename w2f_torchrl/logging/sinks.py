@@ -1,4 +1,4 @@
-"""TorchRL's loggers of a run behind one door: one lock, and no fault of theirs ends a run."""
+"""TorchRL's loggers of a run behind one lock; their failures never end the run."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ logger = logging.getLogger(__name__)
 
 
 class Sinks:
-    """Forwards metrics, pictures, videos and histograms to TorchRL loggers.
+    """Forward metrics, images, videos and histograms to TorchRL loggers.
 
     The loggers of this package (wandb, TensorBoard, CSV) also have ``log_image``,
-    ``log_video_file`` and ``truncate_after``. Any other TorchRL logger gets metrics and videos, and
-    histograms if it has them.
+    ``log_video_file`` and ``truncate_after``. Any other TorchRL logger receives metrics and videos,
+    and histograms if it supports them.
 
-    A logger that raises (its server is gone, its disk full) is reported with its traceback and gets
-    nothing more; the others and the run go on.
+    A logger that raises (its server is down, its disk full) is reported with its traceback and then
+    disabled; the others and the run continue.
 
     Args:
         loggers: TorchRL loggers.
@@ -31,7 +31,7 @@ class Sinks:
     def __init__(self, loggers: Sequence[Logger] = ()) -> None:
         self.loggers = list(loggers)
         self.failed: list[str] = []
-        """Names of the loggers that raised and were given up."""
+        """Names of the loggers that raised and were disabled."""
         self._lock = threading.Lock()
 
     def log_metrics(self, values: Mapping[str, float], step: int) -> None:
@@ -39,14 +39,14 @@ class Sinks:
         self._each(lambda sink: sink.log_metrics(dict(values), step=step))
 
     def log_video(self, name: str, path: Path, video: Tensor, *, step: int, fps: float) -> None:
-        """Forward a video: as its file to loggers that take one, else as uint8 ``[1, T, 3, H, W]``.
+        """Forward a video: as a file to loggers that accept one, else uint8 ``[1, T, 3, H, W]``.
 
         Args:
             name: The video's name.
             path: An MP4 file.
-            video: What it shows, uint8 ``[T, 3, H, W]``.
+            video: Its frames, uint8 ``[T, 3, H, W]``.
             step: Environment frames.
-            fps: Pictures per second.
+            fps: Frames per second.
         """
 
         def forward(sink: Logger) -> None:
@@ -58,11 +58,11 @@ class Sinks:
         self._each(forward)
 
     def log_image(self, name: str, picture: Tensor, *, step: int) -> None:
-        """Forward a picture, uint8 ``[3, H, W]``, to loggers that take one."""
+        """Forward an image, uint8 ``[3, H, W]``, to loggers that accept one."""
         self._each(lambda sink: sink.log_image(name, picture, step=step), "log_image")
 
     def log_histogram(self, name: str, values: Tensor, *, step: int) -> None:
-        """Forward the histogram of values ``[N]`` to loggers that have histograms."""
+        """Forward the histogram of values ``[N]`` to loggers that support histograms."""
 
         def forward(sink: Logger) -> None:
             try:
@@ -73,7 +73,7 @@ class Sinks:
         self._each(forward, "log_histogram")
 
     def truncate_after(self, frames: int) -> None:
-        """Let the loggers that can forget what lies after a checkpoint."""
+        """Remove entries after a checkpoint from the loggers that can do so."""
         self._each(lambda sink: sink.truncate_after(frames), "truncate_after")
 
     def close(self) -> None:
@@ -85,7 +85,7 @@ class Sinks:
         self.failed.append(type(sink).__name__)
         self.loggers.remove(sink)
         try:
-            sink.close()  # what it has so far is kept
+            sink.close()  # what it has received is kept
         except Exception:
             logger.exception("%s could not be closed either.", type(sink).__name__)
 
@@ -98,7 +98,7 @@ class Sinks:
                     action(sink)
                 except Exception:
                     logger.exception(
-                        "%s failed and gets nothing more from this run; metrics.jsonl, videos and "
+                        "%s failed and is disabled for this run; metrics.jsonl, videos and "
                         "images go on.",
                         type(sink).__name__,
                     )

@@ -20,10 +20,10 @@ from w2f_torchrl.utils.files import write_text
 
 WandbMode = Literal["auto", "online", "offline"]
 INIT_SECONDS = 60.0
-"""How long a run waits at its start for wandb's server."""
+"""How long a run waits for wandb's server when it starts."""
 
 FINISH_SECONDS = 120.0
-"""How long a run waits at its end until everything is uploaded."""
+"""How long a run waits for the upload when it ends."""
 
 STATE_NAME = "wandb_run.json"
 
@@ -33,17 +33,17 @@ _SECRET = re.compile(r"(^|_)(api_?key|key|token|secret|password|passwd|credentia
 
 
 class RunWandbLogger(WandbLogger):
-    """TorchRL's wandb logger, which goes on with its run after a resume.
+    """TorchRL's wandb logger, which continues its run after a resume.
 
-    wandb numbers the rows of a run; an offline run doesn't know how many there were before a
-    resume, and rows that count from zero again are dropped when they are uploaded. So the number of
-    rows is kept beside the run's id in ``run_dir/wandb_run.json``.
+    wandb numbers the rows of a run. An offline run does not know how many there were before a
+    resume, and rows numbered from zero again are dropped when they are uploaded. The number of rows
+    is therefore stored with the run's id in ``run_dir/wandb_run.json``.
 
     Each group of metrics has the axis ``<group>/step``, environment frames.
 
     Args:
         exp_name: The run's name.
-        state_path: Where id and number of rows are kept.
+        state_path: File of the id and the number of rows.
         mode: ``"online"`` or ``"offline"``.
         kwargs: TorchRL's.
     """
@@ -60,14 +60,14 @@ class RunWandbLogger(WandbLogger):
         state = _read_state(state_path)
         self._rows = state["rows"]
         # Without create_new a second run of this process would be written into the first. TorchRL's
-        # own `offline` sets WANDB_MODE, and leaves it so for the runs that follow.
+        # `offline` sets WANDB_MODE permanently, and thus for later runs too.
         super().__init__(exp_name, id=state["id"], mode=mode, reinit="create_new", **kwargs)
         self.offline = mode == "offline"
         # Online, wandb knows how many rows the run has.
         self._rows = max(self._rows, int(self.experiment.step))
 
     def log_image(self, name: str, picture: Tensor, *, step: int) -> None:
-        """Log a picture, uint8 ``[3, H, W]``."""
+        """Log an image, uint8 ``[3, H, W]``."""
         import wandb
 
         self._log_payload({name: wandb.Image(picture.permute(1, 2, 0).numpy())}, step=step)
@@ -79,16 +79,16 @@ class RunWandbLogger(WandbLogger):
     def log_video_file(
         self, name: str, path: Path, video: Tensor, *, step: int, fps: float
     ) -> None:
-        """Log an MP4 file as it is, instead of encoding the video once more."""
+        """Log an MP4 file unchanged, instead of encoding the video again."""
         del video, fps
         import wandb
 
         self._log_payload({name: wandb.Video(str(path), format="mp4")}, step=step)
 
     def shutdown(self, timeout: float | None = None) -> None:
-        """Finish the run; give up after :data:`FINISH_SECONDS` if the server takes no more.
+        """Finish the run; give up after :data:`FINISH_SECONDS` if the server does not respond.
 
-        What was logged is in ``run_dir/wandb`` in any case.
+        All logged data is in ``run_dir/wandb`` in any case.
         """
         given_up = threading.Event()
 
@@ -96,8 +96,8 @@ class RunWandbLogger(WandbLogger):
             try:
                 WandbLogger.shutdown(self, timeout)
             except Exception as error:  # noqa: BLE001  # wandb has many kinds
-                if not given_up.is_set():  # else the interpreter's end has cut it short
-                    logger.warning("wandb didn't finish: %s. %s", error, kept)
+                if not given_up.is_set():  # otherwise the interpreter's exit interrupted it
+                    logger.warning("wandb did not finish: %s. %s", error, kept)
 
         kept = f"The data is kept; upload it later: wandb sync {self._kept_in / '*run-*'}"
         finishing = threading.Thread(target=finish, daemon=True)
@@ -137,26 +137,26 @@ def make_wandb_logger(
 ) -> RunWandbLogger:
     """Build the wandb logger of a run.
 
-    The wandb run's id is kept in ``run_dir/wandb_run.json``, so a resumed run goes on in the same
-    wandb run. Local paths (interpreter, editable installs) are not sent. If the server can't be
-    reached, the run is logged offline, with a warning that names the command for the upload.
+    The wandb run's id is stored in ``run_dir/wandb_run.json``, so that a resumed run continues the
+    same wandb run. Local paths (interpreter, editable installs) are not sent. If the server cannot
+    be reached, the run is logged offline, with a warning that has the command for the upload.
 
     Args:
-        run_dir: The run's directory; wandb's files go there too.
+        run_dir: The run's directory; wandb's files are written there too.
         project: wandb project.
-        entity: wandb user or team; None means the default of the account.
-        config: The run's settings as plain values. wandb takes its key from ``wandb login`` or
+        entity: wandb user or team; None for the account's default.
+        config: The run's settings as plain values. wandb reads its key from ``wandb login`` or
             the environment, never from here.
-        mode: ``"online"``, ``"offline"``, or ``"auto"``: what ``WANDB_MODE`` says, else online if
-            a key is configured, else offline.
-        name: Name of the run; None means the name of ``run_dir``.
-        group: Group of the run, its settings without the seed, say.
+        mode: ``"online"``, ``"offline"``, or ``"auto"``: the value of ``WANDB_MODE`` if set,
+            otherwise online if a key is configured, and offline if not.
+        name: Name of the run; None for the name of ``run_dir``.
+        group: Group of the run, for example its settings without the seed.
 
     Returns:
         The logger.
 
     Raises:
-        ModuleNotFoundError: If wandb or moviepy is missing; gives the command.
+        ModuleNotFoundError: If wandb or moviepy is missing; the message has the install command.
         ValueError: If ``mode`` is unknown, or ``config`` has an entry named like a secret.
     """
     if mode not in get_args(WandbMode):
@@ -194,7 +194,7 @@ def make_wandb_logger(
 
 
 def choose_mode(mode: WandbMode) -> Literal["online", "offline"]:
-    """Decide what ``"auto"`` means here.
+    """Resolve the mode ``"auto"``.
 
     Args:
         mode: The setting.
@@ -214,7 +214,7 @@ def choose_mode(mode: WandbMode) -> Literal["online", "offline"]:
 
 
 def _try_online(name: str, settings: dict[str, Any]) -> RunWandbLogger | None:
-    """Make an online logger; None if the server doesn't answer in time."""
+    """Make an online logger; return None if the server does not answer in time."""
     import wandb
 
     limits = wandb.Settings(init_timeout=INIT_SECONDS)
@@ -222,7 +222,7 @@ def _try_online(name: str, settings: dict[str, Any]) -> RunWandbLogger | None:
         return RunWandbLogger(name, mode="online", settings=limits, **settings)
     except wandb.errors.CommError as error:
         logger.warning("wandb: %s", error)
-    wandb.teardown()  # else the service goes on trying
+    wandb.teardown()  # otherwise the service keeps trying
     return None
 
 
@@ -249,7 +249,7 @@ def _read_state(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         pass
     except (ValueError, KeyError, TypeError):
-        logger.warning("%s is damaged: the run goes on as another one at wandb", path)
+        logger.warning("%s is damaged: the run continues as a new one at wandb", path)
     old = path.with_name("wandb_id.txt")  # of version 0.1
     state = {"id": old.read_text().strip() if old.exists() else uuid.uuid4().hex, "rows": 0}
     _write_state(path, state)

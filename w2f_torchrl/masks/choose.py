@@ -1,4 +1,4 @@
-"""Which source a run's masks come from, and that source, built from the settings."""
+"""Choose and build the source of a run's masks."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ logger = logging.getLogger(__name__)
 
 
 def choose_source(config: RunConfig, env_has_mask: bool, before: str | None = None) -> str:
-    """Decide where masks come from.
+    """Choose the source of the masks.
 
     Args:
-        config: The run's settings, validated.
-        env_has_mask: Whether the env draws ``foreground_mask`` itself.
+        config: The run's validated settings.
+        env_has_mask: Whether the env renders ``foreground_mask`` itself.
         before: The source of a run that is resumed, which ``auto`` keeps.
 
     Returns:
         ``simulator``, ``sam3``, ``student`` or ``median``.
 
     Raises:
-        ConfigError: If masks are asked of a simulator that has none.
+        ConfigError: If the simulator's masks are needed but do not exist.
     """
     settings = config.segmentation
     source = settings.source
     if source == "auto":
         source = before or _best_source(settings, env_has_mask)
-        logger.info("segmentation=auto takes %s", source)
+        logger.info("segmentation=auto uses %s", source)
     asks = source == "simulator" or (
         source == "student"
         and settings.teacher == "simulator"
@@ -49,8 +49,8 @@ def choose_source(config: RunConfig, env_has_mask: bool, before: str | None = No
     )
     if config.needs_masks and asks and not env_has_mask:
         raise ConfigError(
-            f"segmentation={settings.source} needs the simulator's masks, and the env "
-            f"{config.environment.domain} makes no foreground_mask. Allowed: sam3; median; or "
+            f"segmentation={settings.source} needs the simulator's masks, but the env "
+            f"{config.environment.domain} has no foreground_mask. Allowed: sam3; median; or "
             "student with segmentation.labels, segmentation.student_checkpoint or "
             "segmentation.teacher=sam3."
         )
@@ -68,15 +68,15 @@ def _best_source(settings: SegmentationConfig, env_has_mask: bool) -> str:
 
 
 def build_mask_source(config: RunConfig, source: str, env_has_mask: bool) -> MaskSource:
-    """Make the source of a run's masks; what it has to learn it learns in :func:`prepare`.
+    """Build the source of a run's masks; :func:`prepare` trains it if necessary.
 
     Args:
-        config: The run's settings, validated.
-        source: What :func:`choose_source` decided.
-        env_has_mask: Whether the env draws ``foreground_mask`` itself.
+        config: The run's validated settings.
+        source: The choice of :func:`choose_source`.
+        env_has_mask: Whether the env renders ``foreground_mask`` itself.
 
     Raises:
-        ConfigError: If weights or labels are missing or don't fit.
+        ConfigError: If weights or labels are missing or do not match.
     """
     settings = config.segmentation
     if source == "simulator":
@@ -92,10 +92,10 @@ def build_mask_source(config: RunConfig, source: str, env_has_mask: bool) -> Mas
             student = StudentSegmenter.load(path, device=config.torch_device())
         else:
             student = _new_student(config)
-        load_backgrounds(settings.backgrounds, config.environment.image_size)  # or say why not
+        load_backgrounds(settings.backgrounds, config.environment.image_size)  # raises if invalid
         every = settings.teacher_every
         if settings.teacher == "simulator" and not env_has_mask:
-            every = 0  # labels or a trained student, and nobody to ask
+            every = 0  # there are labels or a trained student, but no teacher
         return TaughtSource(
             student,
             teacher=_sam3(config) if settings.teacher == "sam3" else None,

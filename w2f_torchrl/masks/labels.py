@@ -1,4 +1,4 @@
-"""Labelled frames, and pictures of backgrounds, from files that may come from anywhere."""
+"""Load labelled frames, and background images, from files that may come from anywhere."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from w2f_torchrl.envs.backgrounds import load_clips
 logger = logging.getLogger(__name__)
 
 MOST_BYTES = 2**30
-"""Of an array of pictures in a file."""
+"""Maximum size of an array of images in a file, bytes."""
 
 
 def load_labels(path: str | Path) -> tuple[Tensor, Tensor]:
@@ -30,7 +30,7 @@ def load_labels(path: str | Path) -> tuple[Tensor, Tensor]:
         ``pixels`` uint8 ``[N, 3, H, W]`` and ``masks`` bool ``[N, 1, H, W]``.
 
     Raises:
-        ConfigError: If it lacks an array, or one has another dtype or shape.
+        ConfigError: If an array is missing, or has the wrong dtype or shape.
     """
     arrays = _load_arrays(path, ("pixels", "masks"))
     pixels, masks = arrays["pixels"], arrays["masks"]
@@ -44,10 +44,10 @@ def load_labels(path: str | Path) -> tuple[Tensor, Tensor]:
 
 
 def load_pictures(path: str | Path) -> Tensor:
-    """Read background pictures, ``pixels`` uint8 ``[K, 3, H, W]``, from an ``.npz`` file.
+    """Read background images, ``pixels`` uint8 ``[K, 3, H, W]``, from an ``.npz`` file.
 
     Raises:
-        ConfigError: If it lacks the array, or that has another dtype or shape.
+        ConfigError: If the array is missing, or has the wrong dtype or shape.
     """
     pixels = _load_arrays(path, ("pixels",))["pixels"]
     _check_pictures(path, pixels)
@@ -55,18 +55,19 @@ def load_pictures(path: str | Path) -> Tensor:
 
 
 def load_backgrounds(source: str | None, size: int) -> Tensor | None:
-    """Pictures to paste foregrounds onto.
+    """Load images to paste foregrounds onto.
 
     Args:
-        source: An ``.npz`` file with ``pixels``, or clips as ``environment.background_source`` has
-            them, of which every fourth frame of the training split is taken; None for none.
+        source: An ``.npz`` file with ``pixels``, or clips in the form of
+            ``environment.background_source``, of which every fourth frame of the training split is
+            used; None for none.
         size: Side of the frames, pixels.
 
     Returns:
         uint8 ``[K, 3, H, W]``, or None.
 
     Raises:
-        ConfigError: If there is no such source, or it can't be read.
+        ConfigError: If the source does not exist, or cannot be read.
     """
     if source is None:
         return None
@@ -86,7 +87,7 @@ def _check_pictures(path: str | Path, pixels: Tensor) -> None:
             f"{path}: pixels must be uint8 [N, 3, H, W], got {pixels.dtype} {tuple(pixels.shape)}."
         )
     if not len(pixels):
-        raise ConfigError(f"{path}: pixels holds no picture.")
+        raise ConfigError(f"{path}: pixels holds no images.")
 
 
 def _load_arrays(path: str | Path, names: tuple[str, ...]) -> dict[str, Tensor]:
@@ -101,11 +102,11 @@ def _load_arrays(path: str | Path, names: tuple[str, ...]) -> dict[str, Tensor]:
 
 
 def _check_size(path: str | Path, names: tuple[str, ...]) -> None:
-    """Read what an .npz file says of its arrays before they are unpacked.
+    """Check the arrays' headers in an .npz file before they are unpacked.
 
     Raises:
-        ValueError: If one is of no picture's dtype, or too large.
-        KeyError: If one is missing.
+        ValueError: If an array has no image dtype, or is too large.
+        KeyError: If an array is missing.
     """
     form: Any = np.lib.format  # untyped
     with zipfile.ZipFile(path) as archive:

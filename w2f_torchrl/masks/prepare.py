@@ -1,4 +1,4 @@
-"""Frames of a random policy, for sources of masks that learn before a run's first step."""
+"""Train sources of masks that have to learn before a run's first step."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ logger = logging.getLogger(__name__)
 
 MEDIAN_FRAMES = 300
 REPEAT = 4
-"""Agent steps that a random action is held for, so that the agent moves."""
+"""Agent steps for which a random action is held, so that the agent moves."""
 EPISODE = 120
 """Agent steps after which the random policy starts an episode."""
 MakeEnv = Callable[[int], EnvBase]
-"""Makes an env of the run from a seed."""
+"""Makes one of the run's envs from a seed."""
 
 
 def prepare(source: MaskSource, config: RunConfig, make_env: MakeEnv) -> None:
-    """Let a source that needs it see frames of a random policy, in an env of its own.
+    """Train a source on frames of a random policy, in a separate env, if it has to learn.
 
-    Not for a resumed run, whose source has learned already.
+    Not for a resumed run, whose source has already been trained.
 
     Args:
         source: From :func:`build_mask_source`.
@@ -66,7 +66,7 @@ def prepare(source: MaskSource, config: RunConfig, make_env: MakeEnv) -> None:
             masks,
             backgrounds=backgrounds,
             steps=settings.train_steps,
-            # Few labels show few places: there the foregrounds are moved about as well.
+            # Few labels show few positions, so the foregrounds are moved as well.
             moves=0.2 if settings.labels is not None and backgrounds is not None else 0.0,
             seed=seed,
             device=source.student.device,
@@ -75,17 +75,17 @@ def prepare(source: MaskSource, config: RunConfig, make_env: MakeEnv) -> None:
 
 
 def collect_frames(env: EnvBase, count: int, seed: int, every: int = 2) -> TensorDictBase:
-    """Collect frames of a random policy that holds its actions; closes the env.
+    """Collect frames of a random policy that holds its actions, then close the env.
 
     Args:
         env: An unbatched env with ``pixels``.
-        count: Frames.
+        count: Number of frames.
         seed: Seed of the actions.
-        every: Agent steps from frame to frame.
+        every: Agent steps between frames.
 
     Returns:
         ``pixels`` uint8 ``[N, 3, H, W]``, and ``foreground_mask`` bool ``[N, 1, H, W]`` if the env
-        draws it.
+        renders it.
     """
     generator = torch.Generator().manual_seed(seed)
     spec = env.action_spec
@@ -109,7 +109,7 @@ def collect_frames(env: EnvBase, count: int, seed: int, every: int = 2) -> Tenso
 def _ask_teacher(
     teacher: Segmenter | None, env: EnvBase, settings: SegmentationConfig, seed: int
 ) -> tuple[Tensor, Tensor]:
-    """Label frames of a random policy, chosen for diversity among twice as many."""
+    """Label frames of a random policy, chosen for diversity from twice as many."""
     frames = collect_frames(env, 2 * settings.teacher_frames, seed)
     frames = frames[choose_diverse(frames["pixels"], settings.teacher_frames)]
     pixels = frames["pixels"]

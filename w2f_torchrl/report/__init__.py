@@ -1,4 +1,4 @@
-"""One self-contained HTML page of a run or several: ``python -m w2f_torchrl.report RUN...``."""
+"""A self-contained HTML page about one or several runs: ``python -m w2f_torchrl.report RUN...``."""
 
 from w2f_torchrl.report.page import write_report
 

@@ -11,23 +11,23 @@ from w2f_torchrl.report import write_report
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Write the page and say where it is.
+    """Write the page and print its path.
 
     Args:
-        arguments: Of the command line; None takes the process's.
+        arguments: Command-line arguments; None for those of the process.
 
     Returns:
-        The exit status: 2 with a message if a run can't be read.
+        The exit status: 2, with a message, if a run cannot be read.
     """
     parser = argparse.ArgumentParser(
         prog="python -m w2f_torchrl.report",
-        description="One HTML page of a run or several, with everything in it.",
+        description="Write a self-contained HTML page about one or several runs.",
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's directory")
     parser.add_argument(
         "--out",
         type=Path,
-        help="where the page goes; default: report.html in the run's directory, of several runs in "
+        help="path of the page; default: report.html in the run's directory, for several runs in "
         "the current one",
     )
     chosen = parser.parse_args(arguments)

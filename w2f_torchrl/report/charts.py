@@ -1,4 +1,4 @@
-"""The numbers behind the report's curves, thinned so that a page stays small."""
+"""The data of the report's curves, thinned so that a page stays small."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from w2f_torchrl.logging.metric_names import METRICS, meaning_of
 from w2f_torchrl.report.runs import Run
 
 POINTS = 500
-"""Most points of a curve; more are averaged in equal parts."""
+"""Maximum number of points per curve; longer curves are averaged in equal parts."""
 SECTIONS = {
     "Returns": ("eval", "episode"),
     "World model": ("wm",),
@@ -29,10 +29,10 @@ Point = tuple[int, int, float | None]
 
 
 def thin(points: Sequence[tuple[int, int, float]], most: int = POINTS) -> list[Point]:
-    """Average neighbours until at most ``most`` points are left.
+    """Average neighbours until at most ``most`` points remain.
 
     Args:
-        points: Frames, updates and value, in the order of time.
+        points: Frames, updates and value, in order of time.
         most: At least 1.
 
     Returns:
@@ -49,12 +49,12 @@ def thin(points: Sequence[tuple[int, int, float]], most: int = POINTS) -> list[P
 
 
 def chart_data(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """Every metric of the runs, by section.
+    """Return every metric of the runs, by section.
 
     Returns:
         Sections with ``title``, ``folded`` and ``charts``. A chart has ``name``, ``unit``,
-        ``text``, ``dots`` (points stand for themselves) and ``series``: for each run that has the
-        metric its index, its points, and for the evaluations' mean the standard deviations.
+        ``text``, ``dots`` (points are not connected) and ``series``: for each run with the metric
+        its index, its points, and for the evaluations' mean the standard deviations.
     """
     names = {name for run in runs for row in run.records for name in row} - {"frames", "updates"}
     order = {name: place for place, name in enumerate(METRICS)}
@@ -79,5 +79,5 @@ def _chart(name: str, runs: Sequence[Run]) -> dict[str, Any]:
             entry["band"] = [value for _, _, value in thin(run.series(_BANDS[name]))]
         series.append(entry)
     unit, text = meaning_of(name)
-    dots = name.startswith("episode/")  # several episodes end at one frame
+    dots = name.startswith("episode/")  # several episodes may end at the same frame
     return {"name": name, "unit": unit, "text": text, "dots": dots, "series": series}

@@ -1,4 +1,4 @@
-"""Puts a page together: everything in one file, nothing fetched."""
+"""Assemble a page: one file with everything in it, which loads nothing else."""
 
 from __future__ import annotations
 
@@ -32,24 +32,24 @@ _SPOKEN = {
 
 
 def write_report(run_dirs: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str]) -> Path:
-    """Write one HTML page of a run or of several.
+    """Write one HTML page about one or several runs.
 
-    Curves with all runs in them, videos, pictures, settings, machine and versions. The page needs
-    no network and no other file. It is complete when it takes its name.
+    It has curves of all runs, videos, images, settings, machine and versions. The page needs
+    neither network access nor other files. It is written atomically.
 
     Args:
         run_dirs: Run directories.
-        out: Where the page goes; directories are created.
+        out: Path of the page; directories are created.
 
     Returns:
         The path of the page.
 
     Raises:
         FileNotFoundError: If a run directory has no ``metrics.jsonl``.
-        ValueError: If there is no run, or one is given twice.
+        ValueError: If no run is given, or one is given twice.
     """
     if not run_dirs:
-        raise ValueError("There is no run to report.")
+        raise ValueError("No run was given to report.")
     page = render([*map(Path, run_dirs)])
     path = Path(out)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -87,7 +87,7 @@ def render(run_dirs: list[Path]) -> str:
 
 
 def overview(run: Run) -> dict[str, str]:
-    """What a run came to, label to text; labels that a run has nothing for are left out."""
+    """Return a run's results, label to text; labels without a value are left out."""
     out = {}
     evaluations = run.series("eval/return_mean")
     deviations = run.series("eval/return_std")
@@ -110,14 +110,14 @@ def overview(run: Run) -> dict[str, str]:
 
 
 def compare(tables: Sequence[dict[str, str]]) -> list[dict[str, Any]]:
-    """Lay tables side by side.
+    """Arrange tables side by side.
 
     Args:
-        tables: Label to text, one a run.
+        tables: Label to text, one per run.
 
     Returns:
-        Rows with ``name``, ``values`` (None where a table lacks it) and ``differs``; those that
-        differ first.
+        Rows with ``name``, ``values`` (None if a table lacks it) and ``differs``; rows that differ
+        come first.
     """
     names = list(dict.fromkeys(name for table in tables for name in table))
     rows = []
@@ -128,7 +128,7 @@ def compare(tables: Sequence[dict[str, str]]) -> list[dict[str, Any]]:
 
 
 def _media_rows(runs: Sequence[Run], kind: str) -> list[dict[str, Any]]:
-    """For each name of a video or picture the newest of each run, ready for the page."""
+    """Return the newest video or image of each name and run, ready for the page."""
     rows: dict[str, list[dict[str, Any]]] = {}
     for index, run in enumerate(runs):
         for item in newest(getattr(run, kind)):
@@ -146,7 +146,7 @@ def _embed(item: Media, index: int, run: Run) -> dict[str, Any]:
             stream = container.streams.video[0]
             width, codec = stream.width, stream.codec_context.name
         if codec not in BROWSER_CODECS:
-            note = f"Encoded as {codec}, which browsers don't play: {item.path}"
+            note = f"Encoded as {codec}, which browsers cannot play: {item.path}"
     else:
         width = 0
     uri = f"data:{kind};base64,{base64.b64encode(item.path.read_bytes()).decode()}"
@@ -167,7 +167,7 @@ def _spoken(name: str) -> str:
 
 
 def _title(runs: Sequence[Run]) -> str:
-    """The runs' task if they share one."""
+    """Return the runs' task if they share one."""
     keys = ("environment.domain", "environment.task")
     tasks = {" ".join(run.settings.get(key, "") for key in keys).strip() for run in runs}
     task = tasks.pop() if len(tasks) == 1 else ""

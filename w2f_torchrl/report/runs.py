@@ -1,4 +1,4 @@
-"""Reads what a run directory holds, for the report."""
+"""Read run directories for the report."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ _MEDIA = re.compile(r"(.+)_(\d{9})")
 
 @dataclass
 class Media:
-    """A video or picture of a run."""
+    """A video or image of a run."""
 
     name: str
-    """The file's name without its frames: ``train_imagination_comparison``."""
+    """The file's name without the frame count: ``train_imagination_comparison``."""
     frames: int
     path: Path
 
 
 @dataclass
 class Run:
-    """A run as its directory shows it."""
+    """The contents of a run directory."""
 
     path: Path
     label: str
-    """Short, and different from those of the other runs on the page."""
+    """Short label, unique among the runs on the page."""
     records: list[dict[str, float]]
     settings: dict[str, str]
     """Every setting by its dotted name, as text."""
@@ -45,7 +45,7 @@ class Run:
     images: list[Media] = field(default_factory=list)
 
     def series(self, name: str) -> list[tuple[int, int, float]]:
-        """Frames, updates and value of a metric, in the order of time."""
+        """Return frames, updates and value of a metric, in order of time."""
         return [
             (int(row["frames"]), int(row["updates"]), row[name])
             for row in self.records
@@ -67,7 +67,7 @@ def load_runs(paths: list[Path]) -> list[Run]:
     """Read run directories.
 
     Args:
-        paths: Run directories; runs that are still going on are fine.
+        paths: Run directories; runs may still be in progress.
 
     Raises:
         FileNotFoundError: If one has no ``metrics.jsonl``.
@@ -100,13 +100,13 @@ def _read_settings(path: Path) -> Mapping[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError):
         settings = None
     if not isinstance(settings, Mapping):
-        logger.warning("%s is damaged: the report lacks the run's settings", path)
+        logger.warning("%s is damaged: the report will not show the run's settings", path)
         return {}
     return settings
 
 
 def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Turn nested settings into texts by dotted name."""
+    """Convert nested settings to texts by dotted name."""
     out: dict[str, str] = {}
     for key, value in settings.items():
         if isinstance(value, Mapping):
@@ -117,7 +117,7 @@ def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 def newest(media: list[Media]) -> list[Media]:
-    """The newest of each name, in the order of the names."""
+    """Return the newest item of each name, ordered by name."""
     last: dict[str, Media] = {}
     for item in sorted(media, key=lambda item: item.frames):
         last[item.name] = item
@@ -138,7 +138,7 @@ def _media(folder: Path, suffix: str) -> list[Media]:
 
 
 def _labels(paths: list[Path]) -> list[str]:
-    """The shortest ends of the paths that tell the runs apart."""
+    """Return the shortest path endings that distinguish the runs."""
     for length in range(1, max(len(path.parts) for path in paths) + 1):
         labels = ["/".join(path.parts[-length:]) for path in paths]
         if len(set(labels)) == len(labels):

@@ -1,4 +1,4 @@
-"""Where masks come from, and how they are compared."""
+"""Segmenters, which produce masks, and measures that compare masks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every segmenter is, what it is given, and how masks are compared."""
+"""The protocol of segmenters, checks of their input and output, and comparisons of masks."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from w2f_torchrl.utils.tensors import check_tensor, check_unit_interval
 
 @runtime_checkable
 class Segmenter(Protocol):
-    """Anything that finds the foreground: uint8 ``[N, 3, H, W]`` to bool ``[N, 1, H, W]``.
+    """Any callable that finds the foreground: uint8 ``[N, 3, H, W]`` to bool ``[N, 1, H, W]``.
 
-    A confidence in [0, 1], float, is as good as a bool mask. One that returns confidences says so
-    with an attribute ``confidence = True``, which
-    :class:`~w2f_torchrl.transforms.ForegroundMaskTransform` reads to announce the right dtype.
-    Masks lie on the device that the pictures came from.
+    A segmenter may return float confidences in [0, 1] instead of bool masks. It then has an
+    attribute ``confidence = True``, which
+    :class:`~w2f_torchrl.transforms.ForegroundMaskTransform` reads to put the right dtype in the
+    spec. Masks are on the device of the images.
     """
 
     def __call__(self, pixels: Tensor) -> Tensor:
-        """Return the masks of a batch of pictures."""
+        """Return the masks of a batch of images."""
         ...
 
 
 def check_pixels(pixels: Tensor) -> None:
-    """Refuse what is not a batch of pictures.
+    """Refuse anything that is not a batch of images.
 
     Raises:
-        TypeError: If the dtype is not uint8: a range is never guessed.
+        TypeError: If the dtype is not uint8: the range of values is never guessed.
         ValueError: If the shape is not ``[N, 3, H, W]``.
     """
     if not isinstance(pixels, Tensor) or pixels.dtype is not torch.uint8:
@@ -41,12 +41,12 @@ def check_pixels(pixels: Tensor) -> None:
 
 
 def check_masks(masks: Tensor, pixels: Tensor) -> None:
-    """Refuse masks that don't belong to the pictures.
+    """Refuse masks that do not match the images.
 
     Raises:
         TypeError: If the masks are neither bool nor floating point.
-        ValueError: If their shape is not ``[N, 1, H, W]`` of the pictures, or a confidence is not
-            in [0, 1].
+        ValueError: If their shape is not the images' ``[N, 1, H, W]``, or a confidence is not in
+            [0, 1].
     """
     check_tensor("masks", masks, None, ("...",), empty=True)
     wanted = (pixels.shape[0], 1, *pixels.shape[2:])
@@ -59,18 +59,18 @@ def check_masks(masks: Tensor, pixels: Tensor) -> None:
 
 
 def mask_iou(a: Tensor, b: Tensor) -> Tensor:
-    """Intersection over union of masks, picture by picture.
+    """Return the intersection over union of masks, image by image.
 
     Args:
         a: bool ``[..., 1, H, W]``.
         b: bool ``[..., 1, H, W]``.
 
     Returns:
-        float32 ``[...]`` in [0, 1]; 1 where both masks are empty.
+        float32 ``[...]`` in [0, 1]; 1 if both masks are empty.
 
     Raises:
         TypeError: If a mask is not bool.
-        ValueError: If the shapes differ, or are no masks'.
+        ValueError: If the shapes differ, or are not those of masks.
     """
     _check_pair(a, b)
     intersection = (a & b).sum((-1, -2, -3))
@@ -79,18 +79,18 @@ def mask_iou(a: Tensor, b: Tensor) -> Tensor:
 
 
 def boundary_error(a: Tensor, b: Tensor) -> Tensor:
-    """How far the outlines of two masks lie apart, picture by picture.
+    """Return the distance between the outlines of two masks, image by image.
 
-    The mean over both outlines' pixels of the distance to the nearest pixel of the other outline
-    (average symmetric surface distance), in pixels, with the chessboard metric. An outline is made
-    of the mask's pixels that touch the outside, diagonals included.
+    This is the mean over both outlines' pixels of the distance to the nearest pixel of the other
+    outline (average symmetric surface distance), in pixels, with the chessboard metric. An outline
+    consists of the mask's pixels that touch the outside, diagonals included.
 
     Args:
         a: bool ``[N, 1, H, W]``.
         b: bool ``[N, 1, H, W]``.
 
     Returns:
-        float32 ``[N]``; 0 where both masks are empty, the longer side where one is.
+        float32 ``[N]``; 0 if both masks are empty, the longer side if only one is.
 
     Raises:
         TypeError: If a mask is not bool.

@@ -1,4 +1,4 @@
-"""Segmenters that need no learning."""
+"""Segmenters without learning."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from w2f_torchrl.utils.tensors import check_tensor
 
 
 class MedianSegmenter:
-    """Marks what differs from the background, the median over time of each pixel.
+    """Mark pixels that differ from the background, the median over time of each pixel.
 
-    For a static background and a camera that stands still; a moving background is all foreground to
-    it. The background has to be known first: by :meth:`fit`, or by ``background``.
+    It needs a static background and a fixed camera; it marks a moving background as foreground. The
+    background must be known first: from :meth:`fit`, or from ``background``.
 
     Args:
-        threshold: How far the most different colour channel must lie from the background's, in
-            [0, 255].
-        background: uint8 ``[3, H, W]``, if it is known already.
+        threshold: Minimum difference from the background, exclusive, of the most different colour
+            channel, in [0, 255).
+        background: uint8 ``[3, H, W]``, if already known.
 
     Raises:
         ValueError: If the threshold is out of range.
 
     Examples:
         >>> pixels = torch.zeros(5, 3, 4, 4, dtype=torch.uint8)
-        >>> pixels[2, :, 1, 3] = 200  # what is there in one picture of five
+        >>> pixels[2, :, 1, 3] = 200  # an object in one image out of five
         >>> MedianSegmenter().fit(pixels)(pixels).nonzero().tolist()
         [[2, 0, 1, 3]]
     """
@@ -41,7 +41,7 @@ class MedianSegmenter:
         self.background = background
 
     def fit(self, pixels: Tensor) -> MedianSegmenter:
-        """Take the background from pictures in which each pixel shows it at least half the time.
+        """Compute the background from images in which each pixel shows it at least half the time.
 
         Args:
             pixels: uint8 ``[N, 3, H, W]``, spread over time.
@@ -51,7 +51,7 @@ class MedianSegmenter:
         """
         check_pixels(pixels)
         if not len(pixels):
-            raise ValueError("a median needs at least one picture, got none.")
+            raise ValueError("a median needs at least one image, got none.")
         self.background = pixels.median(0).values
         return self
 
@@ -60,15 +60,15 @@ class MedianSegmenter:
 
         Raises:
             RuntimeError: If the background is not known yet.
-            ValueError: If the pictures have another size than the background.
+            ValueError: If the images and the background differ in size.
         """
         check_pixels(pixels)
         if self.background is None:
-            raise RuntimeError("MedianSegmenter knows no background yet: call fit(pixels) first.")
+            raise RuntimeError("MedianSegmenter has no background yet: call fit(pixels) first.")
         if pixels.shape[1:] != self.background.shape:
             raise ValueError(
-                f"pixels of shape {tuple(pixels.shape)} don't fit the background "
-                f"{tuple(self.background.shape)}: fit on pictures of the same size."
+                f"pixels of shape {tuple(pixels.shape)} do not match the background "
+                f"{tuple(self.background.shape)}: fit on images of the same size."
             )
         background = self.background.to(pixels.device)
         difference = torch.maximum(pixels, background) - torch.minimum(pixels, background)

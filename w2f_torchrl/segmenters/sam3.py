@@ -1,10 +1,10 @@
-"""The ``sam3`` package: what is missing, the model, its weights. No other file imports it.
+"""The model of the ``sam3`` package and its weights. No other file imports the package.
 
-The package (0.1.4) is written for one CUDA device and single PIL pictures. So the model is put
-together here from its classes, which run anywhere, at any size: the published one, or a tiny one
-for tests and dry runs. Three traps are stepped around: TF32 is switched on when the package is
-imported, pinned memory is asked for on machines without CUDA, and the rotary tables in a
-checkpoint hold for one resolution only.
+The package (0.1.4) is written for one CUDA device and single PIL images. The model is therefore
+assembled here from its classes, which run on any device and at any size: the published one, or a
+tiny one for tests and dry runs. Three traps are avoided: importing the package switches TF32 on, it
+requests pinned memory even without CUDA, and the rotary tables in a checkpoint are valid for only
+one resolution.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ class Sam3Architecture:
     """The sizes of a SAM3 image model; the defaults are the published ones."""
 
     image_size: int = 1008
-    """Side of the picture that the model was trained on, pixels."""
+    """Side of the images that the model was trained on, pixels."""
     vision_width: int = 1024
     vision_depth: int = 32
     vision_heads: int = 16
     global_blocks: tuple[int, ...] = (7, 15, 23, 31)
-    """Blocks that attend over the whole picture; the others do within windows."""
+    """Blocks that attend over the whole image; the others attend within windows."""
     window: int = 24
     """Side of a window, in patches of 14 pixels."""
     mlp_ratio: float = 4.625
@@ -59,7 +59,7 @@ class Sam3Architecture:
 
     @property
     def resolution_step(self) -> int:
-        """Working resolutions are multiples of this: whole windows of patches."""
+        """Working resolutions must be multiples of this: whole windows of patches."""
         return PATCH * self.window
 
 
@@ -94,14 +94,14 @@ def load_sam3(
     """Build the model at a working resolution, with its weights, on a device.
 
     Args:
-        checkpoint: Path of the weights, None for Hugging Face's.
+        checkpoint: Path of the weights; None loads them from Hugging Face.
         resolution: Working resolution, pixels; None for the one that the model was trained on.
         vocabulary: Path of the tokenizer's vocabulary; None for open_clip's.
-        device: Where it computes.
+        device: Device of the model.
 
     Raises:
         SegmenterUnavailableError: If the package, the vocabulary or the weights are missing, or the
-            file holds other weights.
+            file has the wrong weights.
         ValueError: If the resolution is not a multiple of the model's step.
     """
     require_package()
@@ -111,7 +111,7 @@ def load_sam3(
         document = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
         raise SegmenterUnavailableError(f"{path} holds no weights: {error}") from error
-    sizes = document.get("architecture", {})  # our own files tell it, the published one doesn't
+    sizes = document.get("architecture", {})  # in our files, but not in the published one
     architecture = Sam3Architecture(**sizes | _tuples(sizes))
     model = build_sam3(architecture, resolution=resolution, vocabulary=vocabulary)
     _load_weights(model, document.get("model", document), path)
@@ -121,16 +121,16 @@ def load_sam3(
 def build_sam3(
     architecture: Sam3Architecture, *, resolution: int | None, vocabulary: Path
 ) -> Sam3Image:
-    """Put a model together from the package's classes, with random weights, on the CPU.
+    """Assemble a model from the package's classes, with random weights, on the CPU.
 
-    The rotary tables are derived for the working resolution.
+    The rotary tables are computed for the working resolution.
     """
     step = architecture.resolution_step
     resolution = architecture.image_size if resolution is None else resolution
     if resolution < step or resolution % step:
         raise ValueError(
             f"resolution={resolution} must be a positive multiple of {step} (patches of {PATCH} "
-            f"pixels in windows of {architecture.window}), {step} or {2 * step} say."
+            f"pixels in windows of {architecture.window}), such as {step} or {2 * step}."
         )
     with _unchanged_tf32():
         from sam3.model.sam3_image import Sam3Image
@@ -149,9 +149,9 @@ def build_sam3(
 
 
 def save_tiny_sam3(path: str | Path, seed: int = 0) -> Path:
-    """Write a tiny model with random weights, for tests and dry runs of the whole flow.
+    """Write a tiny model with random weights, for tests and dry runs.
 
-    Its masks mean nothing. It needs the package and the vocabulary, as the real one does.
+    Its masks are meaningless. It needs the package and the vocabulary, as the real one does.
     """
     require_package()
     with torch.random.fork_rng(devices=[]):
@@ -164,12 +164,12 @@ def save_tiny_sam3(path: str | Path, seed: int = 0) -> Path:
 
 
 def make_prompt(boxes: Tensor | None, count: int, device: torch.device) -> Any:
-    """The package's geometric prompt: the same boxes for each of ``count`` queries.
+    """Make the package's geometric prompt: the same boxes for each of ``count`` queries.
 
     Args:
         boxes: float32 ``[K, 4]``: centre x, centre y, width, height, in [0, 1]; None for none.
-        count: Pictures times prompts.
-        device: Where the model is.
+        count: Images times prompts.
+        device: Device of the model.
     """
     from sam3.model.geometry_encoders import Prompt
 
@@ -186,11 +186,11 @@ def ground(
     text: dict[str, Tensor],
     boxes: Tensor | None,
 ) -> dict[str, Tensor]:
-    """Look for every prompt in every picture, in one pass.
+    """Detect every prompt in every image, in one pass.
 
     Args:
         model: From :func:`load_sam3`.
-        features: What its vision backbone made of N pictures.
+        features: Output of its vision backbone for N images.
         text: ``language_features`` ``[L, P, D]`` and ``language_mask`` ``[P, L]``.
         boxes: See :func:`make_prompt`.
 
@@ -231,11 +231,11 @@ def ground(
 def encode_example(
     model: Sam3Image, features: dict[str, Any], box: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """What the geometry encoder makes of a box on one picture, to be shown with other pictures.
+    """Encode a box on one image with the geometry encoder, for use with other images.
 
     Args:
         model: From :func:`load_sam3`.
-        features: What its vision backbone made of the one picture.
+        features: Output of its vision backbone for the one image.
         box: float32 ``[4]``, see :func:`make_prompt`.
 
     Returns:
@@ -269,8 +269,8 @@ def _load_weights(model: Sam3Image, weights: dict[str, Tensor], path: Path) -> N
     ]
     if missing or wrong:
         raise SegmenterUnavailableError(
-            f"{path} holds no weights of this SAM3 model: {len(missing)} are missing and "
-            f"{len(wrong)} have another shape, {(missing + wrong)[0]} for one."
+            f"{path} does not hold the weights of this SAM3 model: {len(missing)} are missing and "
+            f"{len(wrong)} have another shape, for example {(missing + wrong)[0]}."
         )
     kept = {name: weights[name] for name in wanted.keys() - tables}
     model.load_state_dict(kept, strict=False)
@@ -278,7 +278,7 @@ def _load_weights(model: Sam3Image, weights: dict[str, Tensor], path: Path) -> N
 
 @contextlib.contextmanager
 def _unchanged_tf32() -> Iterator[None]:
-    """Import the package without its switching TF32 on for the whole process."""
+    """Import the package, and undo its switching TF32 on for the whole process."""
     before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     try:
         yield
@@ -288,7 +288,7 @@ def _unchanged_tf32() -> Iterator[None]:
 
 @contextlib.contextmanager
 def no_pinning(device: torch.device) -> Iterator[None]:
-    """Let the geometry encoder ask for pinned memory on a machine that has none."""
+    """Let the geometry encoder request pinned memory on a machine without it."""
     if device.type == "cuda":
         yield
         return

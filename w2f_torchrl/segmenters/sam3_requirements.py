@@ -1,4 +1,4 @@
-"""What SAM3 needs on this machine, and the commands that get it. The package is not imported."""
+"""Requirements of SAM3, and the commands that install them. The package is not imported."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from pathlib import Path
 REPOSITORY = "facebook/sam3"
 WEIGHTS_FILE = "sam3.pt"
 
-INSTALL = """SAM3 needs the packages of the extra `sam3`, and {missing} is not installed. Run:
+INSTALL = """SAM3 needs the packages of the extra `sam3`, but {missing} is not installed. Run:
 
   make extras                          # in a checkout, or:
   pip install "w2f_torchrl[sam3]"
 """
-VOCABULARY = """SAM3's tokenizer needs its vocabulary, which the sam3 package lacks: {missing}. Run:
+VOCABULARY = """SAM3's tokenizer needs a vocabulary that is not in the sam3 package: {missing}. Run:
 
   pip install open_clip_torch          # holds bpe_simple_vocab_16e6.txt.gz
 
 or pass vocabulary=PATH."""
-WEIGHTS = """SAM3's weights are missing: {missing}. They are gated: ask for access at
+WEIGHTS = """SAM3's weights are missing: {missing}. They are gated: request access at
 https://huggingface.co/facebook/sam3 , then run:
 
   hf auth login
@@ -29,18 +29,18 @@ line). Without the weights, segmentation=student learns from a few labelled fram
 
 
 class SegmenterUnavailableError(RuntimeError):
-    """A segmenter lacks a package, a file or weights; the message has the commands that get it."""
+    """A segmenter lacks a package, a file or weights; the message has the commands to get it."""
 
 
 def missing_requirement(
     checkpoint: str | Path | None, vocabulary: str | Path | None, *, download: bool = False
 ) -> str | None:
-    """Say what SAM3 lacks on this machine, and which commands get it; None if all is there.
+    """Return what SAM3 lacks on this machine and the commands to get it; None if nothing.
 
     Nothing is downloaded and the package is not imported.
 
     Args:
-        checkpoint: Path of the weights; None for those that Hugging Face's cache holds.
+        checkpoint: Path of the weights; None for those in Hugging Face's cache.
         vocabulary: Path of the tokenizer's vocabulary; None for open_clip's.
         download: Whether weights that are not in the cache may still be downloaded later.
     """
@@ -60,10 +60,10 @@ def find_vocabulary(vocabulary: str | Path | None = None) -> Path:
     """Find the tokenizer's vocabulary, by default in the installed open_clip, without importing it.
 
     Raises:
-        SegmenterUnavailableError: If it isn't there.
+        SegmenterUnavailableError: If it does not exist.
     """
     if vocabulary is not None:
-        path, missing = Path(vocabulary), f"vocabulary={vocabulary} is no file"
+        path, missing = Path(vocabulary), f"vocabulary={vocabulary} is not a file"
     else:
         spec = importlib.util.find_spec("open_clip")
         folder = Path(spec.origin).parent if spec and spec.origin else Path()
@@ -75,10 +75,10 @@ def find_vocabulary(vocabulary: str | Path | None = None) -> Path:
 
 
 def find_weights(checkpoint: str | Path | None) -> Path:
-    """Find the weights: a path, or from Hugging Face, whose cache is looked at first.
+    """Find the weights: a path, or a download from Hugging Face, whose cache is searched first.
 
     Raises:
-        SegmenterUnavailableError: If the file isn't there, or can't be downloaded.
+        SegmenterUnavailableError: If the file does not exist, or cannot be downloaded.
     """
     if checkpoint is not None:
         return _require_file(checkpoint)
@@ -95,7 +95,7 @@ def find_weights(checkpoint: str | Path | None) -> Path:
 
 
 def require_package() -> None:
-    """Raise a SegmenterUnavailableError unless sam3, and what it imports, can be imported."""
+    """Raise a SegmenterUnavailableError unless sam3 and its dependencies can be imported."""
     for package in ("sam3", "torchvision", "timm", "iopath", "huggingface_hub", "psutil"):
         if importlib.util.find_spec(package) is None:
             raise SegmenterUnavailableError(INSTALL.format(missing=package))
@@ -104,7 +104,7 @@ def require_package() -> None:
 def _require_file(checkpoint: str | Path) -> Path:
     path = Path(checkpoint)
     if not path.is_file():
-        raise SegmenterUnavailableError(WEIGHTS.format(missing=f"checkpoint={path} is no file"))
+        raise SegmenterUnavailableError(WEIGHTS.format(missing=f"checkpoint={path} is not a file"))
     return path
 
 

@@ -1,4 +1,4 @@
-"""SAM3 as a segmenter: batches of tensors in, united masks out."""
+"""SAM3 as a segmenter: batches of tensors in, combined masks out."""
 
 from __future__ import annotations
 
@@ -22,38 +22,39 @@ Box = tuple[float, float, float, float]
 
 
 class Sam3Segmenter:
-    """Finds what text prompts name, with Meta's SAM3.
+    """Segment the objects named by text prompts, with Meta's SAM3.
 
-    A detection counts where its score, the query's times the prompt's presence, is above the
-    threshold. Its mask is resized to the frames and cut at zero; the masks of all detections of all
-    prompts are united. The prompts' text features are computed once and the text tower is dropped,
-    so a frame costs 0.6 TFLOP at a resolution of 336 and 6 at 1008.
+    A detection counts if its score, the query's times the prompt's presence, is above the
+    threshold. Its mask is resized to the frame and thresholded at zero; the masks of all detections
+    of all prompts are united. The prompts' text features are computed once and the text tower is
+    dropped, so a frame costs 0.6 TFLOP at a resolution of 336 and 6 at 1008.
 
-    Weights stay float32 and CUDA computes in bfloat16 by autocast (a cast of the weights would
-    break the rotary position tables without a sound).
+    Weights stay float32 and CUDA computes in bfloat16 by autocast (casting the weights would
+    silently break the rotary position tables).
 
     Args:
-        prompts: What to look for, ``["robot"]`` say, at least one. Choose them by
+        prompts: Names of the foreground, such as ``["robot"]``; at least one. Choose them with
             ``benchmarks/masks.py --prompts``.
-        checkpoint: Path of the weights; None takes them from Hugging Face (gated).
-        resolution: Side of the square picture that SAM3 sees, pixels, a multiple of 336 for the
-            published weights; None: the one that the weights were trained with (1008).
-        score_threshold: Least score of a detection, in [0, 1].
-        boxes: Where the foreground is in every frame, as (centre x, centre y, width, height) in
-            [0, 1]: for cameras that follow the agent.
-        examples: Frames, uint8 ``[E, 3, H, W]``, and masks, bool ``[E, 1, H, W]``, of what is
-            meant. Each mask's box is encoded on its frame once, and shown with every prompt.
+        checkpoint: Path of the weights; None loads them from Hugging Face (gated).
+        resolution: Side of the square image that SAM3 receives, pixels, a multiple of 336 for the
+            published weights; None for the one that the weights were trained with (1008).
+        score_threshold: Minimum score of a detection, in [0, 1].
+        boxes: Boxes around the foreground in every frame, as (centre x, centre y, width, height) in
+            [0, 1]; for cameras that follow the agent.
+        examples: Example frames, uint8 ``[E, 3, H, W]``, and masks of their foreground, bool
+            ``[E, 1, H, W]``. Each mask's box is encoded once, on its frame, and added to every
+            prompt.
         confidence: Whether calls return confidences, float32 in [0, 1], instead of bool masks: the
             sigmoid of the highest mask logit among the detections, 0 without a detection.
-        batch_size: Most frames of a forward pass. Where CUDA's memory is too small for it, it is
+        batch_size: Maximum number of frames per forward pass. If CUDA runs out of memory it is
             halved, with a warning, down to one frame.
-        device: Where to compute; None: CUDA if there is one, else the CPU.
-        compile: Whether the vision trunk is compiled (minutes at the first call).
-        vocabulary: Path of the tokenizer's vocabulary; None: the one that open_clip_torch ships.
+        device: Where to compute; None for CUDA if available, otherwise the CPU.
+        compile: Whether to compile the vision trunk (takes minutes at the first call).
+        vocabulary: Path of the tokenizer's vocabulary; None for the one in open_clip_torch.
 
     Raises:
         SegmenterUnavailableError: If the package, its vocabulary or the weights are missing; the
-            message has the commands that get them.
+            message has the commands to get them.
         ValueError: If a setting is out of range.
     """
 
@@ -102,7 +103,7 @@ class Sam3Segmenter:
             pixels: uint8 ``[N, 3, H, W]``.
 
         Returns:
-            bool ``[N, 1, H, W]``, or float32 confidences in [0, 1], where the pixels lie.
+            bool ``[N, 1, H, W]``, or float32 confidences in [0, 1], on the device of the pixels.
         """
         check_pixels(pixels)
         dtype = torch.float32 if self.confidence else torch.bool
@@ -117,19 +118,19 @@ class Sam3Segmenter:
                 if self.batch_size == 1:
                     raise
                 self.batch_size //= 2
-                logger.warning("SAM3: out of memory, going on with batch_size=%d", self.batch_size)
+                logger.warning("SAM3: out of memory, retrying with batch_size=%d", self.batch_size)
                 continue
             out[start:stop] = logits.sigmoid() if self.confidence else logits > 0
             start = stop
         return out
 
     def _mask_logits(self, pixels: Tensor) -> Tensor:
-        """The highest mask logit among the detections: float32 ``[N, 1, H, W]``, -inf for none."""
+        """Return the highest mask logit of all detections: float32 ``[N, 1, H, W]``, or -inf."""
         with self._autocast():
             found = sam3.ground(self.model, self._features(pixels), self._text, self.boxes)
         detected = found["scores"] > self.score_threshold  # [N, P, Q]
         logits = found["mask_logits"].flatten(1, 2)  # [N, P * Q, h, w]
-        # Absent is far below zero, but finite: the resizing mixes neighbours.
+        # The logit of no detection is far below zero, but finite: resizing mixes neighbours.
         logits = logits.masked_fill(~detected.flatten(1, 2)[..., None, None], -1e4)
         united = logits.amax(1, keepdim=True)
         return interpolate(united, pixels.shape[-2:], mode="bilinear", align_corners=False)
@@ -144,7 +145,7 @@ class Sam3Segmenter:
 
     @torch.no_grad()
     def _encode_text(self) -> dict[str, Tensor]:
-        """Encode the prompts, then let the text tower go: 354 of 840 million parameters."""
+        """Encode the prompts, then free the text tower: 354 of 840 million parameters."""
         with self._autocast():
             text = self.model.backbone.forward_text(list(self.prompts), device=self.device)
         self.model.backbone.language_backbone = None
@@ -152,7 +153,7 @@ class Sam3Segmenter:
 
     @torch.no_grad()
     def _append_examples(self, frames: Tensor, masks: Tensor) -> None:
-        """Show the examples with every prompt: their tokens follow the text's."""
+        """Add the examples to every prompt: their tokens follow the text's."""
         check_pixels(frames)
         check_masks(masks, frames)
         features, padding = [self._text["language_features"]], [self._text["language_mask"]]
@@ -174,14 +175,14 @@ class Sam3Segmenter:
 
 
 def mask_box(mask: Tensor) -> Tensor:
-    """The box around a mask: bool ``[1, H, W]`` to (centre x, centre y, width, height) in [0, 1].
+    """Return a mask's box: bool ``[1, H, W]`` to (centre x, centre y, width, height) in [0, 1].
 
     Raises:
         ValueError: If the mask is empty.
     """
     rows, columns = mask[0].any(1).nonzero(), mask[0].any(0).nonzero()
     if not len(rows):
-        raise ValueError("an example's mask is empty: it shows nothing of the foreground.")
+        raise ValueError("an example's mask is empty: it must show some foreground.")
     top, bottom = int(rows.min()), int(rows.max()) + 1
     left, right = int(columns.min()), int(columns.max()) + 1
     height, width = mask.shape[1:]
@@ -191,7 +192,7 @@ def mask_box(mask: Tensor) -> Tensor:
 
 def _check_prompts(prompts: Sequence[str]) -> tuple[str, ...]:
     if isinstance(prompts, str) or not prompts or not all(isinstance(p, str) for p in prompts):
-        raise ValueError(f"prompts={prompts!r} must be a list of texts, ['robot'] say.")
+        raise ValueError(f"prompts={prompts!r} must be a list of texts, such as ['robot'].")
     if not all(prompt.strip() for prompt in prompts):
         raise ValueError(f"prompts={list(prompts)!r}: a prompt must not be empty.")
     return tuple(prompts)

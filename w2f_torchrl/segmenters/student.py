@@ -29,8 +29,9 @@ def _block(inputs: int, outputs: int, *, stride: int = 1, side: int = 3) -> nn.S
 class StudentNetwork(nn.Module):
     """A U-Net that never works at full resolution.
 
-    A cell is 2 x 2 pixels. The first convolution sees 3 x 3 cells, 6 x 6 pixels, at a stride of one
-    cell, and four mask logits leave each cell at the end: detail stays, at a quarter of the cost.
+    A cell is 2 x 2 pixels. The first convolution covers 3 x 3 cells, 6 x 6 pixels, at a stride of
+    one cell, and the last one outputs four mask logits per cell: this keeps the detail at a quarter
+    of the cost.
 
     Args:
         widths: Channels at a half, a quarter and an eighth of the resolution.
@@ -51,7 +52,7 @@ class StudentNetwork(nn.Module):
         self.head = nn.Conv2d(fine, 4, 1)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images float ``[N, 3, H, W]`` around zero to mask logits ``[N, 1, H, W]``."""
+        """Map images, float ``[N, 3, H, W]`` around zero, to mask logits ``[N, 1, H, W]``."""
         height, width = images.shape[-2:]
         extra = (-width % 8, -height % 8)
         if any(extra):
@@ -68,16 +69,16 @@ class StudentNetwork(nn.Module):
 class StudentSegmenter:
     """A :class:`StudentNetwork` as a segmenter.
 
-    Made by :func:`~w2f_torchrl.segmenters.train_student` or :meth:`load`. It computes in bfloat16
-    on CPUs that have instructions for it, which halves its cost, and in float32 elsewhere;
+    Created by :func:`~w2f_torchrl.segmenters.train_student` or :meth:`load`. It computes in
+    bfloat16 on CPUs with instructions for it, which halves its cost, and otherwise in float32;
     parameters stay float32.
 
     Args:
         network: The network, trained or not.
         confidence: Whether calls return confidences, float32 in [0, 1], instead of bool masks.
         threshold: Confidence above which a pixel is foreground, in (0, 1).
-        device: Where it computes; masks go back to where the pictures came from.
-        batch_size: Pictures that are segmented at a time.
+        device: Where it computes; masks are returned on the device of the images.
+        batch_size: Number of images segmented at a time.
 
     Raises:
         ValueError: If the threshold is out of range.
@@ -118,7 +119,7 @@ class StudentSegmenter:
 
     @torch.no_grad()
     def confidences(self, pixels: Tensor) -> Tensor:
-        """How sure the student is of the foreground: uint8 to float32 ``[N, 1, H, W]``."""
+        """Return the probability of foreground: uint8 to float32 ``[N, 1, H, W]``."""
         check_pixels(pixels)
         if self._fast is None:
             self._fast = _fused(self.network).to(self.dtype)
@@ -131,15 +132,15 @@ class StudentSegmenter:
         return torch.cat(parts).to(pixels.device) if parts else empty
 
     def weights_changed(self) -> None:
-        """Say that the network was trained further."""
+        """Discard what was derived from the weights, after further training."""
         self._fast = None
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The network's parameters and statistics."""
+        """Return the network's parameters and statistics."""
         return dict(self.network.state_dict())
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take over a state of a network of the same widths."""
+        """Load a state of a network of the same widths."""
         self.network.load_state_dict(state)
         self.weights_changed()
 
@@ -163,16 +164,16 @@ class StudentSegmenter:
         """Read a student; nothing in the file is executed (``weights_only``).
 
         Raises:
-            SegmenterUnavailableError: If the file is missing or holds no student.
+            SegmenterUnavailableError: If the file does not exist or does not hold a student.
         """
         if not Path(path).is_file():
-            raise SegmenterUnavailableError(f"There is no student at {path}.")
+            raise SegmenterUnavailableError(f"The student's file {path} does not exist.")
         try:
             document = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:
-            raise SegmenterUnavailableError(f"{path} holds no student: {error}") from error
+            raise SegmenterUnavailableError(f"{path} does not hold a student: {error}") from error
         if not isinstance(document, dict) or document.get("format") != FORMAT:
-            raise SegmenterUnavailableError(f"{path} holds no student that `save` wrote.")
+            raise SegmenterUnavailableError(f"{path} does not hold a student written by `save`.")
         network = StudentNetwork(document["widths"])
         network.load_state_dict(document["network"])
         return cls(
@@ -185,12 +186,12 @@ class StudentSegmenter:
 
 
 def to_images(pixels: Tensor) -> Tensor:
-    """Uint8 pictures as what the network reads: float32 in [-0.5, 0.5], channels last."""
+    """Convert uint8 images to the network's input: float32 in [-0.5, 0.5], channels last."""
     return pixels.contiguous(memory_format=torch.channels_last).float().div_(255).sub_(0.5)
 
 
 def _fused(network: StudentNetwork) -> nn.Module:
-    """A copy for inference: normalisation folded into the convolutions, channels last."""
+    """Return a copy for inference: normalisation folded into the convolutions, channels last."""
     copy = StudentNetwork(network.widths)
     copy.load_state_dict(network.state_dict())
     copy.to(next(network.parameters()).device).eval()

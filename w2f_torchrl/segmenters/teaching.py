@@ -1,4 +1,4 @@
-"""How a student learns: copy-paste augmentation, the loss, and the choice of frames."""
+"""Training of a student: copy-paste augmentation, the loss, and the choice of frames."""
 
 from __future__ import annotations
 
@@ -33,19 +33,19 @@ def train_student(
     device: torch.device | str = "cpu",
     student: StudentSegmenter | None = None,
 ) -> StudentSegmenter:
-    """Train a student on labelled frames: a teacher's, a simulator's, or a few made by hand.
+    """Train a student on frames labelled by a teacher, by a simulator, or by hand.
 
     Args:
         pixels: Frames, uint8 ``[N, 3, H, W]``.
         masks: Their foreground, bool or confidences ``[N, 1, H, W]``.
-        backgrounds: Pictures without the foreground, uint8 ``[K, 3, H, W]``, that foregrounds are
-            pasted onto. Where they look like those met later, few labels go far.
+        backgrounds: Images without the foreground, uint8 ``[K, 3, H, W]``, onto which foregrounds
+            are pasted. If they resemble the later backgrounds, few labels are enough.
         steps: Gradient steps.
-        batch_size: Frames of a step.
-        learning_rate: The highest, in a one-cycle schedule.
+        batch_size: Frames per step.
+        learning_rate: Maximum learning rate of a one-cycle schedule.
         paste: Share of a batch that is pasted onto ``backgrounds``, in [0, 1].
-        moves: How far a pasted foreground is moved and scaled, a share of the picture, in [0, 0.5];
-            0 keeps it in its place.
+        moves: Maximum shift and scaling of a pasted foreground, as a share of the image, in
+            [0, 0.5]; 0 keeps it in place.
         widths: Channels of a new student.
         seed: Seed of the weights, the batches and the augmentation.
         device: Where to train.
@@ -56,8 +56,7 @@ def train_student(
 
     Raises:
         TypeError: If a dtype is wrong.
-        ValueError: If shapes don't belong together, there are no frames, or a share is out of
-            range.
+        ValueError: If shapes do not match, there are no frames, or a share is out of range.
     """
     _check_training_set(pixels, masks, backgrounds)
     for name, value, most in (("paste", paste, 1.0), ("moves", moves, 0.5)):
@@ -101,10 +100,10 @@ def train_student(
 
 
 def mask_loss(logits: Tensor, target: Tensor) -> Tensor:
-    """Cross-entropy over pixels plus the soft Dice loss of each picture.
+    """Return the cross-entropy over pixels plus the soft Dice loss of each image.
 
-    The foreground covers a few per cent: the cross-entropy alone is content with thin parts missed,
-    the Dice loss with a batch of noisy edges.
+    The foreground covers a few per cent of the pixels: the cross-entropy alone would tolerate
+    missing thin parts, and the Dice loss alone noisy edges.
     """
     entropy = binary_cross_entropy_with_logits(logits, target)
     chance = logits.sigmoid()
@@ -116,14 +115,14 @@ def mask_loss(logits: Tensor, target: Tensor) -> Tensor:
 def paste_foreground(
     frames: Tensor, masks: Tensor, backgrounds: Tensor, generator: torch.Generator, moves: float
 ) -> tuple[Tensor, Tensor]:
-    """Lay foregrounds over other backgrounds.
+    """Paste foregrounds onto other backgrounds.
 
     Args:
         frames: uint8 ``[N, 3, H, W]``.
         masks: float ``[N, 1, H, W]`` in [0, 1].
         backgrounds: uint8 ``[N, 3, H, W]``.
         generator: Random numbers (CPU).
-        moves: Largest move and change of size, a share of the picture.
+        moves: Maximum shift and scaling, as a share of the image.
 
     Returns:
         uint8 frames and float masks.
@@ -141,7 +140,7 @@ def paste_foreground(
 
 
 def vary(frames: Tensor, masks: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Mirror half the pictures, and change contrast, brightness and each colour a little.
+    """Mirror half of the images, and slightly change contrast, brightness and each colour.
 
     Args:
         frames: uint8 ``[N, 3, H, W]``.
@@ -162,11 +161,11 @@ def vary(frames: Tensor, masks: Tensor, generator: torch.Generator) -> tuple[Ten
 
 
 def choose_diverse(pixels: Tensor, count: int) -> Tensor:
-    """Choose frames that differ: each next one is the farthest from all chosen (k-centre).
+    """Choose diverse frames: each next one is the farthest from all chosen ones (k-centre).
 
     Args:
         pixels: uint8 ``[N, 3, H, W]``. Frames are compared at 8 x 8.
-        count: How many.
+        count: Number of frames.
 
     Returns:
         Indices, int64 ``[min(count, N)]``, the first frame first.
@@ -177,7 +176,7 @@ def choose_diverse(pixels: Tensor, count: int) -> Tensor:
     check_pixels(pixels)
     check_number("count", count, integer=True)
     if count < 1 or not len(pixels):
-        raise ValueError(f"can't choose count={count} of {len(pixels)} frames: both at least 1.")
+        raise ValueError(f"cannot choose count={count} of {len(pixels)} frames: both must be >= 1.")
     features = adaptive_avg_pool2d(pixels.float(), 8).flatten(1)  # [N, 192]
     squares = features.square().sum(1)
     nearest = torch.full((len(pixels),), torch.inf, device=pixels.device)
@@ -186,7 +185,7 @@ def choose_diverse(pixels: Tensor, count: int) -> Tensor:
         last = chosen[-1]
         distance = squares + squares[last] - 2 * (features @ features[last])
         nearest = torch.minimum(nearest, distance)
-        nearest[chosen] = -torch.inf  # never twice, also where frames are equal
+        nearest[chosen] = -torch.inf  # never twice, even if frames are equal
         chosen.append(int(nearest.argmax()))
     return torch.tensor(chosen)
 
@@ -201,6 +200,6 @@ def _check_training_set(pixels: Tensor, masks: Tensor, backgrounds: Tensor | Non
     check_pixels(backgrounds)
     if not len(backgrounds) or backgrounds.shape[2:] != pixels.shape[2:]:
         raise ValueError(
-            f"backgrounds must be pictures of the frames' size {tuple(pixels.shape[2:])}, at least "
+            f"backgrounds must be images of the frames' size {tuple(pixels.shape[2:])}, at least "
             f"one, got {tuple(backgrounds.shape)}."
         )

@@ -1,4 +1,4 @@
-"""A TorchRL transform that writes the foreground's mask beside the pixels."""
+"""A TorchRL transform that writes the foreground's mask next to the pixels."""
 
 from __future__ import annotations
 
@@ -21,35 +21,35 @@ from w2f_torchrl.utils.tensors import check_tensor
 
 
 class ForegroundMaskTransform(ObservationTransform):
-    """Writes a segmenter's masks: bool ``[*B, 1, H, W]``, or float32 confidences in [0, 1].
+    """Write a segmenter's masks: bool ``[*B, 1, H, W]``, or float32 confidences in [0, 1].
 
-    It works wherever TorchRL takes a transform:
+    It works wherever TorchRL accepts a transform:
 
     - appended to an env, single or batched: one call of the segmenter for the whole batch at each
-      step. Inside a ParallelEnv's workers each worker needs a segmenter of its own: append it to
+      step. Inside a ParallelEnv's workers each worker would need a separate segmenter: append it to
       the ParallelEnv instead;
     - as a collector's ``postproc``: one call for a whole batch;
-    - appended to a replay buffer: each frame is segmented once, on the way in, a whole ``extend``
-      at a time. Samples carry what was stored;
+    - appended to a replay buffer: each frame is segmented once, when it is written, with one call
+      per ``extend``. Samples contain the stored masks;
     - called on a tensordict with any leading shape, also inside a ``Compose`` or a module.
 
-    An entry that has the mask's key already, an env's own mask say, is overwritten.
+    An existing entry under the mask's key, such as an env's own mask, is overwritten.
 
-    Where several keys of one tensordict hold pictures, as ``pixels`` and ``("next", "pixels")`` of
-    a rollout do, equal frames are segmented once.
+    If several keys of one tensordict hold images, as ``pixels`` and ``("next", "pixels")`` of a
+    rollout do, equal frames are segmented once.
 
     Args:
-        segmenter: See :class:`~w2f_torchrl.segmenters.Segmenter`. It is called without gradients,
-            and decides on which device it computes; masks lie where the pixels lie. It is no
-            submodule: moving the transform doesn't move it.
-        in_keys: Pictures, uint8 ``[*B, 3, H, W]``.
-        out_keys: Where the masks go; by default ``foreground_mask`` beside each in-key.
-        confidence: Whether the segmenter returns confidences instead of bool masks; None asks its
-            attribute ``confidence``, and takes bool where there is none.
+        segmenter: See :class:`~w2f_torchrl.segmenters.Segmenter`. It is called without gradients
+            and chooses the device it computes on; masks are on the device of the pixels. It is not
+            a submodule: moving the transform does not move it.
+        in_keys: Keys of images, uint8 ``[*B, 3, H, W]``.
+        out_keys: Keys of the masks; by default ``foreground_mask`` next to each in-key.
+        confidence: Whether the segmenter returns confidences instead of bool masks; None reads its
+            attribute ``confidence``, and assumes bool without one.
 
     Raises:
         ValueError: If the numbers of keys differ.
-        TypeError: On a call, if pixels are not uint8, or masks are of the other kind.
+        TypeError: When called, if pixels are not uint8, or masks do not have the announced dtype.
 
     Examples:
         >>> import torch
@@ -96,19 +96,19 @@ class ForegroundMaskTransform(ObservationTransform):
             return self._call(tensordict_reset)
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Write masks into a tensordict; when a replay buffer samples, leave those it stored."""
+        """Write masks into a tensordict; keep stored masks when a replay buffer samples."""
         return self._on_data(tensordict, "forward")
 
     def _inv_call(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Write masks into what enters a replay buffer; what enters an env's step is left alone."""
+        """Write masks into data entering a replay buffer; ignore the input of an env's step."""
         if self._in_env():
             return tensordict
         return self._on_data(tensordict, "inverse")
 
     def _on_data(self, tensordict: TensorDictBase, direction: str) -> TensorDictBase:
-        # A replay buffer calls one method when it is written to (the inverse; with TorchRL's
-        # `invert=True`, `_call`) and another when it is read. Nothing is read before it was
-        # written, so the method that is called first is the one that makes masks.
+        # A replay buffer calls one method when data is written (the inverse, or `_call` with
+        # TorchRL's `invert=True`) and another when it is read. Data is written before it is read,
+        # so the method that is called first is the one that must make masks.
         self._made_by = self._made_by or direction
         made = direction != self._made_by and all(
             tensordict.get(key, None) is not None for key in self.out_keys
@@ -127,7 +127,7 @@ class ForegroundMaskTransform(ObservationTransform):
         return tensordict
 
     def _in_env(self) -> bool:
-        """Whether an env holds this transform; TorchRL's own property fails in replay buffers."""
+        """Return whether an env holds this transform; TorchRL's way fails in replay buffers."""
         container: Any = self
         while container is not None and not isinstance(container, EnvBase):
             reference = container.__dict__.get("_container")
@@ -139,7 +139,7 @@ class ForegroundMaskTransform(ObservationTransform):
             return True
         if not self.missing_tolerance:
             raise KeyError(
-                f"ForegroundMaskTransform reads {key!r}, and the tensordict has only "
+                f"ForegroundMaskTransform reads {key!r}, but the tensordict has only "
                 f"{sorted(map(str, tensordict.keys(True, True)))}."
             )
         return False
@@ -150,12 +150,12 @@ class ForegroundMaskTransform(ObservationTransform):
         return self._segment([pixels])[0]
 
     def _segment(self, pictures: list[Tensor]) -> list[Tensor]:
-        """Segment ``[*B, 3, H, W]`` each, all of one size in one call."""
+        """Segment tensors ``[*B, 3, H, W]``, those of the same size in one call."""
         if len({pixels.shape[-3:] for pixels in pictures}) > 1:
             return [self._apply_transform(pixels) for pixels in pictures]
         if not pictures:
             return []
-        for pixels in pictures:  # without the leading dimensions, as check_pixels has it
+        for pixels in pictures:  # checked like check_pixels, except for the leading dimensions
             check_tensor("pixels", pixels, torch.uint8, ("...", 3, "H", "W"), empty=True)
         flat = [p.reshape(p.shape[:-3].numel(), *p.shape[-3:]) for p in pictures]
         frames = torch.cat(flat) if len(flat) > 1 else flat[0]  # [N, 3, H, W]
@@ -174,7 +174,7 @@ class ForegroundMaskTransform(ObservationTransform):
         ]
 
     def _checked(self, frames: Tensor) -> Tensor:
-        """Call the segmenter and see that it keeps its promise."""
+        """Call the segmenter and check that its output has the announced dtype."""
         with torch.no_grad():
             masks: Tensor = self.segmenter(frames)
         check_masks(masks, frames)
@@ -188,7 +188,7 @@ class ForegroundMaskTransform(ObservationTransform):
 
     @_apply_to_composite  # type: ignore[untyped-decorator]
     def transform_observation_spec(self, observation_spec: TensorSpec) -> TensorSpec:
-        """The masks' spec, from the pixels'."""
+        """Return the masks' spec for the pixels' spec."""
         shape = (*observation_spec.shape[:-3], 1, *observation_spec.shape[-2:])
         device = observation_spec.device
         if self.confidence:
@@ -197,23 +197,24 @@ class ForegroundMaskTransform(ObservationTransform):
 
 
 class SAM3MaskTransform(ForegroundMaskTransform):
-    """A :class:`ForegroundMaskTransform` with SAM3, found by what the foreground is called.
+    """A :class:`ForegroundMaskTransform` with SAM3, which finds the foreground by text prompts.
 
     Args:
-        prompts: What to look for, ``["robot"]`` say; the masks of all prompts are united.
-        checkpoint: Path of SAM3's weights; None takes them from Hugging Face (gated).
-        resolution: Side of the square picture that SAM3 sees, pixels: a multiple of 336 for the
+        prompts: Names of the foreground, such as ``["robot"]``; the masks of all prompts are
+            united.
+        checkpoint: Path of SAM3's weights; None loads them from Hugging Face (gated).
+        resolution: Side of the square image that SAM3 receives, pixels: a multiple of 336 for the
             published weights. 336 costs a tenth of 1008.
-        score_threshold: Least score of a detection, in [0, 1].
-        device: Where SAM3 computes; None: CUDA if there is one, else the CPU.
-        in_keys: Pictures, uint8 ``[*B, 3, H, W]``.
-        out_keys: Where the masks go; by default ``foreground_mask`` beside each in-key.
-        **settings: Further ones of :class:`~w2f_torchrl.segmenters.Sam3Segmenter`, ``batch_size``,
-            ``confidence`` or ``compile`` say.
+        score_threshold: Minimum score of a detection, in [0, 1].
+        device: Where SAM3 computes; None for CUDA if available, otherwise the CPU.
+        in_keys: Keys of images, uint8 ``[*B, 3, H, W]``.
+        out_keys: Keys of the masks; by default ``foreground_mask`` next to each in-key.
+        **settings: Other settings of :class:`~w2f_torchrl.segmenters.Sam3Segmenter`, such as
+            ``batch_size``, ``confidence`` or ``compile``.
 
     Raises:
         SegmenterUnavailableError: If the package, its vocabulary or the weights are missing; the
-            message has the commands that get them.
+            message has the commands to get them.
         ValueError: If a setting is out of range.
 
     Examples:
@@ -245,7 +246,7 @@ class SAM3MaskTransform(ForegroundMaskTransform):
 
 
 def _beside(key: NestedKey) -> NestedKey:
-    """The mask's key next to a picture's: ``("next", "pixels")`` to ``("next", MASK)``."""
+    """Return the mask's key next to an image's: ``("next", "pixels")`` to ``("next", MASK)``."""
     key = unravel_key(key)
     return MASK if isinstance(key, str) else (*key[:-1], MASK)
 
@@ -257,8 +258,8 @@ def _distinct(frames: Tensor) -> tuple[Tensor, Tensor]:
         frames: uint8 ``[N, ...]``.
 
     Returns:
-        For each of M distinct frames an index of one, int64 ``[M]``, and for each frame the row of
-        its like, int64 ``[N]``.
+        For each of M distinct frames the index of one such frame, int64 ``[M]``, and for each frame
+        the row of its distinct frame, int64 ``[N]``.
     """
     size = frames[0].numel()
     generator = torch.Generator().manual_seed(size)

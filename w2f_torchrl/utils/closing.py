@@ -1,4 +1,4 @@
-"""What holds files, threads or processes, and is closed where a ``with`` statement ends."""
+"""Base of objects that hold files, threads or processes until a ``with`` statement ends."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ class Closing(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Give up what is held."""
+        """Release everything that is held."""
 
     def __enter__(self) -> Self:
-        """Return the thing itself."""
+        """Return the object itself."""
         return self
 
     def __exit__(
@@ -28,7 +28,7 @@ class Closing(ABC):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Close, whatever happened."""
+        """Close, also after an exception."""
         self.close()
 
 

@@ -1,4 +1,4 @@
-"""Scripts that start processes, which import the script again."""
+"""A check for scripts that start processes, since these import the script again."""
 
 from __future__ import annotations
 
@@ -8,37 +8,37 @@ from pathlib import Path
 from types import FrameType
 
 _TELLS = {"__name__", "parent_process", "current_process"}
-"""Names in the condition of an ``if`` that keeps worker processes out."""
+"""Names in the condition of an ``if`` that excludes worker processes."""
 
 
 def require_main_guard(what: str) -> None:
     """Refuse to start processes from a script that each of them would run again.
 
-    A process that is spawned imports the program's main script. If the script starts processes
-    whenever it is imported, the new ones fail at once, and the first waits for them in vain.
+    A spawned process imports the program's main script. If the script starts processes whenever it
+    is imported, the new ones fail at once, and the first waits for them forever.
 
     Args:
-        what: What is about to start processes, for the message.
+        what: Name of the caller that is about to start processes, for the message.
 
     Raises:
-        RuntimeError: If the line of the script that led here is under no
+        RuntimeError: If the line of the script that led here is not under an
             ``if __name__ == "__main__":``.
     """
     main = sys.modules.get("__main__")
     path = getattr(main, "__file__", None)
-    if main is None or path is None:  # a notebook, or python -c: there is nothing to import
+    if main is None or path is None:  # a notebook, or python -c: nothing to import
         return
     line = _line_of_script(sys._getframe(), main.__dict__, path)
     if line is None or _is_guarded(path, line):
         return
     raise RuntimeError(
-        f"{what} starts processes, which import {path} again: put line {line}, and all that is to "
-        'run once only, under `if __name__ == "__main__":`'
+        f"{what} starts processes, which import {path} again: put line {line}, and everything else "
+        'that should run only once, under `if __name__ == "__main__":`'
     )
 
 
 def _line_of_script(frame: FrameType | None, script: dict[str, object], path: str) -> int | None:
-    """The line that the main script is at; None where it is not on the stack."""
+    """Return the current line of the main script; None if it is not on the stack."""
     while frame is not None:
         code = frame.f_code
         if frame.f_globals is script and code.co_name == "<module>" and code.co_filename == path:
@@ -50,7 +50,7 @@ def _line_of_script(frame: FrameType | None, script: dict[str, object], path: st
 def _is_guarded(path: str, line: int) -> bool:
     try:
         tree = ast.parse(Path(path).read_bytes())
-    except (OSError, SyntaxError):  # gone, or changed since: the benefit of the doubt
+    except (OSError, SyntaxError):  # deleted or changed since: assume that it is guarded
         return True
     return any(
         node.lineno <= line <= (node.end_lineno or line) and _asks_who_imports(node.test)

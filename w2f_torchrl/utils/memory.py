@@ -1,4 +1,4 @@
-"""The C library's allocator, set for arrays that come back at every update."""
+"""Settings of the C library's allocator for arrays that recur at every update."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ _LARGEST_BEFORE_2_35 = 32 * 2**20
 
 
 def keep_freed_memory() -> bool:
-    """Let the process keep the memory that it frees, instead of giving it back at once.
+    """Make the process keep the memory that it frees, instead of returning it at once.
 
-    An update on a CPU frees and asks for the same arrays of many megabytes every time. By default
-    glibc maps and unmaps each of them, and the kernel clears every page anew. The
-    process's peak stays what it is; it is not given back in between.
+    An update on a CPU frees and allocates the same arrays of many megabytes every time. By default
+    glibc maps and unmaps each of them, and the kernel clears every page again. The process's peak
+    memory does not change; it is only not returned in between.
 
     Returns:
-        Whether it took effect: on Linux with glibc only.
+        Whether it took effect: only on Linux with glibc.
     """
     if platform.system() != "Linux" or platform.libc_ver()[0] != "glibc":
         return False

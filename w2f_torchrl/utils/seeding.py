@@ -1,4 +1,4 @@
-"""One rule for every seed of a run."""
+"""One rule for all seeds of a run."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ def derive_seed(seed: int, *path: int | str) -> int:
     """Derive an independent seed for one named part of a run.
 
     The path is hashed together with the seed by :class:`numpy.random.SeedSequence`, so that
-    neighbouring seeds and neighbouring indices give unrelated streams (``seed + index`` would make
-    env 1 of run 0 equal env 0 of run 1). The rule of this project:
+    neighbouring seeds and indices yield unrelated streams (with ``seed + index``, env 1 of run 0
+    would equal env 0 of run 1). The rule of this project:
 
     - env ``i`` of a batch: ``derive_seed(seed, "env", i)``;
     - a rank's training or evaluation envs get ``derive_seed(seed, "train" | "eval", rank)`` as that

@@ -245,7 +245,7 @@ def check_fields(group: str, config: Any) -> None:
 
 
 def _numbers(value: object, kinds: list[str], info: SettingInfo) -> Iterator[object]:
-    """Yield what must be a number: the value, or the items of a list that has limits."""
+    """Yield the values that must be numbers: the value, or the items of a list with limits."""
     if "int" in kinds or "float" in kinds:
         yield value
     elif info.limits and isinstance(value, list | tuple):

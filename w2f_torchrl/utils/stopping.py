@@ -1,9 +1,9 @@
-"""Stop signals: noted as they come, obeyed where work may end or be cut short.
+"""Stop signals: recorded when they arrive, handled where work may end or be interrupted.
 
-A handler that raised wherever the program happens to be would leave half an update behind, so it
-only takes a note. Long work that is done again after a resume runs inside :func:`may_be_cut` and
-calls :func:`check_stop` between its steps. Work that has no steps of its own, such as loading,
-compiling and starting processes, is left the moment that the signal comes.
+A handler that raised immediately could interrupt an update halfway, so it only records the signal.
+Long work that is repeated after a resume runs inside :func:`may_be_cut` and calls
+:func:`check_stop` between its steps. Work without such steps, such as loading, compiling and
+starting processes, is interrupted as soon as the signal arrives.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ WhenCut = Callable[[], bool]
 
 
 class StopRequested(SystemExit):
-    """A stop signal ended work that may be cut short.
+    """A stop signal interrupted work that may be interrupted.
 
-    Uncaught it ends the process with the exit code that shells give to that signal.
+    If not caught, it ends the process with the exit code that shells use for that signal.
 
     Args:
         number: The signal.
@@ -36,21 +36,21 @@ class StopRequested(SystemExit):
 
 class _Listening:
     received: list[int] | None = None
-    """Signals so far; None while nobody listens."""
+    """Signals so far; None if signals are not collected."""
     steps: bool = False
-    """Whether :func:`check_stop` raises."""
+    """Whether :func:`check_stop` may raise."""
     at_once: WhenCut | None = None
-    """Asked by the handler whether it may raise."""
+    """Tells the handler whether it may raise."""
 
 
 @contextmanager
 def listen(numbers: Iterable[int]) -> Iterator[list[int]]:
-    """Collect signals in a list while the block runs; outside of the main thread none come.
+    """Collect signals in a list while the block runs; outside the main thread none arrive.
 
     A second Ctrl+C raises KeyboardInterrupt at once.
 
     Args:
-        numbers: Which signals.
+        numbers: The signals to collect.
     """
     if threading.current_thread() is not threading.main_thread():
         yield []
@@ -85,11 +85,11 @@ def may_be_cut(*, at_once: bool | WhenCut = False) -> Iterator[None]:
     """Let a stop signal end the block with a :class:`StopRequested`.
 
     Args:
-        at_once: Whether as soon as the signal comes, or what says so at that moment; otherwise at
-            the next :func:`check_stop`.
+        at_once: Whether to raise as soon as the signal arrives, or a function that decides it then;
+            otherwise the next :func:`check_stop` raises.
 
     Raises:
-        StopRequested: If a signal came before, or comes meanwhile.
+        StopRequested: If a signal arrived before or during the block.
     """
     before = _Listening.steps, _Listening.at_once
     immediately: WhenCut | None = at_once if callable(at_once) else None
@@ -104,13 +104,13 @@ def may_be_cut(*, at_once: bool | WhenCut = False) -> Iterator[None]:
 
 
 def check_stop() -> None:
-    """Raise a :class:`StopRequested` if a signal came and the work under way may be cut short."""
+    """Raise a :class:`StopRequested` if a signal arrived and the work may be interrupted."""
     if _Listening.steps and _Listening.received:
         raise StopRequested(_Listening.received[0])
 
 
 def stop_is_wanted() -> bool:
-    """Whether a signal came, whatever is under way."""
+    """Return whether a signal arrived, even if the work may not be interrupted."""
     return bool(_Listening.received)
 
 

@@ -1,4 +1,4 @@
-"""The one check of tensors that public functions are given: dtype, shape, not empty."""
+"""Checks of tensors passed to public functions: dtype, shape, range, not empty."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ def check_tensor(
     *,
     empty: bool = False,
 ) -> None:
-    """Check a tensor that a caller gave.
+    """Check a tensor passed by a caller.
 
     Args:
-        name: What the caller knows it by, for the message.
-        tensor: What was given.
-        dtype: Of the tensor; ``"floating point"`` for any such, None for any at all.
-        shape: Sizes; a letter stands for any of 1 or more, ``"..."``, first, for any number of
-            dimensions.
-        empty: Whether there may be none of what it holds: only H and W must then be at least 1.
+        name: Name of the tensor, for the message.
+        tensor: The tensor.
+        dtype: Required dtype; ``"floating point"`` for any such, None for any dtype.
+        shape: Required sizes; a letter stands for any size of at least 1, a leading ``"..."`` for
+            any number of dimensions.
+        empty: Whether the tensor may be empty; H and W must still be at least 1.
 
     Raises:
-        TypeError: If it is no tensor, or of another dtype.
+        TypeError: If it is not a tensor, or has another dtype.
         ValueError: If it has another shape, or is empty.
     """
     if not isinstance(tensor, Tensor):
@@ -52,25 +52,25 @@ def check_tensor(
 
 
 def check_unit_interval(name: str, values: Tensor) -> None:
-    """Check that floating-point values lie in [0, 1]; bool ones do.
+    """Check that floating-point values lie in [0, 1]; bool values always pass.
 
-    Values on an accelerator are not looked at, since the host would have to wait for them, and none
-    are while a compiler traces.
+    Values on an accelerator are not checked, since the host would have to wait for them, and none
+    are checked while a compiler traces.
 
     Args:
-        name: What the caller knows them by, for the message.
+        name: Name of the values, for the message.
         values: bool or floating point, any shape.
 
     Raises:
-        TypeError: If they are of another dtype.
-        ValueError: If one is nan or lies outside.
+        TypeError: If they have another dtype.
+        ValueError: If one is nan or outside the range.
     """
     if values.dtype is torch.bool:
         return
     if not values.is_floating_point():
         raise TypeError(
-            f"{name} must be bool or confidences in [0, 1], got {_name(values.dtype)}: where it "
-            f"holds 0 and 255, for example, pass {name} > 127."
+            f"{name} must be bool or confidences in [0, 1], got {_name(values.dtype)}: if it holds "
+            f"0 and 255, for example, pass {name} > 127."
         )
     on_host = values.device.type == "cpu"
     if not values.numel() or not on_host or torch.compiler.is_compiling():

@@ -1,7 +1,7 @@
-"""What a run puts outside of its directory, under names that it knows again after a SIGKILL.
+"""Files of a run outside its directory, under names that it can find again after a SIGKILL.
 
-Queues between processes are made of named semaphores, and tensors that are handed over go through
-sockets in a temporary folder. Python deletes both as a process ends, but not where it is killed.
+Queues between processes use named semaphores, and tensors are passed through sockets in a temporary
+folder. Python deletes both when a process ends, but not when it is killed.
 """
 
 from __future__ import annotations
@@ -28,25 +28,25 @@ class Leftovers:
 
     Args:
         run_dir: The run's directory: the names are derived from its path.
-        rank: Which of the run's processes.
+        rank: Rank of the process.
     """
 
     def __init__(self, run_dir: Path, rank: int = 0) -> None:
         whose = f"{os.getuid()} {run_dir.resolve()} {rank}"
-        # Short: a socket's path has 108 bytes at most, a semaphore's name on some systems 31.
+        # Short: a socket's path has at most 108 bytes, a semaphore's name on some systems 31.
         self._name = f"w2f-{hashlib.sha256(whose.encode()).hexdigest()[:8]}"
         self._before: dict[str, Any] = {}
 
     @property
     def folder(self) -> Path:
-        """For the temporary files of the run's processes."""
+        """Folder of the temporary files of the run's processes."""
         return Path(tempfile.gettempdir()) / self._name
 
     def clear(self) -> list[Path]:
-        """Delete what an earlier process left; call it with the run's lock in hand.
+        """Delete the files of an earlier process; call it while holding the run's lock.
 
         Returns:
-            What was deleted.
+            The deleted files and semaphores.
         """
         found = list(SHARED_MEMORY.glob(f"sem.{self._name}-*")) if SHARED_MEMORY.is_dir() else []
         for path in found:
@@ -55,14 +55,14 @@ class Leftovers:
             found.append(self.folder)
             shutil.rmtree(self.folder, ignore_errors=True)
         if found:
-            logger.info("cleared %d things that a killed process of this run left", len(found))
+            logger.info("deleted %d files left by a killed process of this run", len(found))
         return found
 
     def take(self) -> None:
-        """Give what this process and its children make from now on the run's names.
+        """Use the run's names for everything this process and its children create from now on.
 
-        Python has no public way to say them; without its private one they are random, and only
-        what is left after a SIGKILL stays.
+        Python has no public way to set them. Without its private one the names are random, and
+        files left by a SIGKILL are not deleted.
         """
         config = _settings()
         if config.get("semprefix") == f"/{self._name}":
@@ -73,7 +73,7 @@ class Leftovers:
             config["tempdir"] = str(self.folder)
 
     def scratch(self) -> Path | None:
-        """The folder, made if it is missing; None where another user has put something there."""
+        """Return the folder, created if missing; None if another user owns the path."""
         with contextlib.suppress(FileExistsError):
             self.folder.mkdir(mode=0o700)
         found = self.folder.lstat()
@@ -81,9 +81,9 @@ class Leftovers:
         return self.folder if own else None
 
     def free(self) -> None:
-        """Delete the semaphores, when the processes that share them have ended.
+        """Delete the semaphores, after the processes that share them have ended.
 
-        Python does so when the last reference goes, which threads and finalizers hold for long.
+        Python does so only with the last reference, which threads and finalizers keep for long.
         """
         registry: dict[Any, Any] = getattr(util, "_finalizer_registry", {})
         for finalizer in list(registry.values()):
@@ -92,7 +92,7 @@ class Leftovers:
                 finalizer()
 
     def remove(self) -> None:
-        """Delete the folder, when all processes have ended. Removing twice is allowed."""
+        """Delete the folder, after all processes have ended. Removing twice is allowed."""
         self.free()
         for key, value in self._before.items():
             if value is None:
@@ -102,11 +102,11 @@ class Leftovers:
         self._before = {}
         address = str(getattr(getattr(resource_sharer, "_resource_sharer", None), "_address", ""))
         if address.startswith(str(self.folder)):
-            resource_sharer.stop(1.0)  # else later processes would look for its socket there
+            resource_sharer.stop(1.0)  # otherwise later processes would look for its socket there
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def _settings() -> dict[str, Any]:
-    """What child processes inherit: a prefix of names, a folder."""
+    """Settings that child processes inherit: a name prefix and a folder."""
     config: dict[str, Any] = getattr(multiprocessing.current_process(), "_config", {})
     return config

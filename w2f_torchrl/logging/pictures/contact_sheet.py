@@ -1,4 +1,4 @@
-"""Masks to look at: frames with what is not masked tinted, many on one sheet."""
+"""Contact sheets of masks: frames whose unmasked pixels are tinted."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ TINT = torch.tensor([30.0, 120.0, 90.0]).view(3, 1, 1)
 
 
 def overlay(pixels: Tensor, masks: Tensor) -> Tensor:
-    """Tint what is not masked.
+    """Tint the pixels outside the masks.
 
     Args:
         pixels: uint8 ``[..., 3, H, W]``.
@@ -25,13 +25,13 @@ def overlay(pixels: Tensor, masks: Tensor) -> Tensor:
 
 
 def draw_contact_sheet(pixels: Tensor, masks: Tensor, path: str | Path, columns: int = 8) -> Path:
-    """Write a picture of frames, each above its :func:`overlay`, row after row.
+    """Write an image of frames, each above its :func:`overlay`, row by row.
 
     Args:
         pixels: uint8 ``[N, 3, H, W]``, N at least 1.
         masks: bool ``[N, 1, H, W]``.
         path: A .png file; directories are created.
-        columns: Frames in a row.
+        columns: Frames per row.
 
     Returns:
         The path.

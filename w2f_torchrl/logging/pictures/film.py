@@ -1,4 +1,4 @@
-"""Videos of several windows at once, labelled, that tell what was seen from what was imagined.
+"""Labelled videos of several windows, which mark observed and imagined frames.
 
 Shape letters: N windows, T time, C, H, W channels, height, width.
 """
@@ -15,22 +15,22 @@ from torch import Tensor
 from w2f_torchrl.logging.pictures.video import to_uint8
 
 SEEN, IMAGINED = (47, 125, 79), (200, 85, 61)
-"""Colours of the bar above frames that the model saw, and above frames that it imagined."""
+"""Colours of the bar above frames that the model observed, and above imagined ones."""
 
-_GAP = 4  # pixels between pictures
-_LABELS = 84  # pixels left of the pictures
+_GAP = 4  # pixels between images
+_LABELS = 84  # pixels to the left of the images
 _HEADER = 24  # pixels above them, bar included
 _BAR = 4
-_LEAST = 96  # pixels that a picture is high at least
+_MIN_HEIGHT = 96  # minimum height of an image, pixels
 
 
 def film(rows: Mapping[str, Tensor], context: int) -> Tensor:
-    """Lay out a video: a row for each label, a column for each window.
+    """Arrange a video: a row for each label, a column for each window.
 
     Args:
         rows: Label to ``[N, T, 3, H, W]`` or ``[N, T, 1, H, W]``; dtypes and ranges as in
             :func:`~w2f_torchrl.logging.pictures.video.to_uint8`.
-        context: Frames that were seen.
+        context: Number of observed frames.
 
     Returns:
         uint8 ``[T, 3, H', W']``.
@@ -48,13 +48,13 @@ def film(rows: Mapping[str, Tensor], context: int) -> Tensor:
 
 
 def film_strip(rows: Mapping[str, Tensor], context: int, window: int = 0, every: int = 1) -> Tensor:
-    """Lay out one window as a picture: a row for each label, time from left to right.
+    """Arrange one window as an image: a row for each label, time from left to right.
 
     Args:
         rows: As in :func:`film`.
-        context: Frames that were seen.
+        context: Number of observed frames.
         window: Which of the N.
-        every: Steps between columns, counted back from the last seen and on from it.
+        every: Steps between columns, counted in both directions from the last observed frame.
 
     Returns:
         uint8 ``[3, H', W']``.
@@ -68,17 +68,17 @@ def film_strip(rows: Mapping[str, Tensor], context: int, window: int = 0, every:
 
 
 def _enlarge(rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Colour bytes ``[N, T, 3, H, W]``, each pixel a square."""
+    """Return uint8 colours ``[N, T, 3, H, W]``, with each pixel enlarged to a square."""
     out = {}
     for label, video in rows.items():
         pixels = to_uint8(video.flatten(0, 1), label).unflatten(0, video.shape[:2])
-        scale = -(-_LEAST // pixels.shape[-2])
+        scale = -(-_MIN_HEIGHT // pixels.shape[-2])
         out[label] = pixels.repeat_interleave(scale, -2).repeat_interleave(scale, -1)
     return out
 
 
 def _page(cells: Mapping[str, Tensor], titles: list[str], seen: list[bool]) -> Tensor:
-    """A row for each label of ``[columns, 3, H, W]``; titles and coloured bars above columns."""
+    """Arrange a row ``[columns, 3, H, W]`` per label, under titles and coloured bars."""
     columns, _, height, width = next(iter(cells.values())).shape
     size = (
         _LABELS + columns * (width + _GAP) - _GAP,

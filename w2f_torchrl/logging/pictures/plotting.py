@@ -1,7 +1,7 @@
-"""The curves of a run as one picture.
+"""The curves of a run as one image.
 
-Drawn with :class:`matplotlib.figure.Figure` and the Agg canvas alone: pyplot's global state and the
-user's backend stay as they are.
+Drawn with only :class:`matplotlib.figure.Figure` and the Agg canvas: pyplot's global state and the
+user's backend are not changed.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _COLORS = ("#3b6fb6", "#c8553d", "#4f9d69", "#8d6cab", "#b8923a", "#5b5b5b")
 
 
 class _Panel(NamedTuple):
-    """A small panel: its title, and what to call each metric in it."""
+    """A small panel: its title, and a label for each metric in it."""
 
     title: str
     metrics: dict[str, str]
@@ -72,14 +72,14 @@ _PANELS = (
 
 
 def metric_series(records: Sequence[dict[str, float]], name: str) -> tuple[Array, Array]:
-    """Pick one metric out of a run's records.
+    """Select one metric from a run's records.
 
     Args:
         records: From :func:`~w2f_torchrl.logging.metrics.read_metrics`.
         name: The metric.
 
     Returns:
-        Frames and values, float64 ``[N]`` each, ordered by frames; NaN stays in.
+        Frames and values, float64 ``[N]`` each, ordered by frames; NaN is kept.
     """
     points = sorted(((r["frames"], r[name]) for r in records if name in r), key=lambda p: p[0])
     table = np.array(points, dtype=np.float64).reshape(-1, 2)
@@ -90,11 +90,11 @@ def trailing_mean(values: Array, window: int) -> Array:
     """Average each value with up to ``window - 1`` before it.
 
     Args:
-        values: float64 ``[N]``; NaN entries are left out of the averages.
+        values: float64 ``[N]``; NaN entries are excluded from the averages.
         window: At least 1.
 
     Returns:
-        float64 ``[N]``; NaN where a window holds no number.
+        float64 ``[N]``; NaN if a window holds no number.
     """
     finite = np.isfinite(values)
     sums = np.concatenate([[0.0], np.cumsum(np.where(finite, values, 0.0))])
@@ -114,30 +114,30 @@ def plot_curves(
     *,
     title: str | None = None,
 ) -> Path:
-    """Draw a run's returns and its most telling metrics against environment frames.
+    """Plot a run's returns and its main metrics against environment frames.
 
-    Above, the return of each training episode and its trailing mean, and the evaluations' mean with
-    a band of one standard deviation over their episodes. Below, a panel for each group of metrics
-    that the run has.
+    The top panel shows the return of each training episode and its trailing mean, and the
+    evaluations' mean with a band of one standard deviation over their episodes. Below is a panel
+    for each group of metrics that the run has.
 
     Args:
         run_dir: A run directory with ``metrics.jsonl``.
-        out: Where the PNG goes; None means ``run_dir/curves.png``.
-        title: Above the picture; None means the directory's name.
+        out: Path of the PNG; None for ``run_dir/curves.png``.
+        title: Title of the figure; None for the directory's name.
 
     Returns:
         The path of the PNG.
 
     Raises:
-        FileNotFoundError: If there is no ``metrics.jsonl``.
-        ValueError: If the run has nothing to draw yet.
+        FileNotFoundError: If ``metrics.jsonl`` does not exist.
+        ValueError: If the run has nothing to plot yet.
     """
     run_dir = Path(run_dir)
     records = read_metrics(run_dir)
     names = {name for record in records for name in record}
     panels = [panel for panel in _panels(names) if names.intersection(panel.metrics)]
     if not panels and not names & {"episode/return", "eval/return_mean"}:
-        raise ValueError(f"{run_dir / 'metrics.jsonl'} holds nothing to draw.")
+        raise ValueError(f"{run_dir / 'metrics.jsonl'} holds nothing to plot.")
     rows = math.ceil(len(panels) / 3)
     figure = Figure(figsize=(10, 3.6 + 2.3 * rows), layout="constrained")
     figure.suptitle(title or run_dir.resolve().name, fontsize=11)
@@ -151,7 +151,7 @@ def plot_curves(
 
 
 def _panels(names: Collection[str]) -> list[_Panel]:
-    """The panels; losses of one's own among the metrics join the world model's."""
+    """Return the panels; losses added by a subclass join those of the world model."""
     losses, *others = _PANELS
     own = {name: _label_of(name) for name in sorted(names) if is_own_loss(name)}
     return [losses._replace(metrics=losses.metrics | own), *others]
@@ -162,11 +162,11 @@ def _label_of(name: str) -> str:
 
 
 def save_figure(figure: Figure, path: str | os.PathLike[str], dpi: int = 120) -> Path:
-    """Write a figure as PNG; the file takes its name when it is complete.
+    """Write a figure as PNG, atomically.
 
     Args:
         figure: The figure.
-        path: Where to; directories are created.
+        path: Path of the file; directories are created.
         dpi: Dots per inch.
 
     Returns:
@@ -181,7 +181,7 @@ def save_figure(figure: Figure, path: str | os.PathLike[str], dpi: int = 120) ->
 
 
 def style_frames_axis(axes: Axes, last_frame: float) -> None:
-    """Give an axis of environment frames its ticks (``50k``), limits, label and a light grid.
+    """Format an axis of environment frames: ticks (``50k``), limits, label and a light grid.
 
     Args:
         axes: The axes.
@@ -247,7 +247,7 @@ def _draw_panel(axes: Axes, panel: _Panel, records: Sequence[dict[str, float]]) 
         axes.set_yscale("log")
     if panel.limits is not None:
         axes.set_ylim(*panel.limits)
-    # The legend stands between title and axes, where it can hide no curve.
+    # The legend is placed between title and axes, so that it hides no curve.
     axes.set_title(panel.title, fontsize=9, pad=18 if drawn > 1 else 6)
     if drawn > 1:
         axes.legend(

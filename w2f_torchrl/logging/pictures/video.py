@@ -19,22 +19,22 @@ from torch import Tensor
 from w2f_torchrl.utils.files import atomic_path
 
 _MARGIN = 4  # pixels between columns
-_TITLE = 14  # pixels above the pictures for a label
+_TITLE = 14  # pixels above the images for a label
 
 
 def to_uint8(video: Tensor, name: str = "video") -> Tensor:
-    """Convert pictures to colour bytes.
+    """Convert images to uint8 colours.
 
     Args:
         video: ``[T, 3, H, W]`` or ``[T, 1, H, W]``; uint8 (0 to 255), floating (0 to 1) or bool.
-        name: What an error calls it.
+        name: Name of the video, for messages.
 
     Returns:
         uint8 ``[T, 3, H, W]`` on the CPU; a single channel becomes grey.
 
     Raises:
-        ValueError: If the shape is another, or a float lies outside of [0, 1] or is NaN.
-        TypeError: If the dtype is another.
+        ValueError: If the shape is wrong, or a float is outside [0, 1] or NaN.
+        TypeError: If the dtype is wrong.
     """
     if video.ndim != 4 or video.shape[1] not in (1, 3) or video.numel() == 0:
         raise ValueError(
@@ -57,22 +57,20 @@ def to_uint8(video: Tensor, name: str = "video") -> Tensor:
 def write_video(
     path: str | os.PathLike[str], frames: Tensor, fps: float = 30.0, *, scale: int | None = None
 ) -> Path:
-    """Write an MP4 file (H.264 where PyAV has an encoder for it, else MPEG-4 Part 2).
-
-    The file takes its name when it is complete.
+    """Write an MP4 file atomically (H.264 if PyAV has an encoder for it, else MPEG-4 Part 2).
 
     Args:
-        path: Where to; directories are created.
+        path: Path of the file; directories are created.
         frames: uint8 ``[T, 3, H, W]``.
-        fps: Pictures per second.
-        scale: Each pixel becomes a square of this side; None picks the smallest that makes the
-            height at least 256. The codecs need even sizes: an odd one is padded with black.
+        fps: Frames per second.
+        scale: Each pixel becomes a square of this side; None chooses the smallest one for a height
+            of at least 256. The codecs need even sizes: odd ones are padded with black.
 
     Returns:
         The path.
 
     Raises:
-        ValueError: If the shape or dtype is another, or ``fps`` or ``scale`` isn't positive.
+        ValueError: If the shape or dtype is wrong, or ``fps`` or ``scale`` is not positive.
     """
     if frames.dtype != torch.uint8 or frames.ndim != 4 or frames.shape[1] != 3 or len(frames) == 0:
         raise ValueError(
@@ -89,17 +87,17 @@ def write_video(
 
 
 def write_image(path: str | os.PathLike[str], picture: Tensor) -> Path:
-    """Write a PNG file, which takes its name when it is complete.
+    """Write a PNG file atomically.
 
     Args:
-        path: Where to; directories are created.
+        path: Path of the file; directories are created.
         picture: uint8 ``[3, H, W]``.
 
     Returns:
         The path.
 
     Raises:
-        ValueError: If the shape or dtype is another.
+        ValueError: If the shape or dtype is wrong.
     """
     if picture.dtype != torch.uint8 or picture.ndim != 3 or picture.shape[0] != 3:
         raise ValueError(
@@ -114,7 +112,7 @@ def write_image(path: str | os.PathLike[str], picture: Tensor) -> Path:
 
 
 def read_video(path: str | os.PathLike[str]) -> Tensor:
-    """Read all pictures of a video.
+    """Read all frames of a video.
 
     Args:
         path: A video file.
@@ -122,7 +120,7 @@ def read_video(path: str | os.PathLike[str]) -> Tensor:
     Returns:
         uint8 ``[T, 3, H, W]``.
     """
-    import av  # a run without it makes no videos, and trains
+    import av  # optional: without it a run trains but makes no videos
 
     with av.open(os.fspath(path)) as container:
         pictures = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
@@ -130,7 +128,7 @@ def read_video(path: str | os.PathLike[str]) -> Tensor:
 
 
 def panel(rows: Mapping[str, Tensor], *, scale: int = 4) -> Tensor:
-    """Put labelled videos side by side.
+    """Arrange labelled videos side by side.
 
     Args:
         rows: Label to ``[T, 3, H, W]`` or ``[T, 1, H, W]``, all of one T, H and W; dtypes and
@@ -142,7 +140,7 @@ def panel(rows: Mapping[str, Tensor], *, scale: int = 4) -> Tensor:
         :func:`write_video`.
 
     Raises:
-        ValueError: If there is no video, or the sizes differ.
+        ValueError: If no video is given, or the sizes differ.
     """
     columns = _columns(rows)
     first = next(iter(columns.values()))
@@ -166,7 +164,7 @@ def contact_sheet(
     """Save every ``every``-th step of labelled videos as one PNG: a row per step.
 
     Args:
-        path: Where to; directories are created.
+        path: Path of the file; directories are created.
         columns: As the ``rows`` of :func:`panel`.
         every: Steps between rows.
         scale: Each pixel becomes a square of this side.
@@ -175,7 +173,7 @@ def contact_sheet(
         The path.
 
     Raises:
-        ValueError: If ``every`` is below 1, there is no video, or the sizes differ.
+        ValueError: If ``every`` is below 1, no video is given, or the sizes differ.
     """
     if every < 1:
         raise ValueError(f"every must be at least 1, got {every}.")
@@ -189,11 +187,11 @@ def contact_sheet(
 
 def _columns(rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
     if not rows:
-        raise ValueError("There is no video to show.")
+        raise ValueError("No video was given to show.")
     columns = {label: to_uint8(video, label) for label, video in rows.items()}
     shapes = {label: list(video.shape) for label, video in columns.items()}
     if len({tuple(shape) for shape in shapes.values()}) > 1:
-        raise ValueError(f"All videos must have one length and size, got {shapes}.")
+        raise ValueError(f"All videos must have the same length and size, got {shapes}.")
     return columns
 
 
@@ -221,7 +219,7 @@ def _encode(path: Path, pictures: np.ndarray, fps: float, scale: int) -> None:
         stream.width, stream.height = width + width % 2, height + height % 2
         stream.pix_fmt = "yuv420p"
         stream.thread_count = 1  # the other cores are for training and environments
-        # x264's own preset takes more than twice the time, for files of about the same size.
+        # x264's default preset takes more than twice the time, for files of about the same size.
         x264 = {"crf": "16", "preset": "veryfast"}
         stream.options = dict(x264 if codec == "libx264" else {"qscale": "2"})
         for picture in pictures:
