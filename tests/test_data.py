@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 import signal
 import threading
-import time
 from collections import Counter
 from fractions import Fraction
 from pathlib import Path
@@ -315,13 +314,12 @@ def test_extend_leaves_its_argument_alone():
 
 
 @pytest.mark.parametrize("where", ["memory", "disk"])
-@pytest.mark.parametrize("prefetch", [0, 2])
 @pytest.mark.parametrize("way", ["files", "state_dict"])
 @pytest.mark.filterwarnings("ignore:Loading the storage on an uninitialized TensorDict")
-def test_a_restored_replay_goes_on_equally(where, prefetch, way, tmp_path):
+def test_a_restored_replay_goes_on_equally(where, way, tmp_path):
     def make(name: str) -> StreamReplayBuffer:
         path = tmp_path / name if where == "disk" else None
-        return small_replay(prefetch=prefetch, path=path, seed=1)
+        return small_replay(path=path, seed=1)
 
     replay = make("one")
     feeder = Feeder(replay)
@@ -360,22 +358,6 @@ def test_a_replay_of_another_layout_is_refused(tmp_path: Path):
         small_replay().dumps(tmp_path / "empty")
 
 
-def test_prefetched_batches_do_not_depend_on_timing():
-    def run(seed: int) -> list[list[tuple[int, int]]]:
-        chance = random.Random(seed)
-        replay = small_replay(prefetch=3)
-        feeder = Feeder(replay)
-        feeder.write([7, 7, 7])
-        drawn = []
-        for step in range(15):
-            feeder.write([step % 3, 1, 2])
-            drawn.append(slices_of(replay.sample()))
-            time.sleep(chance.random() * 0.01)
-        return drawn
-
-    assert run(0) == run(1)
-
-
 def test_sampling_while_another_thread_writes():
     replay = small_replay(newest_first=False)
     feeder = Feeder(replay)
@@ -403,8 +385,7 @@ def test_sampling_while_another_thread_writes():
         ({"batch_length": 21}, r"batch_length=21 exceeds the 20 .* capacity=60.*at least 63"),
         ({"num_streams": 0}, "num_streams must be positive, got 0"),
         ({"capacity": -1}, "capacity must be positive, got -1"),
-        ({"path": "x", "device": "cuda"}, "path=x.*device=cuda"),
-        ({"pin_memory": True, "device": "meta"}, "pin_memory=True"),
+        ({"pin_memory": True}, "pin_memory=True"),
     ],
 )
 def test_impossible_replays_are_refused(changes, message):

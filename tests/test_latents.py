@@ -257,8 +257,6 @@ def test_what_does_not_fit_is_named():
     with pytest.raises(ValueError, match=r"'state'\).*got None"):
         replay.extend(wrong)
     replay.extend(records)
-    with pytest.raises(ValueError, match="prefetch=2 must be 0 with latents"):
-        replay_with_latents(prefetch=2)
     without = replay_with_latents(latents=None)
     without.extend(numbered(0, 0, 6))
     assert "initial" not in without.sample().keys()

@@ -78,7 +78,9 @@ class TimedTrainer(Trainer):
         """Start the run, and time what it does from then on."""
         super().start()
         self.replay.sample = self._as_sample(self.replay.sample)  # type: ignore[method-assign]
-        self._to_device = self._as_sample(self._to_device)  # type: ignore[assignment]
+        self._updates.to_device = self._as_sample(  # type: ignore[assignment]
+            self._updates.to_device
+        )
 
     def _as_sample(self, function: Callable[..., Any]) -> Callable[..., Any]:
         def timed(*args: Any) -> Any:

@@ -1,4 +1,16 @@
-"""How an update is run: eager, compiled, or as one CUDA graph."""
+"""How an update is run: ``training.execution``.
+
+- ``eager``.
+- ``compile``: the pieces that hold nearly all of the work (on a CPU those that gain), each compiled on
+  its own, so that compiling takes no longer for longer sequences.
+- ``compile_all``: losses and the whole time loop as one graph.
+- ``cuda_graph``: ``compile``, and the whole update captured once and replayed, which leaves no launch
+  to the host.
+- ``cuda_graph_parallel``: the same with a branch for each latent of ``split``.
+- ``auto``: eager on a CPU; on CUDA the first of ``cuda_graph_parallel`` (for ``split``), ``cuda_graph``,
+  ``compile`` and ``eager`` that works and whose update equals eager's
+  (:mod:`~w2f_torchrl.learner.auto_execution`).
+"""
 
 from __future__ import annotations
 
@@ -7,21 +19,10 @@ from functools import partial
 
 import torch
 
-from w2f_torchrl.config import EXECUTIONS
 from w2f_torchrl.modules import imagine_step
 from w2f_torchrl.modules.convolution import ImageDecoder
 from w2f_torchrl.modules.scan import step_backward, step_forward
 from w2f_torchrl.objectives import World2FilterLoss
-
-#: ``eager``; ``compile``: the pieces that hold nearly all of the work (on a CPU those that gain),
-#: each compiled on its own, so that compiling takes no longer for longer sequences;
-#: ``compile_all``: losses and the whole time loop as one graph; ``cuda_graph``: ``compile``, and
-#: the whole update captured once and replayed, which leaves no launch to the host;
-#: ``cuda_graph_parallel``: the graph has two branches where the two latents of ``split`` don't
-#: depend on each other; ``auto``: eager on a CPU, on CUDA the first of ``cuda_graph_parallel`` (for
-#: ``split``), ``cuda_graph``, ``compile`` and ``eager`` that works and gives eager's update
-#: (:mod:`~w2f_torchrl.learner.auto_execution`).
-MODES = EXECUTIONS
 
 #: What ``compile`` compiles: a step of each recurrence and a step back; an imagined step; encoders
 #: and decoders.

@@ -48,7 +48,7 @@ class Learner(nn.Module):
         loss: Scales and constants of the losses.
         optimizer: Settings of the optimizer.
         device: Where the networks live.
-        execution: One of :data:`~w2f_torchrl.learner.execution.MODES`.
+        execution: One of the modes of :mod:`~w2f_torchrl.learner.execution`.
         gradients: ``none``: this process learns alone. ``ddp`` (DistributedDataParallel) or
             ``flat`` (one all-reduce of one buffer): they are averaged over the ranks of the
             process group, which must be there; all ranks start from rank 0's networks.

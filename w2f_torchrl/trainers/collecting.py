@@ -22,6 +22,7 @@ from w2f_torchrl.data import (
     collector_state,
     load_collector_state,
     make_collector,
+    records_from_rollout,
     sync_policy_weights,
 )
 from w2f_torchrl.data.collector.leftovers import Leftovers
@@ -30,7 +31,7 @@ from w2f_torchrl.modules import latent_sizes
 from w2f_torchrl.trainers.run_replay import RunReplay
 from w2f_torchrl.utils.ranks import Ranks
 from w2f_torchrl.utils.seeding import derive_seed
-from w2f_torchrl.utils.stopping import may_be_cut, stop_is_wanted
+from w2f_torchrl.utils.stopping import StopRequested, may_be_cut, stop_is_wanted
 
 logger = logging.getLogger(__name__)
 
@@ -184,6 +185,35 @@ class Collection:
     def put_back(self, batch: TensorDictBase) -> None:
         """Keep a batch that could not be stored yet; a checkpoint holds it."""
         self.held, self.complete = batch, True
+
+    def store(
+        self, batch: TensorDictBase, label: Callable[[TensorDictBase], TensorDictBase]
+    ) -> list[EndedEpisode]:
+        """Put a batch of transitions ``[N, T]`` into the replay.
+
+        Args:
+            batch: From :meth:`next_batch`.
+            label: Gives records ``[M]`` their masks.
+
+        Returns:
+            The episodes that ended in it.
+
+        Raises:
+            FloatingPointError: If a reward or an action is not finite; nothing is stored then.
+            StopRequested: If a stop signal came; the batch is held then.
+        """
+        check_finite(batch)
+        keeps_latents = self.config.replay.latents and LATENT_KEYS[0] in batch.keys(True)
+        classes = self.config.model.num_classes if keeps_latents else None
+        records = records_from_rollout(batch, latent_classes=classes)
+        try:  # the other ranks wait for this one's episodes
+            with may_be_cut() if self.ranks.size == 1 else nullcontext():
+                records = label(records)
+        except StopRequested:
+            self.put_back(batch)
+            raise
+        self.replay.extend(records)
+        return ended_episodes(batch)
 
     def close(self) -> None:
         """End the workers; at once if they are lost, or if a signal says that time is short."""

@@ -13,6 +13,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 
@@ -22,21 +23,23 @@ from w2f_torchrl.checkpoint.parts import Checkpoints
 from w2f_torchrl.checkpoint.resume import Resumption, find_resumption
 from w2f_torchrl.config import RunConfig, config_to_dict, save_config
 from w2f_torchrl.data.collector.leftovers import Leftovers
-from w2f_torchrl.data.environments import EnvFacts, probe_env
+from w2f_torchrl.data.environments import EnvFacts, build_env, probe_env
 from w2f_torchrl.evaluation.evaluator import Evaluator
 from w2f_torchrl.evaluation.run_evaluations import RunEvaluations
 from w2f_torchrl.learner.learner import Learner
 from w2f_torchrl.logging.diagnostics import Diagnostics
 from w2f_torchrl.logging.environment import note_environment
 from w2f_torchrl.logging.metrics import MetricsLogger
+from w2f_torchrl.logging.progress import ProgressBar
 from w2f_torchrl.logging.wandb import restore_wandb_run
 from w2f_torchrl.masks.choose import build_mask_source, choose_source
+from w2f_torchrl.masks.prepare import prepare
 from w2f_torchrl.masks.sources import MaskSource
 from w2f_torchrl.trainers.collecting import Collection, count_workers
 from w2f_torchrl.trainers.counters import RunCounters
 from w2f_torchrl.trainers.interruptions import stop_on_signal
 from w2f_torchrl.trainers.preemption import is_restart
-from w2f_torchrl.trainers.run_logging import RunClock, build_loggers
+from w2f_torchrl.trainers.run_logging import RunClock, build_loggers, finish_run
 from w2f_torchrl.trainers.run_replay import RunReplay
 from w2f_torchrl.trainers.tolerance import Tolerance
 from w2f_torchrl.trainers.update_metrics import UpdateMetrics
@@ -44,7 +47,7 @@ from w2f_torchrl.utils.closing import end_all
 from w2f_torchrl.utils.main_guard import require_main_guard
 from w2f_torchrl.utils.memory import keep_freed_memory
 from w2f_torchrl.utils.random_state import RandomStreams
-from w2f_torchrl.utils.ranks import Ranks
+from w2f_torchrl.utils.ranks import Ranks, Silent
 from w2f_torchrl.utils.seeding import derive_seed
 from w2f_torchrl.utils.stopping import StopRequested, may_be_cut
 
@@ -284,6 +287,36 @@ def _resume(
     logger.info(
         "resumed %s at %d frames, %d updates", resumption.path, counters.frames, counters.updates
     )
+
+
+def train_masks(run: Run, masks: MaskSource) -> None:
+    """Train a source of masks that learns, on rank 0's frames, before the first step."""
+    prepare(masks, run.config, partial(build_env, run.config.environment))
+    run.ranks.copy_from_first(masks.learned())
+
+
+Bar: TypeAlias = ProgressBar | Silent
+
+
+def start_bar(run: Run, counters: RunCounters) -> Bar:
+    """Show a run's progress, on rank 0."""
+    total, frames, updates = run.config.training.total_frames, counters.frames, counters.updates
+    return run.ranks.on_first_or_silent(
+        lambda: ProgressBar(total, initial_frames=frames, initial_updates=updates)
+    )
+
+
+def finish(run: Run, clock: RunClock, counters: RunCounters, *, draw: bool) -> None:
+    """Finish what rank 0 shows of a run, and say what it came to.
+
+    Args:
+        run: The run.
+        clock: Its clock.
+        counters: Its counters.
+        draw: Whether to draw curves and write the report, which takes seconds.
+    """
+    counts = {"frames": counters.frames, "updates": counters.updates}
+    finish_run(run.config, run.logger, clock, draw=draw, **counts)
 
 
 @dataclass

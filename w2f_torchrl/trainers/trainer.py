@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import logging
-import math
 import signal
 from collections.abc import Callable
-from contextlib import nullcontext
 from functools import partial
 from operator import attrgetter
 from pathlib import Path
@@ -16,28 +14,21 @@ from tensordict import TensorDictBase
 
 from w2f_torchrl.checkpoint.writer import CheckpointWriter
 from w2f_torchrl.config import RunConfig
-from w2f_torchrl.data import (
-    StreamReplayBuffer,
-    UpdateSchedule,
-    WorkerError,
-    records_from_rollout,
-)
-from w2f_torchrl.data.device_copy import DeviceCopy
-from w2f_torchrl.data.environments import build_env
-from w2f_torchrl.learner.non_finite_guard import FINITE
-from w2f_torchrl.logging.metrics import ProgressBar
-from w2f_torchrl.masks.prepare import prepare
-from w2f_torchrl.trainers.collecting import (
-    LATENT_KEYS,
-    AnyCollector,
-    check_finite,
-    ended_episodes,
-)
-from w2f_torchrl.trainers.interruptions import keep_exception, save_batch, stop_on_signal
+from w2f_torchrl.data import StreamReplayBuffer, UpdateSchedule, WorkerError
+from w2f_torchrl.trainers.collecting import AnyCollector
+from w2f_torchrl.trainers.interruptions import keep_exception, stop_on_signal
 from w2f_torchrl.trainers.preemption import hand_over
-from w2f_torchrl.trainers.run import Parts, Run, build_parts, open_run
-from w2f_torchrl.trainers.run_logging import finish_run
-from w2f_torchrl.trainers.update_metrics import Sums, shown_row
+from w2f_torchrl.trainers.run import (
+    Bar,
+    Parts,
+    Run,
+    build_parts,
+    finish,
+    open_run,
+    start_bar,
+    train_masks,
+)
+from w2f_torchrl.trainers.updates import Updates
 from w2f_torchrl.utils.closing import end_all
 from w2f_torchrl.utils.random_state import random_state, restore_random_state
 from w2f_torchrl.utils.ranks import Silent, describe_lost_rank, is_lost_rank
@@ -86,11 +77,10 @@ class Trainer:
         self.evaluations, self.tolerance = parts.progress.evaluations, parts.progress.tolerance
         self.diagnostics, self.clock = parts.progress.diagnostics, parts.progress.clock
         self.random = parts.progress.random
-        self.bar: ProgressBar | Silent = Silent()
+        self.bar: Bar = Silent()
         self.started = False
         """Whether workers, writer and progress bar run."""
-        self._to_device = DeviceCopy(run.device)
-        self._compiled = False
+        self._updates = Updates(run, parts)
         self._restarts_logged = self.collection.restarts
         run.built()
 
@@ -137,14 +127,10 @@ class Trainer:
         if self.evaluator is not None:
             self.evaluator.start()
         if not resumed:
-            prepare(self.masks, self.config, partial(build_env, self.config.environment))
-            self.ranks.copy_from_first(self.masks.learned())
+            train_masks(self.run, self.masks)
         self.collection.start(self.steps, resumed=resumed)
         self._restarts_logged = self.collection.restarts
-        total, frames, updates = self.config.training.total_frames, self.frames, self.updates
-        self.bar = self.ranks.on_first_or_silent(
-            lambda: ProgressBar(total, initial_frames=frames, initial_updates=updates)
-        )
+        self.bar = start_bar(self.run, self.counters)
         self.checkpoints.start(self.collection.run_replay.files)
         self.random.resume()
         self.started = True
@@ -229,7 +215,7 @@ class Trainer:
                 cut = True
         if any(self.ranks.gather([cut])):
             return True
-        self._flush()
+        self._updates.flush()
         return False
 
     def _collect(self) -> None:
@@ -244,20 +230,10 @@ class Trainer:
 
     def _take(self, batch: TensorDictBase) -> None:
         """Store a batch of transitions ``[N, T]`` and log the episodes that ended in it."""
-        check_finite(batch)
-        keeps_latents = self.config.replay.latents and LATENT_KEYS[0] in batch.keys(True)
-        classes = self.config.model.num_classes if keeps_latents else None
-        records = records_from_rollout(batch, latent_classes=classes)
-        try:  # the other ranks wait for this one's episodes
-            with may_be_cut() if self.ranks.size == 1 else nullcontext():
-                records = self.masks.label(records)
-        except StopRequested:
-            self.collection.put_back(batch)
-            raise
-        self.replay.extend(records)
+        episodes = self.collection.store(batch, self.masks.label)
         before, ranks = self.steps, self.ranks.size
         # In the order of time, with the frames of the step that ended the episode.
-        for episode in sorted(self.ranks.gather(ended_episodes(batch)), key=attrgetter("column")):
+        for episode in sorted(self.ranks.gather(episodes), key=attrgetter("column")):
             self.counters.last_return = episode.episode_return
             self.counters.steps = before + (episode.column + 1) * len(batch) * ranks
             metrics = {"episode/return": episode.episode_return, "episode/length": episode.length}
@@ -272,80 +248,11 @@ class Trainer:
         for _ in range(self.counters.updates_due()):
             if self.ranks.agree(bool(stopped)):
                 return
-            sample = self._update() if self._compiled else self._first_update()
-            self.counters.add_update()
-            if self.updates % self.config.logging.every_updates == 0:
-                self._flush()
+            sample = self._updates.update()
             counts = {"frames": self.frames, "updates": self.updates}
             show = partial(self.diagnostics.after_update, sample, **counts)
             self._attempt("a picture or histogram of training", show)
             self.bar.update(frames=self.frames, updates=self.updates)
-
-    def _update(self) -> TensorDictBase:
-        """Draw a sample ``[B, T]`` and learn from it."""
-        sample = self.replay.sample()
-        slots = sample["index"]
-        sample = self._to_device(sample)
-        metrics = self.learner.update(sample)
-        self.metrics.add(metrics, slots)
-        if self.learner.latents is not None:
-            self.replay.write_back(slots, self.learner.latents, metrics[FINITE])
-        return sample
-
-    def _first_update(self) -> TensorDictBase:
-        """The first update of this process compiles, for minutes: a signal ends it at any moment.
-
-        Raises:
-            StopRequested: After putting everything back, so that the update is due as before.
-        """
-        if self.learner.execution == "eager" or self.ranks.size > 1:
-            self._compiled = True
-            return self._update()
-        sampling, random = self.replay.sampling_state(), random_state()
-        buffers = {name: value.clone() for name, value in self.learner.loss.named_buffers()}
-        try:
-            with may_be_cut(at_once=lambda: self.learner.intact):
-                sample = self._update()
-        except StopRequested:
-            self.replay.load_sampling_state(sampling)
-            restore_random_state(random)
-            for name, value in self.learner.loss.named_buffers():
-                value.copy_(buffers[name])
-            raise
-        self._compiled = True
-        return sample
-
-    def _flush(self) -> None:
-        """Write the mean of the metrics since the last call; the only read of the device."""
-        if not self.metrics.count:
-            return
-        sums = self.metrics.read()
-        if sums.missed and (self.config.training.on_nan == "stop" or not sums.applied):
-            raise self._not_finite(sums)
-        means = sums.means()
-        row = means | (self.masks.metrics() if self.config.needs_masks else {})
-        row = self.ranks.mean(row)
-        bad = sorted(name for name in means if not math.isfinite(row[name]))
-        row = shown_row(row, self.ranks.size) | self.clock.metrics(self.frames, self.updates)
-        self.logger.log(row, frames=self.frames, updates=self.updates)
-        self.metrics.clear()
-        if bad:
-            raise FloatingPointError(f"not finite at update {self.updates}: {', '.join(bad)}.")
-
-    def _not_finite(self, sums: Sums) -> FloatingPointError:
-        """Save the batch of the first bad update, and go back to the counters before it."""
-        if self.config.training.on_nan == "stop":
-            self.counters.take_back(sums.missed)
-        name = f"not_finite_after_{self.updates:012d}_rank_{self.ranks.rank}.pt"
-        path = save_batch(self.run_dir / name, self.replay, self.metrics.slots[sums.applied])
-        self.metrics.clear()
-        weights = "were not changed" if self.learner.is_finite() else "are not finite either"
-        return FloatingPointError(
-            f"gradients are not finite after update {self.updates} "
-            f"({', '.join(sums.not_finite())}). The weights {weights}. The batch is in "
-            f"{path}. training.on_nan=skip continues without such updates, unless all updates of "
-            "a row of metrics are."
-        )
 
     def _attempt(self, work: str, action: Callable[[], T]) -> T | None:
         """Do what may fail without ending the run; None if it does."""
@@ -433,9 +340,7 @@ class Trainer:
             ends.append(self.evaluator.close)
         ends.append(self.checkpoints.close)
         if self.ranks.is_first and self.started:
-            counts = {"frames": self.frames, "updates": self.updates}
-            finish = partial(finish_run, self.config, self.logger, self.clock, draw=report)
-            ends.append(partial(finish, **counts))
+            ends.append(partial(finish, self.run, self.clock, self.counters, draw=report))
         errors = end_all([*ends, self.run.leftovers.remove])
         self.run.close()
         return errors

@@ -46,6 +46,13 @@ OPTIONAL_KEYS: tuple[NestedKey, ...] = (
     ("next", "step_count"),
 )
 
+_OPTIONS: dict[str, Any] = {
+    "env_device": torch.device("cpu"),
+    "storing_device": torch.device("cpu"),
+    "exploration_type": ExplorationType.RANDOM,
+    "auto_register_policy_transforms": False,  # a primer carries the policy's state
+}
+
 
 def make_collector(
     create_env: EnvFactory,
@@ -127,11 +134,8 @@ def make_collector(
         "frames_per_batch": frames_per_batch,
         "total_frames": total_frames,
         "policy_device": torch.device(device),
-        "env_device": torch.device("cpu"),
-        "storing_device": torch.device("cpu"),
         "postproc": _KeepKeys(extra_keys),
-        "exploration_type": ExplorationType.RANDOM,
-        "auto_register_policy_transforms": False,  # the primer below carries the state
+        **_OPTIONS,
     }
     if failures is None:
         return ResumableCollector(make_worker_env[0], **options)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +32,8 @@ class StreamReplayBuffer(TensorDictReplayBuffer):
     one observation with the action that led to it; each is stored once, its mask with one bit a
     pixel. Samples carry ``index`` int64 ``[B, T]``, the storage slots.
 
-    Writing and sampling are safe from several threads of one process. With ``prefetch`` batches are
-    drawn ahead by one background thread, in a fixed order and never across a write, so that a seed
-    gives the same batches at any speed.
+    Writing and sampling are safe from several threads of one process. Samples are drawn when they
+    are requested: what is drawn ahead would have to be in a checkpoint.
 
     With ``latents`` each record has a latent beside it, packed: that of the observation before,
     as the acting policy computed it or, once replayed, the last update. Samples then carry, under
@@ -48,7 +46,6 @@ class StreamReplayBuffer(TensorDictReplayBuffer):
         batch_size: Slices in a sample (B).
         batch_length: Records in a slice (T).
         newest_first: Whether each new chunk of T records is sampled once before older ones.
-        prefetch: Batches to draw ahead.
         pin_memory: Whether samples lie in page-locked memory.
         generator: Random generator of the samples; by default torch's own.
         folder: Where the storage's memory-mapped files are; None in memory.
@@ -63,7 +60,6 @@ class StreamReplayBuffer(TensorDictReplayBuffer):
         batch_size: int,
         batch_length: int,
         newest_first: bool = True,
-        prefetch: int = 0,
         pin_memory: bool = False,
         generator: torch.Generator | None = None,
         folder: Path | None = None,
@@ -75,7 +71,6 @@ class StreamReplayBuffer(TensorDictReplayBuffer):
             writer=StreamWriter(heads, latents),
             checkpointer=StreamCheckpointer(heads),
             batch_size=batch_size,
-            prefetch=prefetch,
             pin_memory=pin_memory,
             generator=generator,
         )
@@ -87,9 +82,6 @@ class StreamReplayBuffer(TensorDictReplayBuffer):
             self._write_back = LatentWriteBack(latents, heads, self._is_init)
         self._allocated: set[int] = set()
         self._cuts: list[tuple[int, int]] = []
-        if prefetch:
-            # TorchRL takes a thread for each batch ahead: their order would be left to chance.
-            self._prefetch_executor = ThreadPoolExecutor(max_workers=1)
 
     def __len__(self) -> int:
         """The number of records that can be sampled."""
@@ -111,8 +103,6 @@ class StreamReplayBuffer(TensorDictReplayBuffer):
                 index is out of range, or a mask's width is not a multiple of 8.
         """
         del update_priority
-        # Batches that are being drawn ahead see the replay as it is now.
-        self.synchronize()
         records = self._transform.inv(records)
         if NEXT_MASK in records.keys(include_nested=True):
             records = records.copy().set(NEXT_MASK, pack_mask(records[NEXT_MASK]))

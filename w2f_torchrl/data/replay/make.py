@@ -24,10 +24,8 @@ def make_replay(
     ring: int | None = None,
     exist_ok: bool = False,
     newest_first: bool = True,
-    prefetch: int = 0,
     pin_memory: bool = False,
     seed: int | None = None,
-    device: torch.device | str = "cpu",
     latents: Fields | None = None,
 ) -> StreamReplayBuffer:
     """Make a replay in memory or on disk.
@@ -44,11 +42,8 @@ def make_replay(
             is not sampled: checkpoints may need it.
         exist_ok: Whether files of an earlier replay in that folder may be overwritten.
         newest_first: Whether each new chunk of T records is sampled once before older ones.
-        prefetch: Batches to draw ahead in a thread. They don't contain what is written after they
-            were drawn: with 0 the newest record can be sampled at once.
         pin_memory: Whether samples lie in page-locked memory, for asynchronous copies to CUDA.
         seed: Seed of the samples; None uses torch's global generator.
-        device: Where records and samples lie, without a path.
         latents: Entries of the latent that is kept beside each record, from
             :func:`~w2f_torchrl.data.latent_fields`; None keeps none.
 
@@ -64,29 +59,20 @@ def make_replay(
         batch_length=batch_length,
     )
     heads = StreamHeads(num_streams, capacity // num_streams, ring)
-    if pin_memory and not (torch.cuda.is_available() and torch.device(device).type == "cpu"):
-        raise ValueError(
-            f"pin_memory=True needs a replay on CPU and a CUDA device to copy to: device={device}, "
-            f"CUDA is {'' if torch.cuda.is_available() else 'not '}available."
-        )
-    if prefetch and latents is not None:
-        raise ValueError(
-            f"prefetch={prefetch} must be 0 with latents: batches that are drawn ahead would hold "
-            "latents from before the updates that precede them."
-        )
+    if pin_memory and not torch.cuda.is_available():
+        raise ValueError("pin_memory=True needs a CUDA device to copy to; CUDA is not available.")
     rows = num_streams * heads.ring
-    storage = _make_storage(rows, path, exist_ok, torch.device(device))
+    storage = _make_storage(rows, path, exist_ok)
     store = None
     if latents is not None:
         folder = None if path is None else Path(path) / "latents"
-        store = LatentStore(latents, rows, device=device, folder=folder)
+        store = LatentStore(latents, rows, folder=folder)
     return StreamReplayBuffer(
         storage,
         heads,
         batch_size=batch_size,
         batch_length=batch_length,
         newest_first=newest_first,
-        prefetch=prefetch,
         pin_memory=pin_memory,
         generator=None if seed is None else torch.Generator().manual_seed(seed),
         folder=None if path is None else Path(path),
@@ -108,13 +94,9 @@ def _check_sizes(**sizes: int) -> None:
         )
 
 
-def _make_storage(
-    size: int, path: str | Path | None, exist_ok: bool, device: torch.device
-) -> LazyTensorStorage:
+def _make_storage(size: int, path: str | Path | None, exist_ok: bool) -> LazyTensorStorage:
     if path is None:
-        return LazyTensorStorage(size, device=device)
-    if device.type != "cpu":
-        raise ValueError(f"A replay on disk (path={path}) can't be on device={device}.")
+        return LazyTensorStorage(size)
     folder = Path(path)
     if not exist_ok and folder.exists() and any(folder.iterdir()):
         raise FileExistsError(f"The replay's folder {folder} isn't empty: name another one.")

@@ -1,0 +1,115 @@
+"""The updates of a run: drawn, applied, and written down in rows of means."""
+
+from __future__ import annotations
+
+import math
+
+from tensordict import TensorDictBase
+
+from w2f_torchrl.data.device_copy import DeviceCopy
+from w2f_torchrl.learner.non_finite_guard import FINITE
+from w2f_torchrl.trainers.interruptions import save_batch
+from w2f_torchrl.trainers.run import Parts, Run
+from w2f_torchrl.trainers.update_metrics import Sums, shown_row
+from w2f_torchrl.utils.random_state import random_state, restore_random_state
+from w2f_torchrl.utils.stopping import StopRequested, may_be_cut
+
+
+class Updates:
+    """Does the updates of a run, one after the other.
+
+    Args:
+        run: The run.
+        parts: What it consists of.
+    """
+
+    def __init__(self, run: Run, parts: Parts) -> None:
+        self.config, self.ranks, self.directory = run.config, run.ranks, run.directory
+        self.logger = run.logger
+        self.learner, self.masks, self.collection = parts.learner, parts.masks, parts.collection
+        self.counters, self.metrics = parts.progress.counters, parts.progress.metrics
+        self.clock = parts.progress.clock
+        self.to_device = DeviceCopy(run.device)
+        self._compiled = False
+
+    def update(self) -> TensorDictBase:
+        """Do an update, count it, and write a row of metrics when one is due.
+
+        Returns:
+            The sample ``[B, T]`` on the learner's device.
+        """
+        sample = self._learn() if self._compiled else self._learn_first()
+        self.counters.add_update()
+        if self.counters.updates % self.config.logging.every_updates == 0:
+            self.flush()
+        return sample
+
+    def _learn(self) -> TensorDictBase:
+        """Draw a sample ``[B, T]`` and learn from it."""
+        sample = self.collection.replay.sample()
+        slots = sample["index"]
+        sample = self.to_device(sample)
+        metrics = self.learner.update(sample)
+        self.metrics.add(metrics, slots)
+        if self.learner.latents is not None:
+            self.collection.replay.write_back(slots, self.learner.latents, metrics[FINITE])
+        return sample
+
+    def _learn_first(self) -> TensorDictBase:
+        """Do a process's first update, which may compile for minutes: a signal ends it at once.
+
+        Raises:
+            StopRequested: After putting everything back, so that the update is due as before.
+        """
+        if self.learner.execution == "eager" or self.ranks.size > 1:
+            self._compiled = True
+            return self._learn()
+        sampling, random = self.collection.replay.sampling_state(), random_state()
+        buffers = {name: value.clone() for name, value in self.learner.loss.named_buffers()}
+        try:
+            with may_be_cut(at_once=lambda: self.learner.intact):
+                sample = self._learn()
+        except StopRequested:
+            self.collection.replay.load_sampling_state(sampling)
+            restore_random_state(random)
+            for name, value in self.learner.loss.named_buffers():
+                value.copy_(buffers[name])
+            raise
+        self._compiled = True
+        return sample
+
+    def flush(self) -> None:
+        """Write the mean of the metrics since the last call; the only read of the device."""
+        if not self.metrics.count:
+            return
+        frames, updates = self.counters.frames, self.counters.updates
+        sums = self.metrics.read()
+        if sums.missed and (self.config.training.on_nan == "stop" or not sums.applied):
+            raise self._not_finite(sums)
+        means = sums.means()
+        row = means | (self.masks.metrics() if self.config.needs_masks else {})
+        row = self.ranks.mean(row)
+        bad = sorted(name for name in means if not math.isfinite(row[name]))
+        row = shown_row(row, self.ranks.size) | self.clock.metrics(frames, updates)
+        self.logger.log(row, frames=frames, updates=updates)
+        self.metrics.clear()
+        if bad:
+            raise FloatingPointError(f"not finite at update {updates}: {', '.join(bad)}.")
+
+    def _not_finite(self, sums: Sums) -> FloatingPointError:
+        """Save the batch of the first bad update, and go back to the counters before it."""
+        if self.config.training.on_nan == "stop":
+            self.counters.take_back(sums.missed)
+        updates = self.counters.updates
+        name = f"not_finite_after_{updates:012d}_rank_{self.ranks.rank}.pt"
+        path = save_batch(
+            self.directory / name, self.collection.replay, self.metrics.slots[sums.applied]
+        )
+        self.metrics.clear()
+        weights = "were not changed" if self.learner.is_finite() else "are not finite either"
+        return FloatingPointError(
+            f"gradients are not finite after update {updates} "
+            f"({', '.join(sums.not_finite())}). The weights {weights}. The batch is in "
+            f"{path}. training.on_nan=skip continues without such updates, unless all updates of "
+            "a row of metrics are."
+        )
