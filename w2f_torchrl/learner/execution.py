@@ -1,13 +1,13 @@
 """How an update is run: ``training.execution``.
 
 - ``eager``.
-- ``compile``: the pieces that hold nearly all of the work (on a CPU those that gain), each compiled on
+- ``compile``: the pieces that do nearly all of the work (on a CPU those that gain), each on
   its own, so that compiling takes no longer for longer sequences.
 - ``compile_all``: losses and the whole time loop as one graph.
-- ``cuda_graph``: ``compile``, and the whole update captured once and replayed, which leaves no launch
+- ``cuda_graph``: ``compile``, and the whole update captured once and replayed: no launch is left
   to the host.
 - ``cuda_graph_parallel``: the same with a branch for each latent of ``split``.
-- ``auto``: eager on a CPU; on CUDA the first of ``cuda_graph_parallel`` (for ``split``), ``cuda_graph``,
+- ``auto``: eager on a CPU; on CUDA the first of ``cuda_graph_parallel`` (``split``), ``cuda_graph``,
   ``compile`` and ``eager`` that works and whose update equals eager's
   (:mod:`~w2f_torchrl.learner.auto_execution`).
 """
