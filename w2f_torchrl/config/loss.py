@@ -79,14 +79,14 @@ class LossConfig(Settings):
         "For imperfect masks: drop colour errors at pixels that the mask calls background but "
         "the mask head calls foreground with more than this probability. null trusts the masks. "
         "With foreground_target=inside only the background's loss changes, since the foreground's "
-        "asks for no colours there.",
+        "does not compare colours there.",
         unit="probability",
         minimum=0.5,
         below=1,
     )
     free_nats: float = setting(
         1.0,
-        "KL, summed over a state's categoricals, below which there is no gradient.",
+        "KL, summed over a state's categoricals, below which the gradient is zero.",
         unit="nats",
         minimum=0,
     )

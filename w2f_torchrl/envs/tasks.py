@@ -166,7 +166,7 @@ def validate_camera(domain: str, camera_id: int | None, cameras: int) -> None:
 
     Args:
         domain: The model's name, for the message.
-        camera_id: What the user gave; None asks for the default.
+        camera_id: What the user gave; None for the default.
         cameras: Number of cameras of the model.
 
     Raises:

@@ -7,8 +7,8 @@
 - ``cuda_graph``: ``compile``, and the whole update captured once and replayed: no launch is left
   to the host.
 - ``cuda_graph_parallel``: the same with a branch for each latent of ``split``.
-- ``auto``: eager on a CPU; on CUDA the first of ``cuda_graph_parallel`` (``split``), ``cuda_graph``,
-  ``compile`` and ``eager`` that works and whose update equals eager's
+- ``auto``: eager on a CPU; on CUDA the first of ``cuda_graph_parallel`` (``split``),
+  ``cuda_graph``, ``compile`` and ``eager`` that works and whose update equals eager's
   (:mod:`~w2f_torchrl.learner.auto_execution`).
 """
 

@@ -85,7 +85,7 @@ class Sinks:
         self.failed.append(type(sink).__name__)
         self.loggers.remove(sink)
         try:
-            sink.close()  # what it has received is kept
+            sink.close()  # data received so far is kept
         except Exception:
             logger.exception("%s could not be closed either.", type(sink).__name__)
 
@@ -99,7 +99,7 @@ class Sinks:
                 except Exception:
                     logger.exception(
                         "%s failed and is disabled for this run; metrics.jsonl, videos and "
-                        "images go on.",
+                        "images continue.",
                         type(sink).__name__,
                     )
                     self._give_up(sink)

@@ -56,7 +56,7 @@ def train_student(
 
     Raises:
         TypeError: If a dtype is wrong.
-        ValueError: If shapes do not match, there are no frames, or a share is out of range.
+        ValueError: If shapes do not match, no frames are given, or a share is out of range.
     """
     _check_training_set(pixels, masks, backgrounds)
     for name, value, most in (("paste", paste, 1.0), ("moves", moves, 0.5)):
@@ -171,7 +171,7 @@ def choose_diverse(pixels: Tensor, count: int) -> Tensor:
         Indices, int64 ``[min(count, N)]``, the first frame first.
 
     Raises:
-        ValueError: If the count is not positive, or there are no frames.
+        ValueError: If the count is not positive, or no frames are given.
     """
     check_pixels(pixels)
     check_number("count", count, integer=True)

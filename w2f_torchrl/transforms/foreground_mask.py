@@ -85,7 +85,7 @@ class ForegroundMaskTransform(ObservationTransform):
     # ------------------------------------------------------------------ where TorchRL calls
 
     def _call(self, next_tensordict: TensorDictBase) -> TensorDictBase:
-        """Write masks into what an env's step or reset returned."""
+        """Write masks into the output of an env's step or reset."""
         self._made_by = self._made_by or "call"
         return self._write(next_tensordict)
 
