@@ -10,7 +10,7 @@ from tensordict.nn import TensorDictModuleBase
 from tensordict.utils import NestedKey
 from torch import Tensor, nn
 
-from w2f_torchrl.modules.reference_decoder import build_image_decoder
+from w2f_torchrl.modules.image_decoder import build_image_decoder
 from w2f_torchrl.utils.tensors import FLOATING, check_tensor
 
 #: Share of a picture that the agent typically covers (1 to 10 % over the Control Suite). The mask
@@ -36,7 +36,7 @@ class DualImageDecoder(TensorDictModuleBase):
         background_units: Of the background state's path; ``units`` if ``None``.
         background_keys: Where the background's state and belief are read.
         **settings: Of both image decoders:
-            :class:`~w2f_torchrl.modules.convolution.ImageDecoder`.
+            :class:`~w2f_torchrl.modules.image_decoder.ImageDecoder`.
 
     Writes ``("next", "foreground_pixels")`` ``[..., 3, H, W]``, ``("next", "mask_logits")``
     ``[..., 1, H, W]`` and ``("next", "background_pixels")`` ``[..., 3, H, W]``. Colours aim at

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from w2f_torchrl.modules.config import ModelConfig
-from w2f_torchrl.modules.convolution import split_mask
+from w2f_torchrl.modules.image_decoder import split_mask
 from w2f_torchrl.trainers.checkpointing import CheckpointError
 
 #: Settings of the model that were added later, and what networks were before them.
