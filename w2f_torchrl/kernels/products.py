@@ -93,8 +93,9 @@ def outer_blocks(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _applies_to(x: Tensor) -> bool:
-    # The operators below have no gradient.
-    return switch.on_cpu(x) and not (torch.compiler.is_compiling() and torch.is_grad_enabled())
+    if torch.compiler.is_compiling():  # the operators below have no gradient
+        return switch.on_cpu(x) and not torch.is_grad_enabled()
+    return switch.use_cpu_kernels(x)
 
 
 # Both as operators that a compiled graph calls unchanged: Inductor takes oneDNN's own operator for

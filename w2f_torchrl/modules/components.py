@@ -101,7 +101,7 @@ def build_rollout(
 def build_decoder(
     config: ModelConfig, image_size: int, latent: Latent
 ) -> TensorDictModule | DualImageDecoder:
-    """Build the decoder: one for ``whole``, else one per layer of the picture."""
+    """Build the decoder of the whole picture, or of foreground and background."""
     image_shape = (3, image_size, image_size)
     features = (config.state_size, config.belief_size)
     settings: dict[str, Any] = {
