@@ -11,21 +11,27 @@ from helpers.models import SIZE, TINY, make_sample
 from torch.nn import functional as F
 
 from w2f_torchrl.config.model import DECODERS, RESAMPLINGS
-from w2f_torchrl.modules import LATENTS, DualImageDecoder, build_world_model, convolution
-from w2f_torchrl.modules.convolution import ImageDecoder, ImageEncoder, nearest_kernel
+from w2f_torchrl.kernels import convolution, switch
+from w2f_torchrl.kernels.convolution import nearest_kernel
+from w2f_torchrl.modules import LATENTS, DualImageDecoder, build_world_model
 from w2f_torchrl.modules.dual_decoder import FOREGROUND_SHARE
-from w2f_torchrl.modules.reference_decoder import ReferenceImageDecoder, build_image_decoder
+from w2f_torchrl.modules.image_decoder import (
+    ImageDecoder,
+    ReferenceImageDecoder,
+    build_image_decoder,
+)
+from w2f_torchrl.modules.networks import ImageEncoder
 
 EPS = 1e-4
 DOUBLE = {"dtype": torch.float64}
 CLOSE = {"rtol": 1e-9, "atol": 1e-10}
 
 
-@pytest.fixture(params=["by hand", "plain"])
+@pytest.fixture(params=["kernels", "plain"])
 def passes(request, monkeypatch):
     """The passes for CPUs, and those for other devices and compiled graphs."""
     if request.param == "plain":
-        monkeypatch.setattr(convolution, "by_hand", lambda x: False)
+        monkeypatch.setattr(switch, "use_cpu_kernels", lambda x: False)
     return request.param
 
 
@@ -58,7 +64,7 @@ def test_one_transposed_convolution_doubles_by_nearest_neighbours(kernel, channe
     bias = torch.randn(outputs, **DOUBLE, requires_grad=True)
 
     def ours(x, weight, bias):
-        return convolution._double(x, nearest_kernel(weight), bias, channels_last=channels_last)
+        return convolution.double(x, nearest_kernel(weight), bias, channels_last=channels_last)
 
     def reference(x, weight, bias):
         large = F.interpolate(x, scale_factor=2, mode="nearest")
@@ -76,7 +82,7 @@ def test_the_summed_taps_of_a_kernel_of_five():
     for place, even, odd in ((1, 11, 1), (2, 1100, 110), (3, 10000, 11000)):
         picture = rows.clone()
         picture[0, 0, place] = 1
-        out = convolution._double(picture, nearest_kernel(weight), torch.zeros(1))
+        out = convolution.double(picture, nearest_kernel(weight), torch.zeros(1))
         assert out[0, 0, 4:6, 0].tolist() == [even, odd]  # what row 2 makes of its neighbours
 
 
@@ -120,7 +126,7 @@ def test_pooling_a_convolution():
         large = F.conv2d(x, layer.weight, layer.bias, padding=2)
         return large.unfold(2, 2, 2).unfold(3, 2, 2).amax((-1, -2))
 
-    assert_same(lambda x, *_: convolution._halve(x, layer), reference, x, layer.weight, layer.bias)
+    assert_same(lambda x, *_: convolution.halve(x, layer), reference, x, layer.weight, layer.bias)
 
 
 def randomised(module) -> list[torch.Tensor]:

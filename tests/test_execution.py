@@ -17,9 +17,9 @@ from torch import Tensor
 from torchrl.trainers.algorithms import DreamerV3Optimizer
 
 from w2f_torchrl.data.device_copy import DeviceCopy
+from w2f_torchrl.kernels import products
 from w2f_torchrl.learner.execution import PIECES, compile_core
 from w2f_torchrl.learner.optimizer import CapturableOptimizer
-from w2f_torchrl.modules import layers, scan
 from w2f_torchrl.objectives import LossConfig
 from w2f_torchrl.trainers import ConfigError, Learner, execution
 
@@ -75,12 +75,11 @@ def test_every_update_of_50_is_eagers_and_nothing_compiles_twice(mode, latent):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.skipif(layers._onednn is None, reason="oneDNN multiplies on AVX-512 only")
+@pytest.mark.skipif(products._onednn is None, reason="oneDNN multiplies on AVX-512 only")
 @pytest.mark.parametrize("mode", ["compile", "compile_all"])
 def test_updates_whose_every_product_is_an_operator_are_eagers(monkeypatch, mode):
     """As large models' are: those of a tiny one are too small."""
-    for module in (layers, scan):
-        monkeypatch.setattr(module, "ONEDNN_MULTIPLICATIONS", 1)
+    monkeypatch.setattr(products, "ONEDNN_MULTIPLICATIONS", 1)
     (row,) = run([mode], latents=["split"], updates=6).values()
     assert row["passed"], row
 

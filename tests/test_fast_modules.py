@@ -15,11 +15,14 @@ from torchrl.modules import (
     SymExpTwoHot,
 )
 
-from w2f_torchrl.modules import build_world_model, layers
-from w2f_torchrl.modules.convolution import ImageDecoder, ImageEncoder, subpixel_convolution
-from w2f_torchrl.modules.layers import MLP
-from w2f_torchrl.modules.rssm import PriorHead, _draw_one_hot, sample_one_hot
-from w2f_torchrl.modules.two_hot import TwoHot
+from w2f_torchrl.kernels import dense, products
+from w2f_torchrl.kernels.convolution import subpixel_convolution
+from w2f_torchrl.kernels.imagination import PriorHead
+from w2f_torchrl.kernels.one_hot import draw_classes_first
+from w2f_torchrl.kernels.two_hot import TwoHot
+from w2f_torchrl.modules import build_world_model, rssm, sample_one_hot
+from w2f_torchrl.modules.image_decoder import ImageDecoder
+from w2f_torchrl.modules.networks import MLP, ImageEncoder
 from w2f_torchrl.utils.memory import keep_freed_memory
 
 
@@ -91,26 +94,26 @@ def test_inverse_rms(scale):
     torch.manual_seed(0)
     x = scale * torch.randn(5, 7, 33, dtype=torch.float64)
     want = (x.pow(2).mean(-1, keepdim=True) + 1e-4).rsqrt()
-    torch.testing.assert_close(layers.inverse_rms(x, 1e-4), want, rtol=1e-12, atol=0)
+    torch.testing.assert_close(dense.inverse_rms(x, 1e-4), want, rtol=1e-12, atol=0)
     with torch.autocast("cpu", torch.bfloat16):  # the plain formula
-        torch.testing.assert_close(layers.inverse_rms(x, 1e-4), want, rtol=1e-12, atol=0)
+        torch.testing.assert_close(dense.inverse_rms(x, 1e-4), want, rtol=1e-12, atol=0)
 
 
 def test_a_constant_of_inference_mode_serves_in_training():
     with torch.inference_mode():
-        layers.constant(0.123, torch.float64)
+        dense.constant(0.123, torch.float64)
     x = torch.ones(3, dtype=torch.float64, requires_grad=True)
-    (x * layers.constant(0.123, torch.float64)).sum().backward()
+    (x * dense.constant(0.123, torch.float64)).sum().backward()
     assert x.grad.tolist() == [0.123] * 3
 
 
 @pytest.fixture(params=["mkl", "onednn"])
 def multiplication(request, monkeypatch):
     """What multiplies large matrices; by default the processor decides."""
-    onednn = layers._find_onednn() if request.param == "onednn" else None
+    onednn = products._find_onednn() if request.param == "onednn" else None
     if request.param == "onednn" and onednn is None:
         pytest.skip("torch was built without oneDNN")
-    monkeypatch.setattr(layers, "_onednn", onednn)
+    monkeypatch.setattr(products, "_onednn", onednn)
     return request.param
 
 
@@ -126,7 +129,7 @@ def test_mlp_equals_torchrls(rows, outputs):
         torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.skipif(layers._find_onednn() is None, reason="torch was built without oneDNN")
+@pytest.mark.skipif(products._find_onednn() is None, reason="torch was built without oneDNN")
 @pytest.mark.parametrize("kind", ["whole", "transposed", "slice", "slice transposed"])
 def test_onednns_product_reads_any_layout(kind, monkeypatch):
     torch.manual_seed(0)
@@ -137,14 +140,14 @@ def test_onednns_product_reads_any_layout(kind, monkeypatch):
         x, weight = torch.randn(300, 260)[:, 30:230], torch.randn(150, 300)[:, 50:250]
     if kind == "slice transposed":
         x, weight = torch.randn(260, 300)[30:230].t(), torch.randn(300, 150)[50:250].t()
-    calls, onednn = [], layers._find_onednn()
+    calls, onednn = [], products._find_onednn()
 
     def counted(*args):
         calls.append(args)
         return onednn(*args)
 
-    monkeypatch.setattr(layers, "_onednn", counted)
-    got = layers.product(x, weight, bias)
+    monkeypatch.setattr(products, "_onednn", counted)
+    got = products.product(x, weight, bias)
     assert len(calls) == 1
     torch.testing.assert_close(got, x @ weight.t() + bias, rtol=1e-4, atol=1e-4)
 
@@ -156,7 +159,7 @@ def test_block_product_is_a_product_for_each_block(width):
     x, weight, bias = torch.randn(300, 4 * width), torch.randn(4, width, 192), torch.randn(4, 192)
     blocks = zip(x.split(width, -1), weight, bias, strict=True)
     want = torch.cat([part @ matrix + shift for part, matrix, shift in blocks], -1)
-    torch.testing.assert_close(layers.block_product(x, weight, bias), want, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(products.block_product(x, weight, bias), want, rtol=1e-4, atol=1e-4)
 
 
 def test_autocast_leaves_the_layers_to_torch():
@@ -169,15 +172,15 @@ def test_autocast_leaves_the_layers_to_torch():
     torch.testing.assert_close(out.float(), encoder(pixels), rtol=0.05, atol=0.05)
 
 
-def test_scan_under_autocast_keeps_states_in_float32_and_agrees_with_the_loop():
+def test_scan_under_autocast_keeps_states_in_float32_and_agrees_with_the_loop(monkeypatch):
     world_model = build_world_model(TINY, action_size=2, image_size=SIZE, latent="whole")
     rollout = world_model.rollout
     first = rollout.rssm_posterior.module.obs_rnn_to_post_projector[0]
     embedding = torch.randn(3, 6, first.in_features - TINY.belief_size)
     reset = torch.zeros(3, 6, 1, dtype=torch.bool)
     results = []
-    for roll in (rollout._scan, rollout._roll):
-        rollout._has_one_layer_each = lambda roll=roll: roll == rollout._scan
+    for scans in (True, False):
+        monkeypatch.setattr(rssm, "can_scan", lambda *_, scans=scans: scans)
         torch.manual_seed(1)
         with torch.autocast("cpu", torch.bfloat16):
             out = rollout.unroll(embedding, torch.ones(3, 6, 2), reset)
@@ -208,11 +211,11 @@ def test_two_hot_equals_torchrls():
 
 
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_a_compiled_graph_calls_the_large_products_by_hand(monkeypatch, with_bias):
+def test_a_compiled_graph_calls_the_large_products(monkeypatch, with_bias):
     """The models of the other tests are too small for it."""
-    if layers._onednn is None:
+    if products._onednn is None:
         monkeypatch.setattr(
-            layers, "_onednn", lambda x, weight, bias, *_: F.linear(x, weight, bias)
+            products, "_onednn", lambda x, weight, bias, *_: F.linear(x, weight, bias)
         )
     torch.manual_seed(0)
     x, weight = torch.randn(256, 512), torch.randn(64, 512)
@@ -226,8 +229,8 @@ def test_a_compiled_graph_calls_the_large_products_by_hand(monkeypatch, with_bia
 
     def both(x):
         return (
-            layers.product(x, weight, bias),
-            layers.block_product(x, block_weight, block_bias),
+            products.product(x, weight, bias),
+            products.block_product(x, block_weight, block_bias),
         )
 
     blocks = (x.view(256, 8, 1, 64) @ block_weight).squeeze(2)
@@ -259,7 +262,7 @@ def test_draws_without_gradient_are_those_with(classes):
     logits, uniform = 2 * torch.randn(50, 8, classes), torch.rand(50, 8)
     want = sample_one_hot(logits, 0.01, uniform)
     classes_first = logits.transpose(1, 2)
-    for formula in (_draw_one_hot, torch.compile(_draw_one_hot, backend="eager")):
+    for formula in (draw_classes_first, torch.compile(draw_classes_first, backend="eager")):
         assert torch.equal(formula(classes_first, 0.01, uniform), want)
         assert formula(classes_first[:1], 0.01, torch.full((1, 8), 1 - 1e-8)).sum() == 8
 

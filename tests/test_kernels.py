@@ -18,7 +18,8 @@ from learner import make_sample as bench_sample
 from torch.utils._pytree import tree_leaves
 
 from w2f_torchrl.config import OptimizerConfig
-from w2f_torchrl.modules import PRESETS, rssm, scan
+from w2f_torchrl.kernels import imagination, scan_types, switch
+from w2f_torchrl.modules import PRESETS, BlockGRUStep
 from w2f_torchrl.trainers import Learner
 
 fake = pytest.mark.skipif(why_not() is not None, reason=f"no fake CUDA: {why_not()}")
@@ -124,9 +125,9 @@ def test_weights_cast_once_give_the_update_of_weights_cast_at_each_step(latent):
         with ExitStack() as stack:
             if not cast_once:
                 for owner, name, stand_in in (
-                    (scan, "_multiplied_in", lambda dtype, weights: weights),
-                    (rssm.BlockGRUStep, "multiply_in", lambda self, dtype: None),
-                    (rssm.PriorHead, "multiply_in", lambda self, dtype: None),
+                    (scan_types, "cast_weights", lambda dtype, weights: weights),
+                    (BlockGRUStep, "cast_weights", lambda self, dtype: None),
+                    (imagination.PriorHead, "cast_weights", lambda self, dtype: None),
                 ):
                     stack.enter_context(mock.patch.object(owner, name, stand_in))
             made = dict(learner.update(make_sample()).items())
@@ -155,7 +156,7 @@ def test_each_step_is_compiled_once_for_all_steps_and_updates(
     latent, precision, on_gpu, monkeypatch
 ):
     """The steps get other tensors each time, which the compiler must know for the same kind."""
-    monkeypatch.setattr(scan, "_on_gpu", lambda x: on_gpu)
+    monkeypatch.setattr(switch, "on_gpu", lambda x: on_gpu)
     torch.manual_seed(0)
     learner = tiny_learner(latent, precision)
     graphs: Counter[str] = Counter()
@@ -170,7 +171,7 @@ def test_each_step_is_compiled_once_for_all_steps_and_updates(
     torch._dynamo.reset()
     for rollout in (learner.world_model.rollout, learner.world_model.background_rollout):
         if rollout is not None:
-            rollout.steps = tuple(compiled(step) for step in rollout.steps)
+            rollout.step_functions = tuple(compiled(step) for step in rollout.step_functions)
     learner.loss.imagine_step = compiled(learner.loss.imagine_step)
     for _ in range(3):
         learner.update(make_sample())
@@ -183,7 +184,7 @@ def test_each_step_is_compiled_once_for_all_steps_and_updates(
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_a_compiled_step_copies_no_input_for_its_address(precision, monkeypatch):
     """Compiled CUDA code copies inputs whose addresses are no multiples of 16 bytes."""
-    monkeypatch.setattr(scan, "_on_gpu", lambda x: True)
+    monkeypatch.setattr(switch, "on_gpu", lambda x: True)
     learner = Learner(
         PRESETS["size1m"],
         action_size=ACTION_SIZE,
@@ -204,7 +205,7 @@ def test_a_compiled_step_copies_no_input_for_its_address(precision, monkeypatch)
         return call
 
     for rollout in (learner.world_model.rollout, learner.world_model.background_rollout):
-        rollout.steps = tuple(aligned(step) for step in rollout.steps)
+        rollout.step_functions = tuple(aligned(step) for step in rollout.step_functions)
     learner.loss.imagine_step = aligned(learner.loss.imagine_step)
     learner.update(bench_sample(4, 5, image_size=SIZE))
     assert calls == {"step_forward": 10, "step_backward": 10, "imagine_step": 15}
@@ -213,7 +214,7 @@ def test_a_compiled_step_copies_no_input_for_its_address(precision, monkeypatch)
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_a_gpus_layout_of_the_recurrence_gives_a_cpus_update(precision, monkeypatch):
     def update(on_gpu: bool) -> dict[str, torch.Tensor]:
-        monkeypatch.setattr(scan, "_on_gpu", lambda x: on_gpu)
+        monkeypatch.setattr(switch, "on_gpu", lambda x: on_gpu)
         torch.manual_seed(0)
         learner = tiny_learner("split", precision)
         made = dict(learner.update(make_sample()).items())

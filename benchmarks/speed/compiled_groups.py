@@ -29,7 +29,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from w2f_torchrl.config import OptimizerConfig
 from w2f_torchrl.modules import PRESETS
-from w2f_torchrl.modules.convolution import ImageDecoder
+from w2f_torchrl.modules.image_decoder import ImageDecoder
 from w2f_torchrl.trainers import Learner
 
 DEVICE = SimpleNamespace(
@@ -184,8 +184,8 @@ def count_pieces(precision: str, model: str = "size12m") -> dict[str, int]:
             device="cuda",
         )
         rollout = learner.world_model.rollout
-        forward, backward = rollout.steps
-        rollout.steps = (counted(forward), counted(backward))
+        forward, backward = rollout.step_functions
+        rollout.step_functions = (counted(forward), counted(backward))
         learner.loss.imagine_step = counted(learner.loss.imagine_step)
         learner.update(fake_like(make_sample(16, 3)))
     return counts

@@ -303,7 +303,7 @@ def convolutions(options: Options) -> dict[str, Any]:
     """Transposed convolutions of the decoder, forward and backward: cuDNN's, and on subpixels."""
     from torch.nn import functional as F
 
-    from w2f_torchrl.modules.convolution import subpixel_convolution
+    from w2f_torchrl.kernels.convolution import subpixel_convolution
 
     def transposed(x: Any, weight: Any) -> Any:
         return F.conv_transpose2d(x, weight, None, 2, 2)

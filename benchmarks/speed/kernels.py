@@ -47,7 +47,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from w2f_torchrl.config import PRECISIONS, OptimizerConfig
-from w2f_torchrl.modules import PRESETS, ModelConfig, scan
+from w2f_torchrl.kernels import scan
+from w2f_torchrl.modules import PRESETS, ModelConfig
 from w2f_torchrl.objectives import world2filter
 from w2f_torchrl.trainers import Learner
 
@@ -232,8 +233,8 @@ def parts_of(learner: Learner, count: Count) -> Iterator[None]:
         places.append((model.background_rollout, "unroll", "recurrence, forward"))
     for rollout in (model.rollout, model.background_rollout):
         if rollout is not None:
-            forward, backward = rollout.steps
-            rollout.steps = (count.piece(forward), count.piece(backward))
+            forward, backward = rollout.step_functions
+            rollout.step_functions = (count.piece(forward), count.piece(backward))
     loss.imagine_step = count.piece(loss.imagine_step)
     with ExitStack() as stack:
         for owner, name, part in places:

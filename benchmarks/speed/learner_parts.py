@@ -30,7 +30,7 @@ from torchrl_reference import with_torchrls_pictures
 
 from w2f_torchrl.learner.execution import PIECES, compile_core
 from w2f_torchrl.modules import PRESETS, imagine
-from w2f_torchrl.modules.convolution import ImageDecoder
+from w2f_torchrl.modules.image_decoder import ImageDecoder
 from w2f_torchrl.trainers import Learner
 from w2f_torchrl.utils.memory import keep_freed_memory
 

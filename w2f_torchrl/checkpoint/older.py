@@ -9,7 +9,7 @@ from torch import Tensor
 
 from w2f_torchrl.checkpoint.file import CheckpointError
 from w2f_torchrl.config.model import ModelConfig
-from w2f_torchrl.modules.convolution import split_mask
+from w2f_torchrl.modules.image_decoder import split_mask
 
 #: Settings of the model that were added later, and what networks were before them.
 MODEL_BEFORE = {"background_encoder": "shared", "decoder": "torchrl", "resample": "stride"}

@@ -19,9 +19,9 @@ from functools import partial
 
 import torch
 
+from w2f_torchrl.kernels.scan_step import step_backward, step_forward
 from w2f_torchrl.modules import imagine_step
-from w2f_torchrl.modules.convolution import ImageDecoder
-from w2f_torchrl.modules.scan import step_backward, step_forward
+from w2f_torchrl.modules.image_decoder import ImageDecoder
 from w2f_torchrl.objectives import World2FilterLoss
 
 #: What ``compile`` compiles: a step of each recurrence and a step back; an imagined step; encoders

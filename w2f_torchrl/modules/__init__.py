@@ -1,4 +1,8 @@
-"""Networks: encoder, RSSM, decoders, heads, actor and critic."""
+"""Networks: encoder, RSSM, decoders, heads, actor and critic.
+
+Read :mod:`~w2f_torchrl.modules.rssm` first, then :mod:`~w2f_torchrl.modules.world_model`. Functions
+from :mod:`w2f_torchrl.kernels` are faster forms of the operations that their names say.
+"""
 
 from __future__ import annotations
 
@@ -8,23 +12,17 @@ from w2f_torchrl._lazy import lazy_exports
 from w2f_torchrl.config.model import LATENTS, PRESETS, ModelConfig
 
 if TYPE_CHECKING:
+    from w2f_torchrl.kernels.block_gru import BlockGRUStep
     from w2f_torchrl.modules.actor_critic import (
         GaussianActor,
         action_distribution,
         build_actor,
         build_critic,
-        build_policy,
-        latent_sizes,
     )
     from w2f_torchrl.modules.dual_decoder import DualImageDecoder, compose
-    from w2f_torchrl.modules.rssm import (
-        BlockGRUStep,
-        RSSMRollout,
-        Unrolled,
-        imagine,
-        imagine_step,
-        sample_one_hot,
-    )
+    from w2f_torchrl.modules.imagination import imagine, imagine_step
+    from w2f_torchrl.modules.policy import build_policy, latent_sizes
+    from w2f_torchrl.modules.rssm import RSSMRollout, Unrolled, sample_one_hot
     from w2f_torchrl.modules.world_model import WorldModel, build_world_model
 else:
     __getattr__, __dir__ = lazy_exports(
@@ -35,18 +33,11 @@ else:
                 "action_distribution",
                 "build_actor",
                 "build_critic",
-                "build_policy",
-                "latent_sizes",
             ),
             "dual_decoder": ("DualImageDecoder", "compose"),
-            "rssm": (
-                "BlockGRUStep",
-                "RSSMRollout",
-                "Unrolled",
-                "imagine",
-                "imagine_step",
-                "sample_one_hot",
-            ),
+            "imagination": ("imagine", "imagine_step"),
+            "policy": ("build_policy", "latent_sizes"),
+            "rssm": ("BlockGRUStep", "RSSMRollout", "Unrolled", "sample_one_hot"),
             "world_model": ("WorldModel", "build_world_model"),
         },
     )

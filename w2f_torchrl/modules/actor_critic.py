@@ -1,4 +1,7 @@
-"""Actor, critic and the acting policy."""
+"""Actor and critic (DreamerV3, eq. 4).
+
+Shape letters: A action, S state, D belief.
+"""
 
 from __future__ import annotations
 
@@ -8,15 +11,12 @@ from tensordict.nn import (
     ProbabilisticTensorDictModule,
     ProbabilisticTensorDictSequential,
     TensorDictModule,
-    TensorDictSequential,
 )
 from torch import Tensor, nn
-from torchrl.modules import RSSMStateEstimatorV3
 from torchrl.modules.distributions import IndependentNormal
 
 from w2f_torchrl.config.model import ModelConfig
-from w2f_torchrl.modules.layers import MLP
-from w2f_torchrl.modules.world_model import WorldModel
+from w2f_torchrl.modules.networks import MLP
 from w2f_torchrl.utils.checks import check_number
 
 
@@ -24,8 +24,8 @@ class GaussianActor(nn.Module):
     """The paper's policy for continuous actions: a Normal with a mean squashed into [-1, 1].
 
     The standard deviation lies in [0.1, 1] and starts near 0.9, the mean near 0 (output scale
-    0.01; DreamerV3, hyperparameter table). The mean and the deviation have a linear layer each,
-    as in the reference: adaptive gradient clipping treats them one by one.
+    0.01; DreamerV3, hyperparameter table). Mean and deviation have separate linear
+    layers, as in the reference: adaptive gradient clipping treats them one by one.
 
     Args:
         features: S + D, features of state and belief.
@@ -50,17 +50,17 @@ class GaussianActor(nn.Module):
 
     def from_features(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """:meth:`forward` of belief and state side by side ``[..., D + S]``."""
-        hidden = self.backbone(features)
-        return self.squash(self.mean(hidden), self.std(hidden))
+        hidden = self.backbone(features)  # [..., units]
+        return self.squash(self.mean(hidden), self.std(hidden))  # [..., A]
 
     def squash(self, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
-        """Give the two layers' outputs ``[..., A]`` their ranges."""
+        """Map the outputs of the two layers ``[..., A]`` to their ranges."""
         std = torch.sigmoid(std.float() + 2.0)
         return mean.float().tanh(), (self.max_std - self.min_std) * std + self.min_std
 
 
 def action_distribution(mean: Tensor, std: Tensor) -> IndependentNormal:
-    """The policy's distribution over actions ``[..., A]``; its log-probability has shape [...]."""
+    """Return the distribution over actions ``[..., A]``, whose log-probabilities are ``[...]``."""
     return IndependentNormal(mean, std, validate_args=False)
 
 
@@ -83,7 +83,7 @@ def build_actor(config: ModelConfig, action_size: int) -> ProbabilisticTensorDic
 
 
 def build_critic(config: ModelConfig) -> MLP:
-    """Build the critic: ``belief, state`` to logits over the bins, zero at the start."""
+    """Build the critic: ``belief, state`` to logits over the bins, all zero at the start."""
     return MLP(
         config.state_size + config.belief_size,
         config.num_bins,
@@ -91,37 +91,3 @@ def build_critic(config: ModelConfig) -> MLP:
         num_cells=config.units,
         outscale=0.0,
     )
-
-
-def _carry(state: Tensor, belief: Tensor, action: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return state, belief, action
-
-
-def build_policy(
-    world_model: WorldModel, actor: ProbabilisticTensorDictSequential
-) -> TensorDictSequential:
-    """Compose the acting policy from the trained parts, shared and not copied.
-
-    It reads ``pixels``, ``is_init`` and the carried ``state``, ``belief`` and
-    ``previous_action`` (a TensorDictPrimer gives the first, with the sizes
-    of :func:`latent_sizes`), and writes
-    ``action`` and the carried entries of the next step. Neither a mask nor the background branch
-    is computed.
-    """
-    rollout = world_model.rollout
-    carried = ["state", "belief", "previous_action"]
-    return TensorDictSequential(
-        TensorDictModule(world_model.encoder, ["pixels"], ["encoded_latents"]),
-        RSSMStateEstimatorV3(rollout.rssm_prior.module, rollout.rssm_posterior.module),
-        actor,
-        TensorDictModule(_carry, ["state", "belief", "action"], [("next", key) for key in carried]),
-    )
-
-
-def latent_sizes(config: ModelConfig, action_size: int) -> dict[str, int]:
-    """Features of the entries that the policy carries from step to step, by key."""
-    return {
-        "state": config.state_size,
-        "belief": config.belief_size,
-        "previous_action": action_size,
-    }

@@ -1,4 +1,7 @@
-"""Decoders of the foreground and the background of a picture."""
+"""Decoders of the foreground and the background of a picture.
+
+Shape letters: S state, D belief, H, W height, width.
+"""
 
 from __future__ import annotations
 
@@ -10,36 +13,36 @@ from tensordict.nn import TensorDictModuleBase
 from tensordict.utils import NestedKey
 from torch import Tensor, nn
 
-from w2f_torchrl.modules.reference_decoder import build_image_decoder
+from w2f_torchrl.modules.image_decoder import build_image_decoder
 from w2f_torchrl.utils.tensors import FLOATING, check_tensor
 
-#: Share of a picture that the agent typically covers (1 to 10 % over the Control Suite). The mask
-#: head starts at it, so that no update is spent on unlearning an even grey mask.
+#: Share of a picture that the agent typically covers (1 to 10 % in the Control Suite). The mask
+#: head starts there, so that no update is spent on unlearning an even grey mask.
 FOREGROUND_SHARE = 0.03
 
 
 class DualImageDecoder(TensorDictModuleBase):
     """Reconstruct the foreground (colours and mask) and the background (colours) separately.
 
-    Two image decoders. The foreground's makes colours, which are about 0.5 at the start, and the
-    logit of the mask, which starts at the share that an agent typically covers. With
-    ``background_features=None`` only the foreground is made.
+    The foreground's decoder makes colours, which start at about 0.5, and the logit of the mask,
+    which starts at :data:`FOREGROUND_SHARE`. The background's makes colours. With
+    ``background_features=None`` there is no background.
 
     Args:
         foreground_features: S and D, the features of the foreground's state and belief.
-        background_features: Those of the latent that the background head reads, or ``None``.
+        background_features: S and D of the latent that the background's decoder reads, or ``None``.
         image_shape: ``(3, H, W)``.
         decoder: ``reference`` or ``torchrl``.
         depth: Base channels of the foreground decoder.
-        units: Of the foreground state's path (``reference`` only).
+        units: Half the width of the foreground state's layer (``reference`` only).
         background_depth: Base channels of the background decoder; ``depth`` if ``None``.
-        background_units: Of the background state's path; ``units`` if ``None``.
-        background_keys: Where the background's state and belief are read.
+        background_units: The same of the background; ``units`` if ``None``.
+        background_keys: Keys of the background's state and belief, under ``next``.
         **settings: Of both image decoders:
-            :class:`~w2f_torchrl.modules.convolution.ImageDecoder`.
+            :class:`~w2f_torchrl.modules.image_decoder.ImageDecoder`.
 
     Writes ``("next", "foreground_pixels")`` ``[..., 3, H, W]``, ``("next", "mask_logits")``
-    ``[..., 1, H, W]`` and ``("next", "background_pixels")`` ``[..., 3, H, W]``. Colours aim at
+    ``[..., 1, H, W]`` and ``("next", "background_pixels")`` ``[..., 3, H, W]``. Colours approximate
     pixels / 255; those of decoder ``torchrl`` are unbounded.
     """
 
@@ -88,7 +91,7 @@ class DualImageDecoder(TensorDictModuleBase):
 
     def decode_foreground(self, state: Tensor, belief: Tensor) -> tuple[Tensor, Tensor]:
         """Decode colours ``[..., 3, H, W]`` and mask logits ``[..., 1, H, W]`` in float32."""
-        colours, logits = self.foreground(state, belief)
+        colours, logits = self.foreground(state, belief)  # [..., 3, H, W], [..., 1, H, W]
         return colours.float(), logits.float()
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
@@ -99,7 +102,8 @@ class DualImageDecoder(TensorDictModuleBase):
         tensordict.set(("next", "mask_logits"), mask_logits)
         if self.background is not None:
             latent = [tensordict.get(key) for key in self.background_keys]
-            tensordict.set(("next", "background_pixels"), self.background(*latent).float())
+            colours = self.background(*latent).float()  # [..., 3, H, W]
+            tensordict.set(("next", "background_pixels"), colours)
         return tensordict
 
 

@@ -1,4 +1,4 @@
-"""Latents in the compact form that the replay keeps: 16-bit beliefs, states as class numbers.
+"""Latents in the replay's compact form: 16-bit beliefs, states as class numbers.
 
 Keys in records, samples and updates are the world model's: ``state``, ``belief`` and, with latent
 ``split``, ``background_state`` and ``background_belief``.
@@ -11,7 +11,7 @@ from tensordict import TensorDictBase
 from torch import Tensor
 
 INITIAL = "initial"
-"""Key of a sample's packed latents ``[B, T]``: what the slice starts from, equal in all T rows."""
+"""Key of a sample's packed latents ``[B, T]``: the slice's start, equal in all T rows."""
 LATENTS = "latents"
 """Key of the packed posterior latents ``[B, T]`` that an update returns."""
 
@@ -39,8 +39,8 @@ def pack_state(state: Tensor, classes: int) -> Tensor:
     Returns:
         uint8 or int16 ``[..., K]``; 0 where there is no state.
     """
-    grouped = state.detach().unflatten(-1, (-1, classes))
-    numbers = torch.where(grouped.amax(-1) > 0, grouped.argmax(-1) + 1, 0)
+    grouped = state.detach().unflatten(-1, (-1, classes))  # [..., K, classes]
+    numbers = torch.where(grouped.amax(-1) > 0, grouped.argmax(-1) + 1, 0)  # [..., K]
     return numbers.to(packed_state_dtype(classes))
 
 
@@ -53,7 +53,7 @@ def unpack_state(packed: Tensor, classes: int) -> Tensor:
 def pack_belief(belief: Tensor) -> Tensor:
     """Round beliefs to float16.
 
-    The gated update keeps them in [-1, 1], where float16 is exact to 2^-12 and bfloat16, with its
+    The gated update keeps them in [-1, 1], where float16 is exact to 2^-12 and bfloat16, which has
     three bits fewer, to 2^-9.
     """
     return belief.detach().to(torch.float16)

@@ -1,20 +1,33 @@
-"""The world model: encoder, recurrent latents, decoders, reward and continuation."""
+"""The world model: encoder, recurrent latents, decoders, reward and continuation.
+
+DreamerV3's eq. 1, with its latent doubled for a foreground and a background.
+
+Shape letters: B batch, T time, S state, D belief, A action, E embedding, C, H, W channels, height,
+width.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from functools import partial
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
-from tensordict.nn import TensorDictModule, TensorDictModuleBase
-from torch import Tensor, nn
-from torchrl.modules import RSSMPosteriorV3, RSSMPriorV3
+from tensordict.nn import TensorDictModuleBase
+from torch import Tensor
+from torchrl.modules import RSSMPriorV3
 
 from w2f_torchrl.config.model import LATENTS, PRESETS, ModelConfig
-from w2f_torchrl.modules.convolution import ImageEncoder
-from w2f_torchrl.modules.dual_decoder import DualImageDecoder
-from w2f_torchrl.modules.layers import MLP
+from w2f_torchrl.kernels.side_stream import SideStream
+from w2f_torchrl.kernels.two_hot import TwoHot
+from w2f_torchrl.modules.components import (
+    Latent,
+    background_sizes,
+    build_decoder,
+    build_encoder,
+    build_rollout,
+)
+from w2f_torchrl.modules.networks import MLP, ImageEncoder
 from w2f_torchrl.modules.packed_latents import (
     INITIAL,
     pack_belief,
@@ -22,13 +35,9 @@ from w2f_torchrl.modules.packed_latents import (
     unpack_belief,
     unpack_state,
 )
-from w2f_torchrl.modules.reference_decoder import build_image_decoder
 from w2f_torchrl.modules.rssm import RSSMRollout
-from w2f_torchrl.modules.two_hot import TwoHot
 from w2f_torchrl.utils.checks import check_number
 from w2f_torchrl.utils.tensors import FLOATING, check_tensor
-
-Latent = Literal["whole", "split", "shared", "foreground"]
 
 
 class WorldModel(TensorDictModuleBase):
@@ -56,28 +65,28 @@ class WorldModel(TensorDictModuleBase):
         super().__init__()
         self.config, self.latent = config, latent
         self.action_size, self.image_size = action_size, image_size
-        self.encoder = _build_encoder(config)
+        self.encoder = build_encoder(config)
         embedding = self.encoder.output_features((3, image_size, image_size))
-        self.rollout = _build_rollout(config, embedding, action_size)
+        self.rollout = build_rollout(config, embedding, action_size)
         self.background_rollout = None
         self.background_encoder: ImageEncoder | None = None
         if latent == "split":
-            background, embedding_key = _background(config), "encoded_latents"
+            background, embedding_key = background_sizes(config), "encoded_latents"
             if config.background_encoder == "own":
-                self.background_encoder = _build_encoder(background)
+                self.background_encoder = build_encoder(background)
                 embedding = self.background_encoder.output_features((3, image_size, image_size))
                 embedding_key = "background_encoded_latents"
-            self.background_rollout = _build_rollout(background, embedding, None, embedding_key)
-        self.decoder = _build_decoder(config, image_size, latent)
+            self.background_rollout = build_rollout(background, embedding, None, embedding_key)
+        self.decoder = build_decoder(config, image_size, latent)
         features = config.state_size + config.belief_size
         self.reward = MLP(features, config.num_bins, config.head_layers, config.units, outscale=0.0)
         self.continuation = MLP(features, 1, config.head_layers, config.units)
         self.two_hot = TwoHot(config.num_bins)
         self.compiled: dict[str, Callable[..., Tensor]] = {}
-        """Compiled forms of submodules that the acting policy shares and calls as they are."""
+        """Compiled forms of submodules, which the acting policy shares and calls uncompiled."""
         self.side_stream: torch.cuda.Stream | None = None
-        """Where the background's encoder and recurrence run beside the foreground's, which leave
-        most of a GPU idle: each step waits for the one before. None: after them."""
+        """Where the background's encoder and recurrence run, in parallel to the foreground's, each
+        of whose steps waits for the one before and leaves most of a GPU idle. None: after them."""
         self.in_keys = ["action", "is_init", ("next", "pixels")]
         self.out_keys = self._out_keys()
 
@@ -98,19 +107,20 @@ class WorldModel(TensorDictModuleBase):
         tensordict = self.infer(tensordict)
         self.decoder(tensordict)
         state, belief = tensordict.get(("next", "state")), tensordict.get(("next", "belief"))
-        features = torch.cat((belief, state), -1)
-        tensordict.set(("next", "reward_logits"), self.reward(features).float())
-        tensordict.set(("next", "continue_logits"), self.continuation(features).float())
+        features = torch.cat((belief, state), -1)  # [B, T, D + S]
+        reward, continuation = self.reward(features), self.continuation(features)
+        tensordict.set(("next", "reward_logits"), reward.float())  # [B, T, bins]
+        tensordict.set(("next", "continue_logits"), continuation.float())  # [B, T, 1]
         return tensordict
 
     def check_records(self, records: TensorDictBase) -> None:
-        """Check what the model reads of records ``[B, T]``.
+        """Check the entries of records ``[B, T]`` that the model reads.
 
         Args:
             records: ``action``, ``is_init`` and ``("next", "pixels")``.
 
         Raises:
-            TypeError: If an entry has another dtype; a picture's range is never guessed.
+            TypeError: If an entry has another dtype; the range of a picture is never guessed.
             ValueError: If an entry has another shape, or there are no records.
         """
         if records.ndim != 2 or 0 in records.shape:
@@ -125,37 +135,28 @@ class WorldModel(TensorDictModuleBase):
         """Write the posterior latents ``[B, T, ...]`` only."""
         self.check_records(tensordict)
         self._unpack_initial(tensordict)
-        side, start = self.side_stream, None
-        if side is not None and self.background_encoder is not None:
-            start = torch.cuda.current_stream(side.device).record_event()
+        side = SideStream(self.side_stream)
+        if self.background_encoder is not None:
+            side.mark()  # the background needs nothing of the foreground
         encode = self.compiled.get("encoder", self.encoder)
-        tensordict.set(("next", "encoded_latents"), encode(tensordict.get(("next", "pixels"))))
-        if side is not None and start is None:  # the background reads this encoder's output
-            start = torch.cuda.current_stream(side.device).record_event()
+        pixels = tensordict.get(("next", "pixels"))  # [B, T, 3, H, W]
+        tensordict.set(("next", "encoded_latents"), encode(pixels))  # [B, T, E]
+        if self.background_encoder is None:
+            side.mark()  # the background reads the same embedding
         self.rollout(tensordict)
-        if side is None or start is None:
-            self._infer_background(tensordict)
-            return tensordict
-        # The host launches both latents in the same order as without a side stream, so the draws
-        # are the same; autograd runs the backward pass of each on the stream of its forward pass.
-        side.wait_event(start)
-        with torch.cuda.stream(side):
-            written = self._infer_background(tensordict)
-        main = torch.cuda.current_stream(side.device)
-        main.wait_stream(side)
-        for key in written:
-            tensordict.get(key).record_stream(main)  # its memory is the other stream's
+        if self.background_rollout is not None:
+            side.run(partial(self._infer_background, tensordict, self.background_rollout))
         return tensordict
 
     def _num_classes(self) -> dict[str, int]:
-        """Classes of each latent's categoricals, by the prefix of its keys."""
+        """Return the number of classes of each latent's categoricals, by the prefix of its keys."""
         classes = {"": self.config.num_classes}
         if self.background_rollout is not None:
             classes["background_"] = self.config.background_num_classes
         return classes
 
     def _unpack_initial(self, tensordict: TensorDictBase) -> None:
-        """Write the latents before the first step where the recurrences read them."""
+        """Write the latents before the first step under the keys that the recurrences read."""
         initial = tensordict.get(INITIAL, None)
         if initial is None:
             return
@@ -175,21 +176,19 @@ class WorldModel(TensorDictModuleBase):
             packed[f"{prefix}belief"] = pack_belief(tensordict.get(("next", f"{prefix}belief")))
         return TensorDict(packed, tensordict.batch_size)
 
-    def _infer_background(self, tensordict: TensorDictBase) -> list[NestedKey]:
-        """Write the background's latent, if there is one; the keys that were written."""
-        if self.background_rollout is None:
-            return []
-        written: list[NestedKey] = list(self.background_rollout.out_keys)
+    def _infer_background(self, tensordict: TensorDictBase, rollout: RSSMRollout) -> list[Tensor]:
+        """Write the background's latent, and return all tensors written ``[B, T, ...]``."""
+        written: list[NestedKey] = list(rollout.out_keys)
         if self.background_encoder is not None:
             encode = self.compiled.get("background_encoder", self.background_encoder)
             key = ("next", "background_encoded_latents")
-            tensordict.set(key, encode(tensordict.get(("next", "pixels"))))
+            tensordict.set(key, encode(tensordict.get(("next", "pixels"))))  # [B, T, E]
             written.append(key)
-        self.background_rollout(tensordict)
-        return written
+        rollout(tensordict)
+        return [tensordict.get(key) for key in written]
 
     def predict(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """Expected reward and probability of going on, both ``[...]``.
+        """Predict the expected reward and the probability of continuing, both ``[...]``.
 
         Args:
             features: Belief and state side by side ``[..., D + S]``.
@@ -231,126 +230,3 @@ def build_world_model(
     config.validate(image_size)
     check_number("action_size", action_size, integer=True, minimum=1)
     return WorldModel(config, action_size, image_size, latent)
-
-
-def _background(config: ModelConfig) -> ModelConfig:
-    """The background's sizes in the place of the foreground's."""
-    values = vars(config) | {
-        "belief_size": config.background_belief_size,
-        "hidden_size": config.background_hidden_size,
-        "num_classes": config.background_num_classes,
-        "cnn_depth": config.background_cnn_depth,
-    }
-    return ModelConfig(**values)
-
-
-def _build_encoder(config: ModelConfig) -> ImageEncoder:
-    return ImageEncoder(
-        depth=config.cnn_depth,
-        mults=config.cnn_multipliers,
-        kernel_size=config.kernel_size,
-        pooled=config.resample == "reference",
-    )
-
-
-def _build_rollout(
-    config: ModelConfig,
-    embedding: int,
-    action_size: int | None,
-    embedding_key: str = "encoded_latents",
-) -> RSSMRollout:
-    # Every value that TorchRL's constructors default to otherwise is passed.
-    prior = RSSMPriorV3(
-        action_shape=(action_size or 1,),
-        action_dim=action_size or 1,
-        hidden_dim=config.hidden_size,
-        rnn_hidden_dim=config.belief_size,
-        num_categoricals=config.num_categoricals,
-        num_classes=config.num_classes,
-        recurrent_model="block_gru",
-        num_blocks=config.num_blocks,
-        num_layers=config.dynamics_layers,
-        prior_num_layers=config.prior_layers,
-        unimix=config.unimix,
-    )
-    posterior = RSSMPosteriorV3(
-        hidden_dim=config.hidden_size,
-        rnn_hidden_dim=config.belief_size,
-        obs_embed_dim=embedding,
-        num_categoricals=config.num_categoricals,
-        num_classes=config.num_classes,
-        use_rms_norm=True,
-        num_layers=config.posterior_layers,
-        unimix=config.unimix,
-    )
-    action_key = None if action_size is None else "action"
-    prefix = "background_" if action_size is None else ""
-    state, belief = f"{prefix}state", f"{prefix}belief"
-    return RSSMRollout(
-        TensorDictModule(
-            prior,
-            [state, belief, "action"],
-            [("next", f"{prefix}prior_logits"), ("next", state), ("next", belief)],
-        ),
-        TensorDictModule(
-            posterior,
-            [("next", belief), ("next", embedding_key)],
-            [("next", f"{prefix}posterior_logits"), ("next", state)],
-        ),
-        action_key=action_key,
-    )
-
-
-def _build_decoder(
-    config: ModelConfig, image_size: int, latent: Latent
-) -> TensorDictModule | DualImageDecoder:
-    image_shape = (3, image_size, image_size)
-    features = (config.state_size, config.belief_size)
-    settings: dict[str, Any] = {
-        "decoder": config.decoder,
-        "mults": config.cnn_multipliers,
-        "kernel_size": config.kernel_size,
-        "num_blocks": config.num_blocks,
-        "nearest": config.resample != "stride",
-    }
-    if latent == "whole":
-        decoder = build_image_decoder(
-            features=features,
-            image_shape=image_shape,
-            depth=config.cnn_depth,
-            units=config.units,
-            **settings,
-        )
-        keys = [("next", "state"), ("next", "belief")]
-        return TensorDictModule(_Float32(decoder), keys, [("next", "reconstructed_pixels")])
-    background_keys = ("background_state", "background_belief")
-    background_features: tuple[int, int] | None = features
-    if latent == "split":
-        background_features = (config.background_state_size, config.background_belief_size)
-    elif latent == "shared":
-        background_keys = ("state", "belief")
-    else:
-        background_features = None
-    return DualImageDecoder(
-        features,
-        background_features,
-        image_shape,
-        depth=config.cnn_depth,
-        units=config.units,
-        background_depth=config.background_cnn_depth,
-        background_units=config.background_hidden_size,
-        background_keys=background_keys,
-        **settings,
-    )
-
-
-class _Float32(nn.Module):
-    """Give the wrapped module's output in float32, also under autocast."""
-
-    def __init__(self, module: nn.Module):
-        super().__init__()
-        self.module = module
-
-    def forward(self, *inputs: Tensor) -> Tensor:
-        output: Tensor = self.module(*inputs)
-        return output.float()

@@ -1,4 +1,4 @@
-"""TorchRL's symexp two-hot representation without its dense targets."""
+"""Two-hot distributions over symexp-spaced bins, without dense targets (DreamerV3, eq. 10, 11)."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from torchrl.modules import SymExpTwoHot
 
 
 class TwoHot(SymExpTwoHot):
-    """:class:`~torchrl.modules.SymExpTwoHot`, faster: same support and results.
+    """A faster :class:`~torchrl.modules.SymExpTwoHot`, with the same support and results.
 
     A two-hot target has two entries, so its cross-entropy needs two of the 255 log-probabilities
     and no dense target.
     """
 
     def decode(self, logits: Tensor) -> Tensor:
-        """Give the expected value of logits ``[..., bins]`` as ``[...]``.
+        """Return the expected value of logits ``[..., bins]`` as ``[...]``.
 
         Mirrored bins are paired before they are weighed, as TorchRL does: the support reaches
         4.8e8 and even probabilities must still give exactly zero.
@@ -29,7 +29,7 @@ class TwoHot(SymExpTwoHot):
             return torch.mv(paired.flatten(0, -2), bins).view(logits.shape[:-1])
 
     def loss(self, logits: Tensor, target: Tensor) -> Tensor:
-        """Give the cross-entropy ``[...]`` of logits ``[..., bins]`` to raw scalars.
+        """Return the cross-entropy ``[...]`` of logits ``[..., bins]`` to raw scalars.
 
         Args:
             logits: ``[..., bins]``.
@@ -41,7 +41,7 @@ class TwoHot(SymExpTwoHot):
         return loss.squeeze(-1)
 
     def losses(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Give the cross-entropies to several targets with one pass over the logits.
+        """Return the cross-entropies to several targets with one pass over the logits.
 
         Args:
             logits: ``[..., bins]``.

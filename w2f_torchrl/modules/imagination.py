@@ -1,0 +1,100 @@
+"""Imagination: the policy acts in the world model, which predicts by its prior.
+
+Shape letters: N imagined trajectories, H horizon, S = K categoricals x classes state, D belief,
+A action.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torchrl.modules import RSSMPriorV3
+
+from w2f_torchrl.kernels.block_gru import BlockGRUStep
+from w2f_torchrl.kernels.imagination import CastActor, PriorHead, prepare
+from w2f_torchrl.modules.actor_critic import GaussianActor
+from w2f_torchrl.utils.checks import check_number
+
+
+def imagine_step(
+    step: BlockGRUStep,
+    prior: PriorHead,
+    actor: GaussianActor | CastActor,
+    features: Tensor,
+    state: Tensor,
+    belief: Tensor,
+    noise: Tensor,
+    uniform: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Imagine one step, without gradients.
+
+    Args:
+        step: The block GRU.
+        prior: The prior's head.
+        actor: The policy's network.
+        features: Belief and state side by side ``[N, D + S]``, in the precision of the products.
+        state: The state by itself ``[N, S]``, in the same.
+        belief: The belief by itself ``[N, D]``.
+        noise: Standard normal draws ``[N, A]``.
+        uniform: Draws from U[0, 1) ``[N, K]``.
+
+    Returns:
+        State and belief after the step, and the action that led there ``[N, A]``.
+    """
+    mean, std = actor.from_features(features)  # [N, A]
+    action = mean + std * noise  # [N, A]
+    multiplied = belief
+    if features.dtype is not belief.dtype:
+        multiplied = features[:, : belief.shape[-1]]
+    belief, multiplied = step.imagine(state, belief, multiplied, action)  # [N, D]
+    return prior.draw(multiplied, uniform), belief, action
+
+
+def imagine(
+    prior: RSSMPriorV3,
+    actor: GaussianActor,
+    state: Tensor,
+    belief: Tensor,
+    horizon: int,
+    one_step: Callable[..., tuple[Tensor, Tensor, Tensor]] = imagine_step,
+) -> tuple[Tensor, Tensor]:
+    """Follow the policy in the model, without gradients.
+
+    REINFORCE scores stopped actions in stopped states (DreamerV3, "Actor learning", eq. 6), so
+    nothing here needs a graph. Time comes first: every step is then one block of memory, and so are
+    all steps but the last.
+
+    Args:
+        prior: The block-GRU prior.
+        actor: The policy's network.
+        state: Start states ``[N, S]``.
+        belief: Start beliefs ``[N, D]``.
+        horizon: H, imagined steps.
+        one_step: :func:`imagine_step`, or the same compiled.
+
+    Returns:
+        Features of the latents, belief and state side by side ``[H + 1, N, D + S]``, the start
+        included and under autocast in its precision, and the actions taken in the first H of them
+        ``[H, N, A]``.
+    """
+    check_number("horizon", horizon, integer=True, minimum=1)
+    with torch.no_grad():
+        step, head, acting, dtype = prepare(prior, actor, belief)
+        rows = len(state)
+        uniforms = torch.rand(horizon, rows, prior.num_categoricals, device=state.device)  # [H,N,K]
+        noise = torch.randn_like(belief.new_empty(horizon, rows, *prior.action_shape))  # [H, N, A]
+        size = belief.shape[-1] + state.shape[-1]
+        # Their readers only multiply by weights, so the precision of the products is enough.
+        features = belief.new_empty(horizon + 1, rows, size, dtype=dtype)  # [H + 1, N, D + S]
+        state = state.to(dtype)
+        torch.cat((belief, state), -1, out=features[0])
+        actions = []
+        for t in range(horizon):
+            state, belief, action = one_step(
+                step, head, acting, features[t], state, belief, noise[t], uniforms[t]
+            )
+            torch.cat((belief, state), -1, out=features[t + 1])
+            actions.append(action)
+        return features, torch.stack(actions)  # [H, N, A]
