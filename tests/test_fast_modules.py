@@ -16,10 +16,9 @@ from torchrl.modules import (
 )
 
 from w2f_torchrl.kernels import dense, products
+from w2f_torchrl.kernels.categoricals import TwoHot, draw_classes_first
 from w2f_torchrl.kernels.convolution import subpixel_convolution
 from w2f_torchrl.kernels.imagination import PriorHead
-from w2f_torchrl.kernels.one_hot import draw_classes_first
-from w2f_torchrl.kernels.two_hot import TwoHot
 from w2f_torchrl.modules import build_world_model, rssm, sample_one_hot
 from w2f_torchrl.modules.image_decoder import ImageDecoder
 from w2f_torchrl.modules.networks import MLP, ImageEncoder

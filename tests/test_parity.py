@@ -24,7 +24,7 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from w2f_torchrl.data import UpdateSchedule
-from w2f_torchrl.kernels.two_hot import TwoHot
+from w2f_torchrl.kernels.categoricals import TwoHot
 from w2f_torchrl.objectives.reconstruction import image_loss
 
 ENVS, LENGTH = 3, 4

@@ -12,7 +12,7 @@ from importlib.machinery import ModuleSpec
 from types import CodeType, ModuleType
 
 MOVED = {
-    "modules.config": "config.model",
+    "modules.config": "config.model config.presets",
     "objectives.config": "config.loss",
     "trainers.config": "config",
     "trainers.environments": "data.environments",

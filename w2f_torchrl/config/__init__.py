@@ -2,8 +2,9 @@
 
 from w2f_torchrl.config.environment import AlgoConfig, EnvironmentConfig, SegmentationConfig
 from w2f_torchrl.config.loss import LossConfig
-from w2f_torchrl.config.model import LATENTS, PRESETS, ModelConfig
+from w2f_torchrl.config.model import LATENTS, ModelConfig
 from w2f_torchrl.config.output import CheckpointConfig, EvaluationConfig, LoggingConfig
+from w2f_torchrl.config.presets import PRESETS
 from w2f_torchrl.config.run import RunConfig, config_to_dict, save_config, to_run_config
 from w2f_torchrl.config.training import (
     EXECUTIONS,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torchrl.envs import (
     Compose,
+    EnvBase,
     InitTracker,
     ParallelEnv,
     RewardSum,
@@ -134,8 +135,11 @@ def make_env(
     if num_envs > 1:
         require_main_guard(f"make_env(num_envs={num_envs})")
     validate_integer("seed", seed, 0)
+    videos = {"background_source": background_source, "background_split": background_split}
     distractions = validate_distraction(distraction, background_source, background_split)
     validate_task(domain, task)
+    _validate_action_range(action_range, domain)
+    registered = registered_factory(domain)
     settings: dict[str, Any] = {
         "image_size": image_size,
         "action_repeat": action_repeat,
@@ -143,9 +147,7 @@ def make_env(
         "camera_id": camera_id,
         "foreground_mask": foreground_mask,
     }
-    factory = registered_factory(domain)
-    _validate_action_range(action_range, domain)
-    if factory is None:
+    if registered is None:
         _validate_simulation(
             domain,
             task,
@@ -155,38 +157,38 @@ def make_env(
             image_size=image_size,
             render=render,
         )
-        factory = partial(PixelDMControlEnv, domain)
         if distractions is not None:
-            settings |= {
-                "distraction": distractions,
-                "background_source": background_source,
-                "background_split": background_split,
-            }
+            settings |= {"distraction": distractions, **videos}
     elif distractions is not None:
         raise ValueError(
             f"distraction is {distraction!r}: must be 'none' for the registered domain {domain!r}, "
             "whose factory renders its own images."
         )
-    seeds = [{"seed": derive_seed(seed, "env", index)} for index in range(num_envs)]
-    make_one = partial(factory, task, **settings)
-    if num_envs == 1:
-        env = make_one(**seeds[0], device=device)
-    else:
-        # A fork would inherit OpenGL's state. Daemons end with this process, even if an exception
-        # ends it before close() is called.
-        env = ParallelEnv(
-            num_envs,
-            make_one,
-            create_env_kwargs=seeds,
-            device=device,
-            mp_start_method="spawn",
-            daemon=True,
-        )
+    make_one = partial(registered or partial(PixelDMControlEnv, domain), task, **settings)
+    env = _one_or_batch(make_one, num_envs, seed, device)
     transforms = [InitTracker(), RewardSum(), StepCounter()]
-    if registered_factory(domain) is not None:  # the suite's env clips and scales by itself
+    if registered is not None:  # the suite's env clips and scales by itself
         try:
             transforms.insert(0, box_actions(env, domain, action_range))
         except ValueError:
             env.close()
             raise
     return TransformedEnv(env, Compose(*transforms))
+
+
+def _one_or_batch(
+    make_one: Callable[..., EnvBase], num_envs: int, seed: int, device: torch.device | str
+) -> EnvBase:
+    seeds = [{"seed": derive_seed(seed, "env", index)} for index in range(num_envs)]
+    if num_envs == 1:
+        return make_one(**seeds[0], device=device)
+    # A fork would inherit OpenGL's state. Daemons end with this process, even if an exception ends
+    # it before close() is called.
+    return ParallelEnv(
+        num_envs,
+        make_one,
+        create_env_kwargs=seeds,
+        device=device,
+        mp_start_method="spawn",
+        daemon=True,
+    )

@@ -15,14 +15,14 @@ from torch import Tensor
 from torchrl.modules import RSSMPriorV3
 
 from w2f_torchrl.kernels.block_gru import BlockGRUStep
-from w2f_torchrl.kernels.dense import Affine, cast_maps, run_layers
-from w2f_torchrl.kernels.one_hot import (
+from w2f_torchrl.kernels.categoricals import (
     draw_classes_first,
     drawn_classes,
     one_hot,
     softmax_classes,
     thresholds,
 )
+from w2f_torchrl.kernels.dense import Affine, cast_maps, run_layers
 from w2f_torchrl.kernels.products import product
 
 

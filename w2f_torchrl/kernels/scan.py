@@ -22,7 +22,7 @@ from torchrl.modules import RSSMPosteriorV3
 
 from w2f_torchrl.kernels import scan_types, switch
 from w2f_torchrl.kernels.block_gru import BlockGRUStep
-from w2f_torchrl.kernels.one_hot import thresholds
+from w2f_torchrl.kernels.categoricals import thresholds
 from w2f_torchrl.kernels.products import outer, outer_blocks
 from w2f_torchrl.kernels.scan_step import (
     side_by_side,

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from w2f_torchrl.kernels import switch
+from w2f_torchrl.kernels.categoricals import draw, softmax_classes
 from w2f_torchrl.kernels.dense import norm, norm_backward
-from w2f_torchrl.kernels.one_hot import draw, softmax_classes
 from w2f_torchrl.kernels.scan_types import (
     Carried,
     Latent,
@@ -44,7 +44,7 @@ def step_forward(
         keep_next: 0 where the next step starts an episode, else 1 ``[B, 1]``.
         action_input: The action's share of the hidden layer ``[B, D]``.
         embedded: The embedding's share of the posterior's first layer ``[B, H]``.
-        threshold: From :func:`~w2f_torchrl.kernels.one_hot.thresholds` ``[B, K, C]``.
+        threshold: From :func:`~w2f_torchrl.kernels.categoricals.thresholds` ``[B, K, C]``.
         one_hots: The identity ``[C, C]``.
         eps: Of the norms.
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from w2f_torchrl._lazy import lazy_exports
-from w2f_torchrl.config.model import LATENTS, PRESETS, ModelConfig
+from w2f_torchrl.config.model import LATENTS, ModelConfig
+from w2f_torchrl.config.presets import PRESETS
 
 if TYPE_CHECKING:
     from w2f_torchrl.kernels.block_gru import BlockGRUStep

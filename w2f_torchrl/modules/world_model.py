@@ -17,9 +17,10 @@ from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 from torchrl.modules import RSSMPriorV3
 
-from w2f_torchrl.config.model import LATENTS, PRESETS, ModelConfig
+from w2f_torchrl.config.model import LATENTS, ModelConfig
+from w2f_torchrl.config.presets import PRESETS
+from w2f_torchrl.kernels.categoricals import TwoHot
 from w2f_torchrl.kernels.side_stream import SideStream
-from w2f_torchrl.kernels.two_hot import TwoHot
 from w2f_torchrl.modules.components import (
     Latent,
     background_sizes,

@@ -74,18 +74,10 @@ def train_student(
     optimizer = torch.optim.AdamW(network.parameters(), lr=learning_rate, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps + 1)
     for _ in range(steps):
-        rows = torch.randint(len(pixels), (batch_size,), generator=generator)
-        frames, target = pixels[rows].to(device), masks[rows].to(device).float()
+        frames, target = _draw(pixels, masks, batch_size, generator, torch.device(device))
         if backgrounds is not None and paste:
             count = round(paste * batch_size)
-            behind = torch.randint(len(backgrounds), (count,), generator=generator)
-            pasted = paste_foreground(
-                frames[:count], target[:count], backgrounds[behind].to(device), generator, moves
-            )
-            frames, target = (
-                torch.cat([new, old[count:]])
-                for new, old in zip(pasted, (frames, target), strict=True)
-            )
+            frames, target = _paste_some(frames, target, backgrounds, count, generator, moves)
         frames, target = vary(frames, target, generator)
         with torch.autocast(student.device.type, torch.bfloat16, student.dtype is torch.bfloat16):
             logits = network(to_images(frames))
@@ -97,6 +89,29 @@ def train_student(
     network.eval()
     student.weights_changed()
     return student
+
+
+def _draw(
+    pixels: Tensor, masks: Tensor, count: int, generator: torch.Generator, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    rows = torch.randint(len(pixels), (count,), generator=generator)
+    return pixels[rows].to(device), masks[rows].to(device).float()
+
+
+def _paste_some(
+    frames: Tensor,
+    target: Tensor,
+    backgrounds: Tensor,
+    count: int,
+    generator: torch.Generator,
+    moves: float,
+) -> tuple[Tensor, Tensor]:
+    """Paste the first foregrounds of a batch onto random backgrounds."""
+    behind = torch.randint(len(backgrounds), (count,), generator=generator)
+    new_frames, new_target = paste_foreground(
+        frames[:count], target[:count], backgrounds[behind].to(frames.device), generator, moves
+    )
+    return torch.cat([new_frames, frames[count:]]), torch.cat([new_target, target[count:]])
 
 
 def mask_loss(logits: Tensor, target: Tensor) -> Tensor:

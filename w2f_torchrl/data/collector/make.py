@@ -107,11 +107,7 @@ def make_collector(
         ValueError: If the counts don't divide, or an env lacks ``is_init`` (raised by the worker).
         RuntimeError: If a script starts workers outside ``if __name__ == "__main__":``.
     """
-    _check_counts(num_envs, num_workers, frames_per_batch)
-    if num_workers:
-        require_main_guard(f"make_collector(num_workers={num_workers})")
-    if overlap and not num_workers:
-        raise ValueError(f"overlap=True needs workers, and num_workers={num_workers} has none.")
+    _check_counts(num_envs, num_workers, frames_per_batch, overlap)
     if overlap or _device_of(policy).type != torch.device(device).type:
         # Overlapped, the workers would see the policy's own memory, which a learner changes.
         policy = copy.deepcopy(policy).to(device)
@@ -190,7 +186,7 @@ def _device_of(policy: TensorDictModuleBase) -> torch.device:
     return next((p.device for p in policy.parameters()), torch.device("cpu"))
 
 
-def _check_counts(num_envs: int, num_workers: int, frames_per_batch: int) -> None:
+def _check_counts(num_envs: int, num_workers: int, frames_per_batch: int, overlap: bool) -> None:
     if num_envs < 1 or num_workers < 0:
         raise ValueError(
             f"num_envs must be positive and num_workers not negative, got {num_envs} and "
@@ -206,6 +202,10 @@ def _check_counts(num_envs: int, num_workers: int, frames_per_batch: int) -> Non
             f"frames_per_batch={frames_per_batch} must be a positive multiple of "
             f"num_envs={num_envs}: every env makes the same number of steps a batch."
         )
+    if num_workers:
+        require_main_guard(f"make_collector(num_workers={num_workers})")
+    elif overlap:
+        raise ValueError(f"overlap=True needs workers, and num_workers={num_workers} has none.")
 
 
 def _make_worker_env(
