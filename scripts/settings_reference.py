@@ -16,7 +16,7 @@ from typing import Any, get_args, get_type_hints
 from w2f_torchrl.config import RunConfig
 from w2f_torchrl.config.model import ModelConfig
 from w2f_torchrl.config.presets import PRESETS
-from w2f_torchrl.envs.distractions import DistractionConfig
+from w2f_torchrl.envs.scenery.distractions import DistractionConfig
 from w2f_torchrl.utils.settings import SettingInfo, info_of, is_number, type_of
 
 ROOT = Path(__file__).resolve().parents[1]

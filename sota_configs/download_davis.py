@@ -6,8 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from w2f_torchrl.envs import davis
-from w2f_torchrl.envs.clip_files import BackgroundError
+from w2f_torchrl.envs.scenery import davis
+from w2f_torchrl.envs.scenery.clip_files import BackgroundError
 
 
 def main() -> None:

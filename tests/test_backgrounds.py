@@ -18,11 +18,12 @@ import pytest
 from backgrounds import REAL_VIDEO, gradient_kurtosis, spectrum_slope, statistics
 from PIL import Image
 
-from w2f_torchrl.envs import BackgroundError, davis
-from w2f_torchrl.envs.backgrounds import list_clips, load_clips, select_clips
-from w2f_torchrl.envs.clip_cache import cached_path, mapped_clip
-from w2f_torchrl.envs.clip_files import FileClip, even_intervals
-from w2f_torchrl.envs.procedural import ProceduralClip
+from w2f_torchrl.envs import BackgroundError
+from w2f_torchrl.envs.scenery import davis
+from w2f_torchrl.envs.scenery.backgrounds import list_clips, load_clips, select_clips
+from w2f_torchrl.envs.scenery.clip_cache import cached_path, mapped_clip
+from w2f_torchrl.envs.scenery.clip_files import FileClip, even_intervals
+from w2f_torchrl.envs.scenery.procedural import ProceduralClip
 
 SIZE = 16
 Clip = npt.NDArray[np.uint8]

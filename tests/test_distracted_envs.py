@@ -16,7 +16,7 @@ from w2f_torchrl.envs import (
     make_env,
     tasks,
 )
-from w2f_torchrl.envs.backgrounds import load_clips
+from w2f_torchrl.envs.scenery.backgrounds import load_clips
 from w2f_torchrl.utils.seeding import derive_seed
 
 # isort: split

@@ -15,9 +15,15 @@ from w2f_torchrl.envs import (
     DistractionConfig,
     evaluation_sets,
 )
-from w2f_torchrl.envs.camera_walk import CameraWalk, camera_box, look_along, to_cartesian, to_sphere
-from w2f_torchrl.envs.distractions import DIFFICULTIES, parse_distraction
-from w2f_torchrl.envs.walks import ColorWalk, VideoWalk
+from w2f_torchrl.envs.scenery.camera_walk import (
+    CameraWalk,
+    camera_box,
+    look_along,
+    to_cartesian,
+    to_sphere,
+)
+from w2f_torchrl.envs.scenery.distractions import DIFFICULTIES, parse_distraction
+from w2f_torchrl.envs.scenery.walks import ColorWalk, VideoWalk
 
 STARTS = {  # the paper's cameras, from the centre of the walk
     "ball_in_cup": (0.0, -1.0, 0.8),

@@ -10,7 +10,7 @@ import subprocess
 import pytest
 from helpers.checkout import run_python
 
-from w2f_torchrl.envs import _gl
+from w2f_torchrl.envs.renderers import _gl
 
 pytestmark = pytest.mark.render
 

@@ -129,7 +129,7 @@ def test_lazy_names_are_all_there(name: str) -> None:
 
 
 def test_evaluation_sets_stays_a_function() -> None:
-    importlib.import_module("w2f_torchrl.envs.evaluation_sets")
+    importlib.import_module("w2f_torchrl.envs.scenery.evaluation_sets")
     assert callable(importlib.import_module("w2f_torchrl.envs").evaluation_sets)
 
 

@@ -61,7 +61,7 @@ class _TorchFirst(MetaPathFinder):
         if name.partition(".")[0] in SIMULATORS:
             import_torch()
             # Who uses the envs has the backend chosen before dm_control reads it.
-            if (gl := sys.modules.get("w2f_torchrl.envs._gl")) is not None:
+            if (gl := sys.modules.get("w2f_torchrl.envs.renderers._gl")) is not None:
                 gl.choose_gl_backend()
         return None
 

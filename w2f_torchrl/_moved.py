@@ -12,6 +12,12 @@ from importlib.machinery import ModuleSpec
 from types import CodeType, ModuleType
 
 MOVED = {
+    "envs.backgrounds": "envs.scenery.backgrounds",
+    "envs.davis": "envs.scenery.davis",
+    "envs.distractions": "envs.scenery.distractions",
+    "envs.evaluation_sets": "envs.scenery.evaluation_sets",
+    "envs.procedural": "envs.scenery.procedural",
+    "envs.rendering": "envs.renderers.rendering",
     "modules.config": "config.model config.presets",
     "objectives.config": "config.loss",
     "trainers.config": "config",

@@ -28,7 +28,7 @@ import numpy as np
 import numpy.typing as npt
 from results_file import RESULTS, write_results
 
-from w2f_torchrl.envs.backgrounds import list_clips
+from w2f_torchrl.envs.scenery.backgrounds import list_clips
 
 SIZE = 64
 REAL_VIDEO: dict[str, tuple[float | None, float, float | None]] = {

@@ -23,7 +23,7 @@ from generalisation_table import OWN, Played, draw, markdown, summarise
 from results_file import write_results
 
 from w2f_torchrl.envs import evaluation_sets
-from w2f_torchrl.envs.distractions import DIFFICULTIES
+from w2f_torchrl.envs.scenery.distractions import DIFFICULTIES
 from w2f_torchrl.evaluation.evaluator import Evaluator
 from w2f_torchrl.evaluation.policy import load_learner
 from w2f_torchrl.logging.pictures.plotting import save_figure

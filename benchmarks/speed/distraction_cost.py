@@ -46,8 +46,8 @@ from w2f_torchrl.envs import (
     DistractionConfig,
     PixelDMControlEnv,
 )
-from w2f_torchrl.envs.backgrounds import load_clips
-from w2f_torchrl.envs.procedural import ProceduralClip
+from w2f_torchrl.envs.scenery.backgrounds import load_clips
+from w2f_torchrl.envs.scenery.procedural import ProceduralClip
 
 # isort: split
 # MuJoCo after torch's compiler: see the package's docstring.
@@ -186,7 +186,7 @@ PRIVATE = """
 import re, sys
 from pathlib import Path
 import w2f_torchrl
-from w2f_torchrl.envs.backgrounds import load_clips
+from w2f_torchrl.envs.scenery.backgrounds import load_clips
 def private():
     text = Path("/proc/self/smaps_rollup").read_text()
     return sum(int(kilobytes) for kilobytes in re.findall(r"Private_\\w+: +(\\d+)", text))

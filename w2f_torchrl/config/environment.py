@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from w2f_torchrl.config.model import LATENTS
-from w2f_torchrl.envs.backgrounds import SPLITS
+from w2f_torchrl.envs.scenery.backgrounds import SPLITS
 from w2f_torchrl.envs.tasks import (
     MAX_IMAGE_SIZE,
     MIN_IMAGE_SIZE,

@@ -17,7 +17,7 @@ from w2f_torchrl.config.model import LATENTS
 from w2f_torchrl.config.output import LoggingConfig
 from w2f_torchrl.config.training import GRAPHED
 from w2f_torchrl.envs import evaluation_sets, validate_distraction, validate_task
-from w2f_torchrl.envs.distractions import Distraction, shows_video
+from w2f_torchrl.envs.scenery.distractions import Distraction, shows_video
 from w2f_torchrl.envs.tasks import (
     registered_factory,
     validate_action_range,

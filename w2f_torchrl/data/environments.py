@@ -12,7 +12,7 @@ from torchrl.envs import Compose, EnvBase, StepCounter, TransformedEnv
 
 from w2f_torchrl.config import ConfigError, EnvironmentConfig, RunConfig
 from w2f_torchrl.envs import EvaluationSet, evaluation_sets, make_env
-from w2f_torchrl.envs.distractions import shows_video
+from w2f_torchrl.envs.scenery.distractions import shows_video
 from w2f_torchrl.envs.specs import check_env
 from w2f_torchrl.envs.tasks import registered_factory
 from w2f_torchrl.keys import MASK

@@ -10,15 +10,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from w2f_torchrl._lazy import lazy_exports
-from w2f_torchrl.envs import _gl  # noqa: F401  # chooses when dm_control is imported
-from w2f_torchrl.envs.clip_files import BackgroundError
-from w2f_torchrl.envs.distractions import (
+from w2f_torchrl.envs.renderers import _gl  # noqa: F401  # chooses when dm_control is imported
+from w2f_torchrl.envs.scenery.clip_files import BackgroundError
+from w2f_torchrl.envs.scenery.distractions import (
     BackgroundConfig,
     CameraConfig,
     ColorConfig,
     DistractionConfig,
 )
-from w2f_torchrl.envs.evaluation_sets import EvaluationSet, evaluation_sets
+from w2f_torchrl.envs.scenery.evaluation_sets import EvaluationSet, evaluation_sets
 from w2f_torchrl.envs.tasks import register_env, validate_distraction, validate_task
 
 if TYPE_CHECKING:

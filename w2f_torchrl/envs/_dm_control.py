@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from w2f_torchrl.envs._gl import load_gl_backend
+from w2f_torchrl.envs.renderers._gl import load_gl_backend
 
 load_gl_backend()
 

@@ -15,15 +15,15 @@ from torchrl.data import Bounded, Categorical, Composite, Unbounded
 from torchrl.envs import DMControlEnv
 
 from w2f_torchrl.envs._dm_control import Environment, Physics, suite
-from w2f_torchrl.envs.backgrounds import load_clips
-from w2f_torchrl.envs.distracted_rendering import (
+from w2f_torchrl.envs.renderers.distracted_rendering import (
     Renderer,
     frame_size,
     make_distracted_renderer,
 )
-from w2f_torchrl.envs.distractions import Distraction, DistractionConfig
-from w2f_torchrl.envs.distractor import Distractor
-from w2f_torchrl.envs.rendering import SceneRenderer
+from w2f_torchrl.envs.renderers.rendering import SceneRenderer
+from w2f_torchrl.envs.scenery.backgrounds import load_clips
+from w2f_torchrl.envs.scenery.distractions import Distraction, DistractionConfig
+from w2f_torchrl.envs.scenery.distractor import Distractor
 from w2f_torchrl.envs.simulation_state import SimulationState
 from w2f_torchrl.envs.tasks import (
     RenderMode,
@@ -46,7 +46,7 @@ class PixelDMControlEnv(DMControlEnv):
 
     - ``pixels``: uint8 [3, H, W] in [0, 255];
     - ``foreground_mask``: bool [1, H, W], True on the agent, on objects and on targets (the rule is
-      :class:`~w2f_torchrl.envs.foreground.StaticTargets`). With ``render="fast"`` it is exact: all
+      :class:`~w2f_torchrl.envs.renderers.foreground.StaticTargets`). With ``render="fast"`` it is exact: all
       pixels that show foreground and no others. With ``render="reference"`` it is the silhouette
       without multisampling; outline pixels of the image blend both sides;
     - ``action``: float32 [A] in [-1, 1]. Values outside are clipped. For actuators with other
@@ -73,7 +73,7 @@ class PixelDMControlEnv(DMControlEnv):
         distraction: ``"none"``, ``"easy"``, ``"medium"``, ``"hard"``, or a
             :class:`~w2f_torchrl.envs.DistractionConfig`.
         background_source: Source of the videos, see
-            :func:`~w2f_torchrl.envs.backgrounds.list_clips`; None for the procedural clips.
+            :func:`~w2f_torchrl.envs.scenery.backgrounds.list_clips`; None for the procedural clips.
         background_split: Which of its clips: ``"train"`` or ``"val"``.
         foreground_mask: Whether to render ``foreground_mask``.
         state_observations: Whether to add the suite's own observations (``position``, ``velocity``,

@@ -18,10 +18,10 @@ from torchrl.envs import (
 )
 
 from w2f_torchrl.envs._dm_control import suite
-from w2f_torchrl.envs._gl import require_gl_backend
 from w2f_torchrl.envs.actions import box_actions
-from w2f_torchrl.envs.distractions import Distraction, DistractionConfig
 from w2f_torchrl.envs.dm_control import PixelDMControlEnv, make_distractor
+from w2f_torchrl.envs.renderers._gl import require_gl_backend
+from w2f_torchrl.envs.scenery.distractions import Distraction, DistractionConfig
 from w2f_torchrl.envs.tasks import (
     RenderMode,
     default_camera,
@@ -110,7 +110,7 @@ def make_env(
         render: ``"fast"`` or ``"reference"``, see :class:`PixelDMControlEnv`.
         background_source: Source of the distraction's videos: a folder, ``"davis"``,
             ``"procedural"`` or ``"procedural:SEED"`` (see
-            :func:`~w2f_torchrl.envs.backgrounds.list_clips`); None for procedural.
+            :func:`~w2f_torchrl.envs.scenery.backgrounds.list_clips`); None for procedural.
         background_split: Which of its clips: ``"train"`` or ``"val"``.
         device: Device of the tensors.
         camera_id: Index of the model's camera, None for the domain's usual one.

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Literal, get_args
 
-from w2f_torchrl.envs.backgrounds import select_clips, validate_split
-from w2f_torchrl.envs.distractions import Distraction, DistractionConfig, parse_distraction
+from w2f_torchrl.envs.scenery.backgrounds import select_clips, validate_split
+from w2f_torchrl.envs.scenery.distractions import Distraction, DistractionConfig, parse_distraction
 from w2f_torchrl.envs.suite_tasks import TASKS_BY_DOMAIN
 from w2f_torchrl.utils.checks import check_number
 
@@ -139,7 +139,7 @@ def validate_distraction(
     """Check the distractions, and that enough videos exist. No video is decoded.
 
     Args:
-        distraction: See :func:`~w2f_torchrl.envs.distractions.parse_distraction`.
+        distraction: See :func:`~w2f_torchrl.envs.scenery.distractions.parse_distraction`.
         background_source: Source of the videos; None for the procedural ones.
         background_split: ``"train"`` or ``"val"``.
 

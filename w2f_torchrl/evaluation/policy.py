@@ -66,7 +66,7 @@ class LoadedPolicy(TensorDictModuleBase):
         Args:
             seed: The env's seed.
             evaluation_set: With the distraction of one of
-                :func:`~w2f_torchrl.envs.evaluation_sets` in place of the run's own.
+                :func:`~w2f_torchrl.envs.scenery.evaluation_sets` in place of the run's own.
 
         Raises:
             ValueError: If there is no set of that name.

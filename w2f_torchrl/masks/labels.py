@@ -15,7 +15,7 @@ from torch import Tensor
 
 from w2f_torchrl.config import ConfigError
 from w2f_torchrl.envs import BackgroundError
-from w2f_torchrl.envs.backgrounds import load_clips
+from w2f_torchrl.envs.scenery.backgrounds import load_clips
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from w2f_torchrl.envs._dm_control import _render, wrapper
-from w2f_torchrl.envs.foreground import StaticTargets
+from w2f_torchrl.envs.renderers.foreground import StaticTargets
 
 if TYPE_CHECKING:
     from dm_control.mujoco import Physics

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from w2f_torchrl.envs.camera_walk import CameraPose, CameraWalk, camera_box
-from w2f_torchrl.envs.distractions import DistractionConfig
-from w2f_torchrl.envs.walks import ColorWalk, VideoWalk
+from w2f_torchrl.envs.scenery.camera_walk import CameraPose, CameraWalk, camera_box
+from w2f_torchrl.envs.scenery.distractions import DistractionConfig
+from w2f_torchrl.envs.scenery.walks import ColorWalk, VideoWalk
 from w2f_torchrl.utils.seeding import derive_seed
 
 if TYPE_CHECKING:

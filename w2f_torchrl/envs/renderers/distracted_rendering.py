@@ -11,11 +11,10 @@ import mujoco
 import numpy as np
 import numpy.typing as npt
 
-from w2f_torchrl.envs._gl import require_gl_backend
-from w2f_torchrl.envs.distractor import Distractor
-from w2f_torchrl.envs.foreground import BoolArray, StaticTargets
-from w2f_torchrl.envs.rendering import SceneRenderer
-from w2f_torchrl.envs.scene import (
+from w2f_torchrl.envs.renderers._gl import require_gl_backend
+from w2f_torchrl.envs.renderers.foreground import BoolArray, StaticTargets
+from w2f_torchrl.envs.renderers.rendering import SceneRenderer
+from w2f_torchrl.envs.renderers.scene import (
     ALL,
     FAST,
     SHARP,
@@ -25,6 +24,7 @@ from w2f_torchrl.envs.scene import (
     SceneView,
     UInt8Array,
 )
+from w2f_torchrl.envs.scenery.distractor import Distractor
 from w2f_torchrl.envs.tasks import RenderMode
 
 if TYPE_CHECKING:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from w2f_torchrl.envs.backgrounds import PROCEDURAL
-from w2f_torchrl.envs.distractions import DIFFICULTIES, DistractionConfig
+from w2f_torchrl.envs.scenery.backgrounds import PROCEDURAL
+from w2f_torchrl.envs.scenery.distractions import DIFFICULTIES, DistractionConfig
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from w2f_torchrl.envs._gl import require_gl_backend
-from w2f_torchrl.envs.foreground import BoolArray, StaticTargets
-from w2f_torchrl.envs.scene import (
+from w2f_torchrl.envs.renderers._gl import require_gl_backend
+from w2f_torchrl.envs.renderers.foreground import BoolArray, StaticTargets
+from w2f_torchrl.envs.renderers.scene import (
     ALL,
     FAST,
     FULL,

@@ -12,8 +12,8 @@ import urllib.request
 import zipfile
 from pathlib import Path
 
-from w2f_torchrl.envs.clip_cache import cache_directory
-from w2f_torchrl.envs.clip_files import IMAGE_SUFFIXES, MIN_FRAMES, BackgroundError
+from w2f_torchrl.envs.scenery.clip_cache import cache_directory
+from w2f_torchrl.envs.scenery.clip_files import IMAGE_SUFFIXES, MIN_FRAMES, BackgroundError
 
 URL = "https://data.vision.ee.ethz.ch/csergi/share/davis/DAVIS-2017-trainval-480p.zip"
 """Images at 480p and annotations of train and val."""

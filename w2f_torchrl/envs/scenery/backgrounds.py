@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from w2f_torchrl.envs import davis
-from w2f_torchrl.envs.clip_cache import Clip, mapped_clip
-from w2f_torchrl.envs.clip_files import BackgroundError, FileClip, find_clips
-from w2f_torchrl.envs.procedural import ProceduralClip
+from w2f_torchrl.envs.scenery import davis
+from w2f_torchrl.envs.scenery.clip_cache import Clip, mapped_clip
+from w2f_torchrl.envs.scenery.clip_files import BackgroundError, FileClip, find_clips
+from w2f_torchrl.envs.scenery.procedural import ProceduralClip
 
 SPLITS = ("train", "val")
 PROCEDURAL = "procedural"

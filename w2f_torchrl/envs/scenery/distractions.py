@@ -61,7 +61,7 @@ class BackgroundConfig:
 
 @dataclass(frozen=True)
 class CameraConfig:
-    """A wandering camera; see :mod:`w2f_torchrl.envs.camera_walk`."""
+    """A wandering camera; see :mod:`w2f_torchrl.envs.scenery.camera_walk`."""
 
     scale: float = setting(0.1, "Intensity.", unit="share", minimum=0, maximum=1)
     dynamic: bool = setting(True, "Whether it moves after each episode's random start.")
@@ -73,7 +73,7 @@ class CameraConfig:
 
 @dataclass(frozen=True)
 class ColorConfig:
-    """Materials whose colour changes; see :class:`~w2f_torchrl.envs.walks.ColorWalk`."""
+    """Materials whose colour changes; see :class:`~w2f_torchrl.envs.scenery.walks.ColorWalk`."""
 
     scale: float = setting(0.1, "Intensity.", unit="share", minimum=0, maximum=1)
     dynamic: bool = setting(True, "Whether they change after each episode's random start.")

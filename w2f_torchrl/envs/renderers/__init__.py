@@ -1,0 +1,1 @@
+"""Pictures and exact masks from the simulator."""
