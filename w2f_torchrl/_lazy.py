@@ -14,8 +14,8 @@ def lazy_exports(
 
     Args:
         package: The package's ``__name__``.
-        modules: The names that each of its modules provides. None may be a module's own name:
-            importing the module would put it in the name's place.
+        modules: The names that each of its modules provides. They must not equal a module's name,
+            since importing the module would replace the name.
 
     Returns:
         The two functions, to be assigned in the package's ``__init__``.
@@ -26,7 +26,7 @@ def lazy_exports(
         if name not in module_of:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
         value = getattr(importlib.import_module(f"{package}.{module_of[name]}"), name)
-        setattr(sys.modules[package], name, value)  # found without this function from now on
+        setattr(sys.modules[package], name, value)  # later look-ups skip this function
         return value
 
     def names() -> list[str]:
