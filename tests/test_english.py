@@ -24,6 +24,7 @@ FINISHED = (
     "scripts/*.py",
     "sota_configs/**/*.py",
     "sota_configs/**/*.yaml",
+    "w2f_torchrl/*.py",
     "w2f_torchrl/envs/*.py",
     "w2f_torchrl/evaluation/*.py",
     "w2f_torchrl/modules/config.py",

@@ -1,10 +1,10 @@
 """World2Filter on TorchRL: DreamerV3 from pixels whose latent holds the agent, not the scenery.
 
-Importing this package is cheap: names are looked up where they are first used, so a configuration
-can be checked before torch is imported. It sees to the order of imports all the same: whoever
-imports dm_control or MuJoCo afterwards gets torch, triton and TorchRL imported first. With Mesa's
-software rendering the other order ends in a segmentation fault: Mesa and triton each bring an LLVM,
-and triton's can't be loaded second. Where that is about to happen the import raises.
+Importing this package is cheap: names are imported when they are first used, so that a
+configuration can be checked before torch is imported. It also ensures the order of imports: if
+dm_control or MuJoCo is imported later, torch, triton and TorchRL are imported first. With Mesa's
+software rendering the opposite order ends in a segmentation fault: Mesa and triton each bring an
+LLVM, and triton's cannot be loaded second. If that is about to happen, the import raises.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Torch's compiler is loaded before MuJoCo's renderer, whichever is asked for first."""
+"""Load torch's compiler before MuJoCo's renderer, whichever is imported first."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SIMULATORS = ("dm_control", "mujoco")
 
 
 def _mesa_llvm_is_loaded() -> bool:
-    """Whether this process has mapped Mesa's LLVM (Linux; elsewhere the crash is unknown)."""
+    """Return whether Mesa's LLVM is mapped (on Linux; the crash is unknown elsewhere)."""
     maps = Path("/proc/self/maps")
     return maps.exists() and "/libLLVM" in maps.read_text()
 
@@ -25,7 +25,7 @@ def _has_triton() -> bool:
 
 
 def check_order() -> None:
-    """Raise where triton would be loaded after Mesa's LLVM, which would crash.
+    """Raise if triton would be loaded after Mesa's LLVM, which would crash.
 
     Raises:
         ImportError: If Mesa's renderer is loaded and torch's compiler is not.
@@ -38,7 +38,7 @@ def check_order() -> None:
 
 
 def import_torch() -> None:
-    """Import torch, triton and TorchRL, so that a renderer may be loaded.
+    """Import torch, triton and TorchRL, so that a renderer can be loaded.
 
     Raises:
         ImportError: If it is too late for that.
@@ -51,23 +51,23 @@ def import_torch() -> None:
 
 
 class _TorchFirst(MetaPathFinder):
-    """Finds nothing: it imports torch when a simulator is about to be imported, and steps aside."""
+    """Import torch when a simulator is about to be imported; never find a module itself."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """Called at the first import of every module."""
+        """Import torch first if a simulator is imported; called for every module's first import."""
         del path, target
         if name.partition(".")[0] in SIMULATORS:
             import_torch()
-            # Who uses the envs has the backend chosen before dm_control reads it.
+            # If the envs are in use, choose the backend before dm_control reads it.
             if (gl := sys.modules.get("w2f_torchrl.envs.renderers._gl")) is not None:
                 gl.choose_gl_backend()
         return None
 
 
 def install_guard() -> None:
-    """Have torch imported before dm_control and MuJoCo from now on; now, if one is there already.
+    """Import torch before dm_control and MuJoCo from now on; at once if one is already imported.
 
     Raises:
         ImportError: If it is too late for that.

@@ -15,8 +15,8 @@ def lazy_exports(
     Args:
         package: The package's ``__name__``.
         modules: The names that each module provides: one of the package's, or any by its full
-            name. None may be a module's own name: importing the module would put it in the name's
-            place.
+            name. They must not equal a module's name, since importing the module would replace the
+            name.
 
     Returns:
         The two functions, to be assigned in the package's ``__init__``.
@@ -29,7 +29,7 @@ def lazy_exports(
         module = module_of[name]
         full = module if module.startswith("w2f_torchrl.") else f"{package}.{module}"
         value = getattr(importlib.import_module(full), name)
-        setattr(sys.modules[package], name, value)  # found without this function from now on
+        setattr(sys.modules[package], name, value)  # later look-ups skip this function
         return value
 
     def names() -> list[str]:

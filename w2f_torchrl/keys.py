@@ -1,4 +1,4 @@
-"""Keys of the entries that several parts read and write."""
+"""Keys of entries that several components read and write."""
 
 from __future__ import annotations
 

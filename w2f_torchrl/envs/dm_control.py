@@ -46,9 +46,9 @@ class PixelDMControlEnv(DMControlEnv):
 
     - ``pixels``: uint8 [3, H, W] in [0, 255];
     - ``foreground_mask``: bool [1, H, W], True on the agent, on objects and on targets (the rule is
-      :class:`~w2f_torchrl.envs.renderers.foreground.StaticTargets`). With ``render="fast"`` it is exact: all
-      pixels that show foreground and no others. With ``render="reference"`` it is the silhouette
-      without multisampling; outline pixels of the image blend both sides;
+      :class:`~w2f_torchrl.envs.renderers.foreground.StaticTargets`). With ``render="fast"`` it is
+      exact: all pixels that show foreground and no others. With ``render="reference"`` it is the
+      silhouette without multisampling; outline pixels of the image blend both sides;
     - ``action``: float32 [A] in [-1, 1]. Values outside are clipped. For actuators with other
       limits [-1, 1] is scaled to their range; those without limits get the clipped value;
     - ``reward``: float32 [1], the sum over the control steps of the repeat;

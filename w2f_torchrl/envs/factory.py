@@ -14,6 +14,7 @@ from torchrl.envs import (
     ParallelEnv,
     RewardSum,
     StepCounter,
+    Transform,
     TransformedEnv,
 )
 
@@ -135,45 +136,50 @@ def make_env(
     if num_envs > 1:
         require_main_guard(f"make_env(num_envs={num_envs})")
     validate_integer("seed", seed, 0)
-    videos = {"background_source": background_source, "background_split": background_split}
+    clips = background_source, background_split
     distractions = validate_distraction(distraction, background_source, background_split)
     validate_task(domain, task)
     _validate_action_range(action_range, domain)
     registered = registered_factory(domain)
-    settings: dict[str, Any] = {
-        "image_size": image_size,
-        "action_repeat": action_repeat,
-        "render": render,
-        "camera_id": camera_id,
-        "foreground_mask": foreground_mask,
-    }
+    pixels: dict[str, Any] = {"image_size": image_size, "camera_id": camera_id, "render": render}
     if registered is None:
-        _validate_simulation(
-            domain,
-            task,
-            distractions,
-            (background_source, background_split),
-            camera_id=camera_id,
-            image_size=image_size,
-            render=render,
-        )
-        if distractions is not None:
-            settings |= {"distraction": distractions, **videos}
+        _validate_simulation(domain, task, distractions, clips, **pixels)
     elif distractions is not None:
         raise ValueError(
             f"distraction is {distraction!r}: must be 'none' for the registered domain {domain!r}, "
             "whose factory renders its own images."
         )
-    make_one = partial(registered or partial(PixelDMControlEnv, domain), task, **settings)
+    make_one = partial(
+        registered or partial(PixelDMControlEnv, domain),
+        task,
+        **pixels,
+        action_repeat=action_repeat,
+        foreground_mask=foreground_mask,
+        **({} if distractions is None else _distract(distractions, *clips)),
+    )
     env = _one_or_batch(make_one, num_envs, seed, device)
     transforms = [InitTracker(), RewardSum(), StepCounter()]
     if registered is not None:  # the suite's env clips and scales by itself
-        try:
-            transforms.insert(0, box_actions(env, domain, action_range))
-        except ValueError:
-            env.close()
-            raise
+        transforms.insert(0, _box_actions_or_close(env, domain, action_range))
     return TransformedEnv(env, Compose(*transforms))
+
+
+def _distract(distractions: DistractionConfig, source: str | None, split: str) -> dict[str, Any]:
+    return {
+        "distraction": distractions,
+        "background_source": source,
+        "background_split": split,
+    }
+
+
+def _box_actions_or_close(
+    env: EnvBase, domain: str, action_range: Sequence[float] | None
+) -> Transform:
+    try:
+        return box_actions(env, domain, action_range)
+    except ValueError:
+        env.close()
+        raise
 
 
 def _one_or_batch(

@@ -23,13 +23,12 @@ Latent = Literal["whole", "split", "shared", "foreground"]
 
 def background_sizes(config: ModelConfig) -> ModelConfig:
     """Return the sizes with the background's in place of the foreground's."""
-    values = vars(config) | {
-        "belief_size": config.background_belief_size,
-        "hidden_size": config.background_hidden_size,
-        "num_classes": config.background_num_classes,
-        "cnn_depth": config.background_cnn_depth,
-    }
-    return ModelConfig(**values)
+    return config.thawed(
+        belief_size=config.background_belief_size,
+        hidden_size=config.background_hidden_size,
+        num_classes=config.background_num_classes,
+        cnn_depth=config.background_cnn_depth,
+    )
 
 
 def build_encoder(config: ModelConfig) -> ImageEncoder:
@@ -121,14 +120,9 @@ def build_decoder(
         )
         keys = [("next", "state"), ("next", "belief")]
         return TensorDictModule(_Float32(decoder), keys, [("next", "reconstructed_pixels")])
-    background_keys = ("background_state", "background_belief")
-    background_features: tuple[int, int] | None = features
-    if latent == "split":
-        background_features = (config.background_state_size, config.background_belief_size)
-    elif latent == "shared":
-        background_keys = ("state", "belief")
-    else:
-        background_features = None
+    own = (config.background_state_size, config.background_belief_size)
+    background_features = {"split": own, "shared": features}.get(latent)
+    prefix = "" if latent == "shared" else "background_"
     return DualImageDecoder(
         features,
         background_features,
@@ -137,7 +131,7 @@ def build_decoder(
         units=config.units,
         background_depth=config.background_cnn_depth,
         background_units=config.background_hidden_size,
-        background_keys=background_keys,
+        background_keys=(f"{prefix}state", f"{prefix}belief"),
         **settings,
     )
 

@@ -45,9 +45,8 @@ def imagine_step(
     """
     mean, std = actor.from_features(features)  # [N, A]
     action = mean + std * noise  # [N, A]
-    multiplied = belief
-    if features.dtype is not belief.dtype:
-        multiplied = features[:, : belief.shape[-1]]
+    same = features.dtype is belief.dtype
+    multiplied = belief if same else features[:, : belief.shape[-1]]
     belief, multiplied = step.imagine(state, belief, multiplied, action)  # [N, D]
     return prior.draw(multiplied, uniform), belief, action
 

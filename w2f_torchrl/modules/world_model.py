@@ -95,13 +95,9 @@ class WorldModel(TensorDictModuleBase):
         names = ["state", "belief", "prior_logits", "posterior_logits"]
         if self.background_rollout is not None:
             names += [f"background_{name}" for name in names]
-        keys = [("next", name) for name in names]
-        return [
-            *keys,
-            *self.decoder.out_keys,
-            ("next", "reward_logits"),
-            ("next", "continue_logits"),
-        ]
+        heads = ["reward_logits", "continue_logits"]
+        latents = [("next", name) for name in names]
+        return [*latents, *self.decoder.out_keys, *(("next", name) for name in heads)]
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Write latents, reconstructions and predictions into ``tensordict``."""

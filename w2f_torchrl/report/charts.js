@@ -45,7 +45,7 @@
     return inside.length > 1 ? inside : niceTicks(low, high, 3);
   }
 
-  // The mean over a window that is centred where it can be; points without a value stay so.
+  // The mean over a window, centred if possible; points without a value stay without.
   function smoothed(values, half) {
     if (!half) return values;
     return values.map((value, i) => {
@@ -182,7 +182,7 @@
   const stale = new Set(figures);
   const refresh = (figure) => { if (stale.delete(figure)) draw(figure); };
   const redraw = () => { figures.forEach((f) => stale.add(f)); visible.forEach(refresh); };
-  // Only what is looked at is drawn: a run has hundreds of metrics.
+  // Draw only visible charts: a run has hundreds of metrics.
   const watcher = new IntersectionObserver((entries) => entries.forEach((entry) => {
     if (entry.isIntersecting) { visible.add(entry.target); refresh(entry.target); }
     else visible.delete(entry.target);
@@ -191,7 +191,7 @@
   figures.slice(0, 12).forEach(refresh);
   addEventListener("beforeprint", () => figures.forEach(refresh));
 
-  // A video plays while it is looked at, unless motion is unwelcome or somebody stopped it.
+  // A video plays while it is visible, unless the user prefers reduced motion or has paused it.
   const still = matchMedia("(prefers-reduced-motion: reduce)").matches;
   const player = new IntersectionObserver((entries) => entries.forEach(({ target, isIntersecting }) => {
     if (isIntersecting && !target.dataset.stopped) target.play().catch(() => {});
