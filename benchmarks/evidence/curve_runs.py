@@ -2,7 +2,7 @@
 
 The list is a YAML file::
 
-    overrides: [experiment=cartpole_repeat8, environment.distraction=easy]
+    overrides: [experiment=cpu, environment.distraction=easy]
     seeds: [0, 1]
     configurations:
       dreamer_v3: [algo=dreamer_v3]

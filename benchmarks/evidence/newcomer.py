@@ -36,7 +36,7 @@ from results_file import RESULTS, write_results
 from slurm_cluster import SlurmCluster, missing_requirement
 
 TRAIN = "python sota_configs/world2filter.py"
-EASY = f"{TRAIN} experiment=cartpole_repeat8 environment.distraction=easy"
+EASY = f"{TRAIN} experiment=cpu environment.distraction=easy"
 CHECKOUT = "CHECKOUT"
 """The page's word for a checkout of r2dreamer."""
 SHORT = "training.total_frames=1600 evaluation.every_frames=0"
@@ -168,9 +168,7 @@ STEPS = (
         "python benchmarks/faults/rank_faults.py",
         "python benchmarks/faults/rank_faults.py --kills 1 --json rank_faults.json",
     ),
-    Step(f"{TRAIN} experiment=cartpole_cpu algo=dreamer_v3", interrupt=60),
-    Step(f"{TRAIN} experiment=cartpole_cpu", interrupt=60),
-    Step(f"{TRAIN} experiment=cartpole_repeat8", interrupt=60),
+    Step(f"{TRAIN} experiment=cpu algo=dreamer_v3", interrupt=60),
     Step("python benchmarks/evidence/curves.py runs/dreamer_v3_cartpole_balance_0"),
     Step("python benchmarks/evidence/newcomer.py", skip="it is what runs them"),
     Step(

@@ -396,8 +396,9 @@ def equality(options: Options) -> dict[str, Any]:
 RUNS = "runs"
 #: What the curves have in common: one update per agent step of eight frames.
 CURVES = [
-    "experiment=cartpole_repeat8",
+    "experiment=cpu",
     "environment.task=swingup",
+    "training.train_ratio=128",
     "environment.distraction=easy",
     "environment.num_envs=16",
     "collection.steps_per_batch=4",
