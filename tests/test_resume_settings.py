@@ -98,12 +98,12 @@ def test_frames_are_counted_and_not_recomputed():
     assert state["frames"] == 480
     config.environment.action_repeat = 1
     resumed = RunCounters(config)
-    resumed.load_state_dict(state, updates=0, same_ranks=True)
+    resumed.load_state_dict(state)
     assert resumed.frames == 480
     resumed.steps += 10
     assert resumed.frames == 490
     del state["frames"]  # an older checkpoint
-    resumed.load_state_dict(state, updates=0, same_ranks=True)
+    resumed.load_state_dict(state)
     assert resumed.frames == 120
 
 
