@@ -289,7 +289,7 @@ def evaluation_fails(root: Path) -> Row:
         f"evaluations are made, exit code {code}; evaluation.max_failures in a row end the run",
         "seconds_to_notice": 0,
         "lost": "that evaluation",
-        "message": line(attempt, "Training goes on"),
+        "message": line(attempt, "Training continues"),
     }
 
 
