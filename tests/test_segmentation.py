@@ -246,7 +246,7 @@ def test_labels_are_checked(tmp_path):
         ("dtype", {"masks": good["masks"].astype(np.float32)}, "bool"),
         ("shape", {"masks": good["masks"][:2]}, r"\(3, 1, 16, 16\)"),
         ("float", {"pixels": good["pixels"] / 255}, "uint8"),
-        ("none", {"pixels": good["pixels"][:0], "masks": good["masks"][:0]}, "no picture"),
+        ("none", {"pixels": good["pixels"][:0], "masks": good["masks"][:0]}, "no images"),
     ):
         arrays = {k: v for k, v in (good | change).items() if v is not None}
         np.savez(tmp_path / f"{name}.npz", **arrays)
