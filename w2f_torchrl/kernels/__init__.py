@@ -6,32 +6,28 @@ modules to kernels only. Where a kernel does not apply, it calls its plain form 
 asks what it runs on. :func:`~w2f_torchrl.kernels.switch.use_cpu_kernels` is the switch of all that
 are written for CPUs.
 
-==================  ================================  ==========================  =================
-module              plain form                        used                        guarded by
-==================  ================================  ==========================  =================
-``products``        ``F.linear``, ``torch.bmm``       CPU with AVX-512, float32,  test_fast_modules
-                                                      from 2^20 multiplications;
-                                                      compiled without gradient
-``dense``           TorchRL's ``DreamerV3MLP``        CPU, eager, no autocast     test_fast_modules
-``convolution``     ``F.conv2d``, ``F.max_pool2d``,   CPU, eager, no autocast;    test_decoders,
-                    ``F.conv_transpose2d``, norm and  subpixels also on a GPU     test_fast_modules
-                    SiLU
-``block_gru``       TorchRL's cell, ``prior.rnn``     always; its logistic        test_modules,
-                                                      function for tanh on a CPU  test_imagination
-``scan``,           ``modules.rssm.roll``             one dynamics and one        test_modules,
-``scan_step``,                                        posterior layer (all        test_fast_modules,
-``scan_types``                                        presets); two layouts       test_kernels
-``one_hot``         ``modules.sample_one_hot``        without a gradient; in      test_fast_modules
-                                                      ``scan`` straight-through
-``two_hot``         TorchRL's ``SymExpTwoHot``        always                      test_fast_modules
-``imagination``     the networks as they are          always; casts once under    test_kernels,
-                                                      autocast                    test_fast_modules
-``side_stream``     the work called where it stands   ``cuda_graph_parallel``     benchmarks/
-                                                                                  gpu_acceptance.py
-==================  ================================  ==========================  =================
+For each module its plain form, when it is used, and the test in ``tests/`` that guards it:
 
-Tests are in ``tests/``. ``test_cpu_kernels`` compares a whole update with the switch on and off;
-``test_kernels`` bounds the number of GPU kernels.
+- ``products``: ``F.linear`` and ``torch.bmm``. On a CPU with AVX-512, in float32, from 2^20
+  multiplications; in a compiled graph only without a gradient. ``test_fast_modules``.
+- ``dense``: TorchRL's ``DreamerV3MLP``. On a CPU, eager, without autocast. ``test_fast_modules``.
+- ``convolution``: ``F.conv2d``, ``F.max_pool2d``, ``F.conv_transpose2d``, norm and SiLU. On a CPU,
+  eager, without autocast; subpixels also on a GPU. ``test_decoders``, ``test_fast_modules``.
+- ``block_gru``: TorchRL's cell, ``prior.rnn``. Always; on a CPU imagination computes tanh by the
+  logistic function. ``test_modules``, ``test_imagination``.
+- ``scan``, ``scan_step``, ``scan_types``: ``modules.rssm.roll``. With one dynamics and one
+  posterior layer, as in all presets; its layout differs on a GPU. ``test_modules``,
+  ``test_fast_modules``, ``test_kernels``.
+- ``one_hot``: ``modules.sample_one_hot``. In imagination, and in ``scan``, which adds the
+  straight-through gradient. ``test_fast_modules``.
+- ``two_hot``: TorchRL's ``SymExpTwoHot``. Always. ``test_fast_modules``.
+- ``imagination``: the networks themselves. Always; under autocast their weights are cast once.
+  ``test_kernels``, ``test_fast_modules``.
+- ``side_stream``: a call of the work in place. With ``training.execution=cuda_graph_parallel``.
+  ``test_fake_cuda``.
+
+``test_cpu_kernels`` compares a whole update with the switch on and off; ``test_kernels`` bounds the
+number of GPU kernels.
 
 To add a kernel: write the plain form in a module first. Write the kernel with the same signature
 here, let it call the plain form unless ``switch.use_cpu_kernels(x)``, compare values and gradients

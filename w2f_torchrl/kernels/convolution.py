@@ -3,8 +3,8 @@
 Feature maps stay in the channels-last layout from end to end. On a CPU three slow things are done
 differently: normalisation with its activation, the gradient of a convolution's bias, and narrow
 transposed convolutions. On a GPU transposed convolutions are computed as plain ones on subpixels.
-Otherwise, under autocast and in a compiled graph, whose compiler fuses by itself, these are torch's
-plain operations. ``benchmarks/learner.py`` measures both.
+Otherwise, under autocast and in a compiled graph, which the compiler fuses, these are torch's plain
+operations. ``benchmarks/learner.py`` measures both.
 
 Shape letters: N pictures, C channels in, O channels out, H, W height, width, k side of a kernel.
 """

@@ -1,4 +1,4 @@
-"""Work on a second CUDA stream, beside work that leaves most of a GPU idle."""
+"""Work on a second CUDA stream, in parallel to work that leaves most of a GPU idle."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from torch import Tensor
 def use_cpu_kernels(x: Tensor) -> bool:
     """Return whether the kernels for CPUs apply to ``x`` of any shape ``[...]``.
 
-    They do in eager execution, without autocast. A compiler fuses plain operations by itself.
+    They do in eager execution without autocast. A compiler fuses the plain operations instead.
     """
     return on_cpu(x) and not torch.compiler.is_compiling()
 

@@ -35,8 +35,8 @@ def imagine_step(
         prior: The prior's head.
         actor: The policy's network.
         features: Belief and state side by side ``[N, D + S]``, in the precision of the products.
-        state: The state by itself ``[N, S]``, in the same.
-        belief: The belief by itself ``[N, D]``.
+        state: The state alone ``[N, S]``, in the same precision.
+        belief: The belief alone ``[N, D]``.
         noise: Standard normal draws ``[N, A]``.
         uniform: Draws from U[0, 1) ``[N, K]``.
 

@@ -86,8 +86,8 @@ class WorldModel(TensorDictModuleBase):
         self.compiled: dict[str, Callable[..., Tensor]] = {}
         """Compiled forms of submodules, which the acting policy shares and calls uncompiled."""
         self.side_stream: torch.cuda.Stream | None = None
-        """Where the background's encoder and recurrence run, in parallel to the foreground's, each
-        of whose steps waits for the one before and leaves most of a GPU idle. None: after them."""
+        """Stream for the background's encoder and recurrence, in parallel to the foreground's: each
+        step of a recurrence leaves most of a GPU idle. None: they run after the foreground's."""
         self.in_keys = ["action", "is_init", ("next", "pixels")]
         self.out_keys = self._out_keys()
 
