@@ -59,8 +59,8 @@ def compile_core(loss: World2FilterLoss, pieces: Collection[str]) -> None:
     if "recurrence" in pieces:
         for rollout in (world_model.rollout, world_model.background_rollout):
             if rollout is not None:
-                forward, backward = rollout.steps
-                rollout.steps = (compiled(forward), compiled(backward))
+                forward, backward = rollout.step_functions
+                rollout.step_functions = (compiled(forward), compiled(backward))
     if "imagination" in pieces:
         loss.imagine_step = compiled(loss.imagine_step)
 
@@ -75,5 +75,5 @@ def undo_compilation(loss: World2FilterLoss) -> None:
             module._compiled_call_impl = None
     for rollout in (world_model.rollout, world_model.background_rollout):
         if rollout is not None:
-            rollout.steps = (step_forward, step_backward)
+            rollout.step_functions = (step_forward, step_backward)
     loss.imagine_step = imagine_step

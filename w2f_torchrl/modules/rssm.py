@@ -119,15 +119,6 @@ class RSSMRollout(RSSMRolloutV3):
         if self.has_action:
             self.in_keys = [self.action_key, *self.in_keys]
 
-    @property
-    def steps(self) -> StepFunctions:
-        """The former name of :attr:`step_functions`."""
-        return self.step_functions
-
-    @steps.setter
-    def steps(self, step_functions: StepFunctions) -> None:
-        self.step_functions = step_functions
-
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Write the posterior over a sequence into ``tensordict``.
 
