@@ -163,8 +163,8 @@ def algorithm_lines(package: Package) -> int:
     ]
     total = sum(module.lines.code for module in read if module.file.startswith(ALGORITHM))
     file, names = UPDATE
-    [learner] = [module for module in read if module.file == file]
-    return total + sum(lines for name, lines in learner.functions() if name in names)
+    functions = [f for module in read if module.file == file for f in module.functions()]
+    return total + sum(lines for name, lines in functions if name in names)
 
 
 class Rule(NamedTuple):

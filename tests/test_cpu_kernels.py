@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_objectives import LATENTS, SIZE, TINY, make_sample
+from helpers.models import LATENTS, SIZE, TINY, make_sample
 
 import w2f_torchrl
 from w2f_torchrl.kernels import switch

@@ -274,7 +274,7 @@ def treatment(command: str, monkeypatch: pytest.MonkeyPatch) -> Callable[[], obj
 )
 def test_a_command_can_be_run(page: str, command: str, reader: Path, monkeypatch):
     # Whether SAM3 is installed is not the command's fault; that it says so is tested elsewhere.
-    monkeypatch.setattr("w2f_torchrl.config.missing_requirement", lambda *_, **__: None)
+    monkeypatch.setattr("w2f_torchrl.config.validation.missing_requirement", lambda *_, **__: None)
     check = treatment(command, monkeypatch)
     assert check is not None, f"{page}: nothing tests {command!r}: see {Path(__file__).name}"
     check()

@@ -298,7 +298,7 @@ def test_each_frame_is_segmented_once_and_the_replay_holds_the_segmenters_masks(
 ):
     segmenter = BrightSegmenter()
     monkeypatch.setattr(segmentation_module, "_sam3", lambda config: segmenter)
-    monkeypatch.setattr("w2f_torchrl.config.missing_requirement", lambda *_, **__: None)
+    monkeypatch.setattr("w2f_torchrl.config.validation.missing_requirement", lambda *_, **__: None)
     trainer = run_segmented(tmp_path / "run", source="sam3")
     written = int(trainer.replay.heads.written.sum())
     assert written == trainer.steps + 2  # and the first observation of each of two envs

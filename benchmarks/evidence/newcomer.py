@@ -168,8 +168,6 @@ STEPS = (
         "python benchmarks/faults/rank_faults.py",
         "python benchmarks/faults/rank_faults.py --kills 1 --json rank_faults.json",
     ),
-    Step(f"{TRAIN} experiment=cpu algo=dreamer_v3", interrupt=60),
-    Step("python benchmarks/evidence/curves.py runs/dreamer_v3_cartpole_balance_0"),
     Step("python benchmarks/evidence/newcomer.py", skip="it is what runs them"),
     Step(
         "python benchmarks/gpu_acceptance.py",
