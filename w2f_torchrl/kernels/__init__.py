@@ -1,10 +1,9 @@
-"""Faster forms of the operations that the networks are made of.
+"""Faster forms of the operations of the networks.
 
-:mod:`w2f_torchrl.modules` says what the networks are, and can be read without this package. A
-kernel takes what its plain form takes and returns the same, up to rounding; imports run from
-modules to kernels only. Where a kernel does not apply, it calls its plain form itself, so no module
-asks what it runs on. :func:`~w2f_torchrl.kernels.switch.use_cpu_kernels` is the switch of all that
-are written for CPUs.
+:mod:`w2f_torchrl.modules` defines the networks, and can be read without this package. A kernel has
+the arguments and, up to rounding, the results of its plain form; only modules import kernels, never
+the reverse. If a kernel does not apply, it calls its plain form itself, so modules need not know
+the device. :func:`~w2f_torchrl.kernels.switch.use_cpu_kernels` switches all kernels for CPUs.
 
 ==================  ================================  ==========================  =================
 module              plain form                        used                        guarded by
@@ -24,9 +23,9 @@ module              plain form                        used                      
 ``one_hot``         ``modules.sample_one_hot``        without a gradient; in      test_fast_modules
                                                       ``scan`` straight-through
 ``two_hot``         TorchRL's ``SymExpTwoHot``        always                      test_fast_modules
-``imagination``     the networks as they are          always; casts once under    test_kernels,
+``imagination``     the unprepared networks           always; casts once under    test_kernels,
                                                       autocast                    test_fast_modules
-``side_stream``     the work called where it stands   ``cuda_graph_parallel``     benchmarks/
+``side_stream``     the work on the current stream    ``cuda_graph_parallel``     benchmarks/
                                                                                   gpu_acceptance.py
 ==================  ================================  ==========================  =================
 
@@ -34,6 +33,6 @@ Tests are in ``tests/``. ``test_cpu_kernels`` compares a whole update with the s
 ``test_kernels`` bounds the number of GPU kernels.
 
 To add a kernel: write the plain form in a module first. Write the kernel with the same signature
-here, let it call the plain form unless ``switch.use_cpu_kernels(x)``, compare values and gradients
+here, make it call the plain form unless ``switch.use_cpu_kernels(x)``, compare values and gradients
 in float64, and time both with ``benchmarks/learner.py``.
 """

@@ -56,7 +56,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def block_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Multiply each of the G blocks of ``x`` by its own matrix.
+    """Multiply each of the G blocks of ``x`` by a separate matrix.
 
     Args:
         x: ``[N, G w]``.
