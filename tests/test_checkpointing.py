@@ -313,7 +313,7 @@ def test_resume_path_is_a_file_a_directory_or_a_run(tmp_path):
         assert resolve_resume(given, tmp_path / "new").path == path
     with pytest.raises(CheckpointError, match="does not exist"):
         resolve_resume(tmp_path / "nowhere.pt", tmp_path)
-    with pytest.raises(CheckpointError, match="holds no file"):
+    with pytest.raises(CheckpointError, match="has no file"):
         resolve_resume(tmp_path, tmp_path)
     flip_bit(path, 100)
     with pytest.raises(CheckpointError, match="damaged"):

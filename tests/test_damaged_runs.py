@@ -57,7 +57,7 @@ def test_a_damaged_record_that_all_checkpoints_share_is_left_out(run, finished, 
     pixels = run / "replay" / manifest["generation"] / "next" / "pixels.memmap"
     flip_bit(pixels, 10 * 3 * 16 * 16 + 5)  # stream 0, in every checkpoint's first block
     trainer = Trainer(short_run(run, **LONGER))
-    assert "All checkpoints lack records" in caplog.text
+    assert "All checkpoints have damaged records" in caplog.text
     assert trainer.updates == 48
     trainer.train()
     assert trainer.updates > 48
@@ -174,7 +174,7 @@ def test_a_malformed_checkpoint_is_an_error_and_auto_takes_the_one_before(run, h
         save_checkpoint(paths[-1].parent, payload, updates=saved.updates, frames=saved.frames)
     trainer = Trainer(short_run(run))
     assert trainer.updates == before.updates
-    assert "Trying the one before it." in caplog.text
+    assert "Trying the previous one." in caplog.text
     trainer.run.lock.release()
     with pytest.raises(CheckpointError) as raised:
         Trainer(short_run(run.parent / "other", resume=str(paths[-1])))
@@ -260,7 +260,7 @@ def test_without_flock_there_is_another_lock_or_a_warning(tmp_path, monkeypatch,
         RunLock(tmp_path / "taken").acquire()
     monkeypatch.setattr(run_lock.fcntl, "lockf", none)
     RunLock(tmp_path / "none").acquire()
-    assert "has no locks" in caplog.text
+    assert "does not support locks" in caplog.text
     assert fcntl.LOCK_EX
 
 

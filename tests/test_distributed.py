@@ -88,7 +88,7 @@ def test_an_attempt_has_a_store_that_no_earlier_one_used():
         assert not any(stores[rank].check(["address"]) for rank in range(3))
         stores.pop(0).set("address", "of this attempt")
         assert all(stores.pop(rank).get("address") == b"of this attempt" for rank in (1, 2))
-    with pytest.raises(RankError, match=r"ranks \[1, 2\] of 3 did not come"):
+    with pytest.raises(RankError, match=r"ranks \[1, 2\] of 3 did not arrive"):
         _fresh_store(store, 0, 3, timedelta(seconds=0.1))
 
 
@@ -163,7 +163,7 @@ def test_a_schedule_of_another_ratio_goes_on_without_a_jump():
     old = UpdateSchedule(4, batch_size=2, batch_length=8, start=10)
     assert old(50) == 10
     new = UpdateSchedule(4, batch_size=4, batch_length=8, start=10)
-    with pytest.raises(ValueError, match="must stay"):
+    with pytest.raises(ValueError, match="must not change"):
         new.load_state_dict(old.state_dict())
     new.change_ratio(old.state_dict(), 50)
     assert (new(50), new(57), new(58), new(90)) == (0, 0, 1, 4)

@@ -260,7 +260,7 @@ def test_what_does_not_fit_is_named():
     without = replay_with_latents(latents=None)
     without.extend(numbered(0, 0, 6))
     assert "initial" not in without.sample().keys()
-    with pytest.raises(RuntimeError, match="keeps no latents"):
+    with pytest.raises(RuntimeError, match="does not store latents"):
         without.write_back(torch.zeros(1, 1), TensorDict(), ONE)
 
 
@@ -404,11 +404,11 @@ def test_unneeded_snapshots_go(tmp_path):
     ("change", "message"),
     [
         ("flip", "latents of records .* do not match their SHA-256 digest"),
-        ("cut", "is cut short"),
-        ("remove", "are gone"),
-        ("name", "is no name of latents"),
-        ("fields", "of another form"),
-        ("none", "the checkpoint holds no latents"),
+        ("cut", "is truncated"),
+        ("remove", "are missing"),
+        ("name", "is not a valid name of latents"),
+        ("fields", "other shapes or dtypes"),
+        ("none", "the checkpoint has no latents"),
     ],
 )
 def test_latents_that_cannot_be_read_become_zero(change, message, tmp_path, caplog):

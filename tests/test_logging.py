@@ -296,7 +296,7 @@ def test_a_server_that_goes_away_costs_a_wait_and_a_warning(tmp_path):
     with wandb_stub(tmp_path / "server.log") as (server, port):
         said = run_online(tmp_path, port, "run-*", meanwhile=f"os.kill({server.pid}, 9)")
     assert "UpsertBucket" in (tmp_path / "server.log").read_text()  # it was online
-    assert "takes nothing more. The data is kept" in said
+    assert "does not respond. The data is kept" in said
 
 
 @needs_wandb
@@ -307,7 +307,7 @@ def test_a_server_that_takes_nothing_more_is_not_waited_for(tmp_path, monkeypatc
     monkeypatch.setattr(sink.experiment, "finish", lambda: release.wait(60))
     with caplog.at_level(logging.WARNING):
         sink.close()
-    assert "takes nothing more. The data is kept; upload it later: wandb sync" in caplog.text
+    assert "does not respond. The data is kept; upload it later: wandb sync" in caplog.text
     release.set()
     finish()
 

@@ -374,7 +374,7 @@ def test_a_mask_store_takes_its_own_frames_only(tmp_path):
         MaskStore(tmp_path / "a", (0, 8, 8), {})
     store = MaskStore(tmp_path / "b", (3, 8, 8), {})
     store.append(torch.zeros(2, 1, 8, 8, dtype=torch.bool))
-    with pytest.raises(ValueError, match="masks of 4 frames don't fit the store's 3"):
+    with pytest.raises(ValueError, match="masks of 4 frames exceed the store's 3"):
         store.append(torch.zeros(2, 1, 8, 8, dtype=torch.bool))
     with pytest.raises(ValueError, match=r"masks must have the shape \[M, 1, 8, 8\]"):
         store.append(torch.zeros(1, 1, 16, 8, dtype=torch.bool))

@@ -404,7 +404,7 @@ def test_a_run_resumes_without_its_latents(tmp_path, caplog, change, storage):
         trainer = run(tmp_path, replay=settings)
     assert trainer.updates == 48
     assert "lices start from zero until" in caplog.text
-    assert ("the checkpoint holds no latents" in caplog.text) == (change == "off before")
+    assert ("the checkpoint has no latents" in caplog.text) == (change == "off before")
     assert len(metrics(tmp_path)) > 5
     assert trainer.replay.latents.rows(0, 20)["belief"].any()
 

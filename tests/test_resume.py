@@ -161,7 +161,7 @@ def test_envs_that_cannot_say_their_state_begin_anew_and_the_log_says_so(tmp_pat
     [
         ({"environment": {"num_envs": 1}}, "environment.num_envs=1 must stay 2"),
         ({"environment": {"image_size": 32}}, "another model"),
-        ({"training": {"batch_size": 3}}, "train_ratio, batch_size and batch_length must stay"),
+        ({"training": {"batch_size": 3}}, "batch_length must not change"),
     ],
 )
 def test_settings_that_must_stay_are_named(tmp_path, undisturbed, settings, named):
@@ -193,7 +193,7 @@ def test_damaged_records_make_the_checkpoint_before_the_newest(tmp_path, caplog)
     with caplog.at_level("WARNING"):
         trainer = Trainer(short_run(tmp_path))
     assert trainer.updates == before.updates
-    assert "don't match their SHA-256 digest. Trying the one before it." in caplog.text
+    assert "do not match their SHA-256 digest. Trying the previous one." in caplog.text
     trainer.run.lock.release()
     flip_bit(pixels, 5)  # what all share: see test_damaged_runs
     assert Trainer(short_run(tmp_path)).updates == before.updates
@@ -221,7 +221,7 @@ def test_the_former_format_loads(tmp_path, undisturbed, monkeypatch, caplog):
     monkeypatch.undo()
     with caplog.at_level("WARNING"):
         trainer = run(tmp_path, training={"total_frames": 480})
-    assert "holds no replay: it fills again" in caplog.text
+    assert "contains no replay, which fills again" in caplog.text
     assert trainer.updates == 48 + (240 - 160 - 32) * 6 // 16
 
 
@@ -290,7 +290,7 @@ def test_names_in_a_checkpoint_do_not_lead_out_of_its_folder(tmp_path, undisturb
     save_checkpoint(path.parent, saved.payload, updates=saved.updates, frames=saved.frames, keep=1)
     with pytest.raises(CheckpointError, match="damaged"):
         Trainer(short_run(tmp_path / "run"))
-    with pytest.raises(CheckpointError, match="is no name of records"):
+    with pytest.raises(CheckpointError, match="is not a valid name of records"):
         Trainer(short_run(tmp_path / "new", resume=str(path)))
 
 

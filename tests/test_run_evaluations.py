@@ -74,7 +74,7 @@ def test_bad_bounds_are_named(tmp_path):
 
 
 def test_only_failures_in_a_row_count(tmp_path):
-    tolerance = Tolerance(tmp_path, most=2)
+    tolerance = Tolerance(tmp_path, max_failures=2)
 
     def fails() -> None:
         raise ZeroDivisionError("none left")

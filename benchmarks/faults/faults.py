@@ -138,7 +138,7 @@ def signals(root: Path) -> Row:
         lost += code or saved.updates < 10
     return {
         "fault": "SIGTERM, SIGINT, SIGUSR1, SIGUSR2",
-        "what_happened": "checkpoint after the update at hand, exit code 0",
+        "what_happened": "checkpoint after the current update, exit code 0",
         "seconds_to_notice": max(times.values()),
         "seconds": times,
         "lost": "nothing" if not lost else "unexpected",
@@ -166,7 +166,7 @@ def hangup(root: Path) -> Row:
         signal.signal(signal.SIGHUP, before)
     return {
         "fault": "SIGHUP: the terminal is closed",
-        "what_happened": f"checkpoint after the update at hand (update {saved}), exit code {code}; "
+        "what_happened": f"checkpoint after the current update (update {saved}), exit code {code}; "
         f"with nohup the run continues to its end, exit code {ended}",
         "seconds_to_notice": round(seconds, 2),
         "lost": "nothing",
@@ -205,12 +205,12 @@ def evaluation_cut(root: Path) -> Row:
     begun = resume_to_end(root, **long)
     same = rows(attempt.run_dir) == rows(undisturbed.run_dir)
     return {
-        "fault": "SIGTERM within an evaluation of 40 episodes",
+        "fault": "SIGTERM during an evaluation of 40 episodes",
         "what_happened": f"it ends at the agent's next step ({done} evaluations written), "
-        f"checkpoint, exit code {code}; resumed at update {begun}, it is done again, and all rows "
+        f"checkpoint, exit code {code}; resumed at update {begun}, it is repeated, and all rows "
         f"of metrics are {'' if same else 'NOT '}those of an undisturbed run",
         "seconds_to_notice": round(seconds, 2),
-        "lost": "the evaluation's steps, done again",
+        "lost": "the evaluation's steps, which are repeated",
     }
 
 
@@ -235,7 +235,7 @@ def worker_lost(root: Path, number: int) -> Row:
         f"{len(left_over)} semaphores or folders left, train/worker_restarts {counted:.0f}; the "
         f"run continues to its end, exit code {code}",
         "seconds_to_notice": round(noticed, 2),
-        "lost": "the batch that was being collected; episodes begin anew",
+        "lost": "the batch being collected; new episodes begin",
         "message": line(attempt, "hangs" if hangs else "was killed"),
     }
 
@@ -259,7 +259,7 @@ def workers_lost_for_good(root: Path) -> Row:
         "what_happened": f"WorkerError, emergency checkpoint, exit code {code}; resumed at update "
         f"{begun}",
         "seconds_to_notice": round(seconds, 2),
-        "lost": "the batch that was being collected; episodes begin anew",
+        "lost": "the batch being collected; new episodes begin",
         "message": line(attempt, "WorkerError", "frame"),
     }
 
@@ -323,7 +323,7 @@ def torn_disk(root: Path) -> Row:
     message = line(attempt, "No space left")
     begun = resume_to_end(root)
     return {
-        "fault": "a disk that takes a part of a line of metrics, then nothing",
+        "fault": "a disk that accepts part of a line of metrics, then nothing",
         "what_happened": f"{torn} torn lines; emergency checkpoint, exit code {code}; resumed at "
         f"update {begun}",
         "seconds_to_notice": 0,
@@ -345,16 +345,16 @@ def shared_record(root: Path) -> Row:
     flip_bit(pixels, 7)
     again = Attempt(root)
     start = time.monotonic()
-    noticed = again.says("All checkpoints lack records") - start
+    noticed = again.says("All checkpoints have damaged records") - start
     if again.end():
         raise RuntimeError(again.log[-3000:])
     return {
-        "fault": "a bit of a record flipped that all checkpoints share",
-        "what_happened": f"the newest is taken (update {newest}), with a warning; no sequence has "
+        "fault": "a flipped bit in a record that all checkpoints share",
+        "what_happened": f"the newest is used (update {newest}), with a warning; no sequence has "
         "one of the 256 records under that digest; the run continues to its end",
         "seconds_to_notice": round(noticed, 2),
         "lost": "at most 256 records of the replay",
-        "message": line(again, "All checkpoints lack records"),
+        "message": line(again, "All checkpoints have damaged records"),
     }
 
 
@@ -370,11 +370,11 @@ def render_failure(root: Path) -> Row:
         del os.environ["W2F_FAULT_DRAWS"]
     counted = max(row.get("train/worker_restarts", 0) for row in rows(attempt.run_dir))
     return {
-        "fault": "rendering fails in a worker, again after 150 pictures of each new one",
-        "what_happened": f"the worker's traceback in the log, {counted:.0f} replacements, exit "
-        f"code {code}",
+        "fault": "rendering fails in a worker, after every 150 images",
+        "what_happened": f"the worker's traceback is logged, {counted:.0f} replacements, exit code "
+        f"{code}",
         "seconds_to_notice": round(max(noticed, 0.0), 2),
-        "lost": "the batches that were being collected; episodes begin anew",
+        "lost": "the batches being collected; new episodes begin",
         "message": line(attempt, "ended with exit code"),
     }
 
@@ -405,10 +405,10 @@ def disk_full(root: Path) -> Row:
         subprocess.run(["umount", "--lazy", str(disk)], check=True)
     return {
         "fault": "disk full",
-        "what_happened": f"the run ends with the error, exit code {code}; the checkpoint before "
-        f"is whole (update {good}); with room again it resumed at update {begun}",
+        "what_happened": f"the run ends with the error, exit code {code}; the previous checkpoint "
+        f"is intact (update {good}); with free space it resumed at update {begun}",
         "seconds_to_notice": round(noticed, 2),
-        "lost": "updates since the last checkpoint that fitted",
+        "lost": "updates since the last complete checkpoint",
         "message": message,
     }
 
@@ -419,7 +419,7 @@ def newest_good(run_dir: Path) -> int:
 
 
 def damaged(root: Path, how: str) -> Row:
-    """The newest checkpoint, or records that only it has, cut short or with one bit changed."""
+    """Truncate the newest checkpoint, or flip a bit in it or in records that only it has."""
     attempt = Attempt(root)
     attempt.reaches(25)
     os.kill(attempt.child, signal.SIGTERM)
@@ -437,20 +437,20 @@ def damaged(root: Path, how: str) -> Row:
     before = load_checkpoint(paths[-2]).updates
     again = Attempt(root)
     start = time.monotonic()
-    noticed = again.says("Trying the one before it") - start
+    noticed = again.says("Trying the previous one") - start
     if again.end():
         raise RuntimeError(again.log[-3000:])
     names = {
-        "truncated": "a checkpoint cut short",
-        "flipped": "a bit of a checkpoint flipped",
-        "record": "a bit of a replay's record flipped",
+        "truncated": "a truncated checkpoint",
+        "flipped": "a flipped bit in a checkpoint",
+        "record": "a flipped bit in a record of the replay",
     }
     return {
         "fault": names[how],
-        "what_happened": f"the one before it is taken (update {before}), with a warning",
+        "what_happened": f"the previous one is used (update {before}), with a warning",
         "seconds_to_notice": round(noticed, 2),
-        "lost": "the updates between the two checkpoints, done again",
-        "message": line(again, "Trying the one before it"),
+        "lost": "the updates between the two checkpoints, which are repeated",
+        "message": line(again, "Trying the previous one"),
     }
 
 
@@ -473,11 +473,11 @@ def not_a_number(root: Path, on_nan: str) -> Row:
         batch = len(list(attempt.run_dir.glob("not_finite_after_*")))
         message = line(attempt, "gradients are not finite")
         happened = (
-            f"no update is applied from then on; {batch} batch and the state of before (update "
+            f"no update is applied from then on; {batch} batch and the state before it (update "
             f"{saved.updates}, all finite: {finite}) saved; exit code {code}; resumed at update "
             f"{resume_to_end(root)}"
         )
-        lost = "at most logging.every_updates updates, done again"
+        lost = "at most logging.every_updates updates, which are repeated"
     return {
         "fault": f"NaN in the loss, training.on_nan={on_nan}",
         "what_happened": happened,
@@ -528,7 +528,7 @@ def wandb_unreachable(root: Path) -> Row:
     start = time.monotonic()
     with wandb_at(9):
         attempt = Attempt(root, logging=ONLINE)
-    noticed = attempt.says("wandb can't be reached") - start
+    noticed = attempt.says("wandb cannot be reached") - start
     code = attempt.end()
     kept = list((attempt.run_dir / "wandb").glob("offline-run-*/*.wandb"))
     updates = rows(attempt.run_dir)[-1]["updates"]
@@ -538,7 +538,7 @@ def wandb_unreachable(root: Path) -> Row:
         f"{code}",
         "seconds_to_notice": round(noticed, 2),
         "lost": "nothing",
-        "message": line(attempt, "can't be reached"),
+        "message": line(attempt, "cannot be reached"),
     }
 
 
@@ -549,7 +549,7 @@ def wandb_lost(root: Path) -> Row:
             attempt = Attempt(root, logging=ONLINE)
         attempt.reaches(40)
     lost = rows(attempt.run_dir)[-1]["updates"]
-    noticed = attempt.says("takes nothing more", 900.0)
+    noticed = attempt.says("server does not respond", 900.0)
     code = attempt.end()
     ended = time.monotonic() - noticed
     last, kept = rows(attempt.run_dir)[-1]["updates"], wandb_rows(attempt.run_dir)
@@ -558,10 +558,10 @@ def wandb_lost(root: Path) -> Row:
         "fault": "wandb's server lost while a run is online",
         "what_happened": f"lost at update {lost}, training continues to its end at {last}; the "
         f"upload is given up {FINISH_SECONDS:.0f} seconds later; exit code {code} {ended:.0f} "
-        f"seconds after that; {kept} of {logged} rows are in wandb's own file",
+        f"seconds after that; {kept} of {logged} rows are in wandb's file",
         "seconds_to_notice": FINISH_SECONDS,
         "lost": "nothing" if kept == logged else f"{logged - kept} rows",
-        "message": line(attempt, "takes nothing more"),
+        "message": line(attempt, "server does not respond"),
     }
 
 

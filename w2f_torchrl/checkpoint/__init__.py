@@ -1,4 +1,4 @@
-"""Checkpoints: the file, the folder, the list of what one holds, and what a run resumes from."""
+"""Checkpoints: the file format, the folder, the list of parts, and resuming."""
 
 from w2f_torchrl.checkpoint.file import (
     Checkpoint,

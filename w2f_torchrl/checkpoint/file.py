@@ -1,11 +1,11 @@
-"""Checkpoint files that are whole or refused.
+"""Checkpoint files that are either complete or refused.
 
-A checkpoint is one file, ``checkpoint_<updates>.pt``: what :func:`torch.save` writes, followed by
-a footer with the SHA-256 digest of everything before it. One file, because a digest in a second
-file can be out of step with the first after a crash. ``torch.load`` ignores the footer.
+A checkpoint is one file, ``checkpoint_<updates>.pt``: the output of :func:`torch.save`, followed by
+a footer with the SHA-256 digest of everything before it. It is one file because, after a crash, a
+digest in a second file might not match the first. ``torch.load`` ignores the footer.
 
-The replay's records lie in the run's ``replay`` folder and are shared by its checkpoints, each of
-which holds the digests of those that it needs (``w2f_torchrl.data.replay.replay_files``).
+The replay's records are in the run's ``replay`` folder and shared by its checkpoints, each of which
+contains the digests of those that it needs (``w2f_torchrl.data.replay.replay_files``).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 FORMAT_NAME = "w2f_torchrl.checkpoint"
 FORMAT_VERSION = 3
 READABLE_VERSIONS = (1, 2, 3)
-"""``w2f_torchrl.checkpoint.layout`` says how they differ."""
+"""``w2f_torchrl.checkpoint.layout`` describes the differences."""
 PACKAGES = ("torch", "torchrl", "tensordict", "numpy")
 
 _FOOTER = re.compile(rb"\nw2f-sha256:([0-9a-f]{64})\n")
@@ -42,18 +42,18 @@ _LEAVES = (torch.Tensor, torch.nn.Parameter, int, float, bool, str, bytes, type(
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint is missing, damaged, or of a form that this version can't read."""
+    """A checkpoint is missing, damaged, or in a format that this version cannot read."""
 
 
 class Checkpoint(NamedTuple):
-    """What :func:`load_checkpoint` returns.
+    """The result of :func:`load_checkpoint`.
 
     Attributes:
-        payload: The dict given to :func:`write_checkpoint`; an older format's in today's layout.
+        payload: The dict given to :func:`write_checkpoint`; older formats in the current layout.
         updates: Learner updates done when it was saved.
         frames: Environment frames collected when it was saved.
         versions: Package name to version at the time of saving.
-        format_version: Of the file.
+        format_version: Format version of the file.
     """
 
     payload: dict[str, Any]
@@ -66,13 +66,13 @@ class Checkpoint(NamedTuple):
 def write_checkpoint(path: Path, payload: dict[str, Any], *, updates: int, frames: int) -> Path:
     """Write a checkpoint file atomically.
 
-    The bytes go to a hidden temporary file in the same folder, are forced to disk, and take their
-    name in one step: a crash at any moment leaves what was there before.
+    The bytes are written to a hidden temporary file in the same folder and forced to disk; then it
+    is renamed. A crash at any moment leaves an existing file unchanged.
 
     Args:
-        path: Of the file; its folder is created if missing.
+        path: Path of the file; its folder is created if missing.
         payload: Dicts (string or integer keys), lists and tuples of tensors, numbers, strings,
-            bytes and None, nested at will: what ``torch.load(weights_only=True)`` reads.
+            bytes and None, in any nesting: types that ``torch.load(weights_only=True)`` reads.
         updates: Learner updates so far.
         frames: Environment frames so far.
 
@@ -80,7 +80,7 @@ def write_checkpoint(path: Path, payload: dict[str, Any], *, updates: int, frame
         The path.
 
     Raises:
-        TypeError: If the payload holds anything else; names the entry.
+        TypeError: If the payload contains another type; names the entry.
         ValueError: If a counter is negative.
         OSError: If the disk is full, or the folder cannot be written.
     """
@@ -103,10 +103,10 @@ def write_checkpoint(path: Path, payload: dict[str, Any], *, updates: int, frame
 
 
 def read_manifest(path: str | os.PathLike[str]) -> Manifest | None:
-    """Return what a checkpoint holds of the replay, or None; no tensor is read.
+    """Return a checkpoint's manifest of the replay, or None, without reading tensors.
 
     Raises:
-        CheckpointError: If the file is not of this package's format.
+        CheckpointError: If the file is not in this package's format.
     """
     document = _read(Path(path), "cpu", mmap=True)
     manifest: Manifest | None = document["payload"].get(REPLAY)
@@ -120,7 +120,7 @@ def verify_checkpoint(path: str | os.PathLike[str]) -> None:
         path: A checkpoint file.
 
     Raises:
-        CheckpointError: If the file is missing, cut short or altered; names the file.
+        CheckpointError: If the file is missing, truncated or altered; names the file.
     """
     path = Path(path)
     try:
@@ -129,14 +129,14 @@ def verify_checkpoint(path: str | os.PathLike[str]) -> None:
             digest = _digest(stream, content)
             footer = _FOOTER.fullmatch(stream.read())
     except OSError as error:
-        raise CheckpointError(f"Checkpoint {path} can't be read: {error}.") from error
+        raise CheckpointError(f"Checkpoint {path} cannot be read: {error}.") from error
     if footer is None:
         raise CheckpointError(
-            f"Checkpoint {path} is cut short or wasn't written by {FORMAT_NAME}: no digest at its "
-            "end."
+            f"Checkpoint {path} is truncated, or is not a {FORMAT_NAME} file: it does not end with "
+            "a digest."
         )
     if footer.group(1).decode() != digest:
-        raise CheckpointError(f"Checkpoint {path} is damaged: its SHA-256 digest doesn't match.")
+        raise CheckpointError(f"Checkpoint {path} is damaged: its SHA-256 digest does not match.")
 
 
 def load_checkpoint(
@@ -145,14 +145,14 @@ def load_checkpoint(
     """Verify and read a checkpoint. Nothing in the file is executed (``weights_only``).
 
     Args:
-        path: A file that :func:`write_checkpoint` wrote.
-        map_location: Device to put the tensors on.
+        path: A file from :func:`write_checkpoint`.
+        map_location: Device of the loaded tensors.
 
     Returns:
         The payload and the counters.
 
     Raises:
-        CheckpointError: If the file is missing or damaged, or of an unknown format or version.
+        CheckpointError: If the file is missing or damaged, or has an unknown format or version.
     """
     verify_checkpoint(path)
     document = _read(Path(path), map_location)
@@ -164,17 +164,17 @@ def load_checkpoint(
 
 
 def _read(path: Path, map_location: torch.device | str, *, mmap: bool = False) -> dict[str, Any]:
-    """Read a file whose digest holds, which says nothing of who wrote it.
+    """Read a file whose digest matches. It may still come from anyone.
 
     Raises:
-        CheckpointError: If it is none of this format, or lacks a part.
+        CheckpointError: If it has another format, or lacks a part.
     """
     try:
         document = torch.load(path, map_location=map_location, mmap=mmap, weights_only=True)
-    except Exception as error:  # what is in the file decides on the kind
-        # The first line: torch's next ones advise to load the file without weights_only.
+    except Exception as error:  # its type depends on the contents of the file
+        # Only the first line: torch's others recommend loading without weights_only.
         raise CheckpointError(
-            f"Checkpoint {path} is malformed, or holds what no checkpoint does: "
+            f"Checkpoint {path} is malformed, or contains types that checkpoints do not: "
             f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
         ) from error
     if not isinstance(document, dict) or document.get("format") != FORMAT_NAME:
@@ -184,7 +184,7 @@ def _read(path: Path, map_location: torch.device | str, *, mmap: bool = False) -
         raise CheckpointError(
             f"Checkpoint {path} has format version {version!r}; this w2f_torchrl reads versions "
             f"{', '.join(map(str, READABLE_VERSIONS))}. It was saved with "
-            f"{document.get('versions')}: use the w2f_torchrl of that time."
+            f"{document.get('versions')}: use the w2f_torchrl version that saved it."
         )
     parts = {"payload": dict, "updates": int, "frames": int, "versions": dict}
     for name, kind in parts.items():
@@ -197,10 +197,10 @@ def _read(path: Path, map_location: torch.device | str, *, mmap: bool = False) -
 
 @contextmanager
 def malformed_is_an_error(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Turn what a malformed checkpoint leads to into a CheckpointError that names the file.
+    """Turn errors caused by a malformed checkpoint into a CheckpointError that names the file.
 
     Raises:
-        CheckpointError: In place of a KeyError and the like.
+        CheckpointError: Instead of a KeyError and similar errors.
     """
     try:
         yield
@@ -211,7 +211,7 @@ def malformed_is_an_error(path: str | os.PathLike[str]) -> Iterator[None]:
 
 
 class _DigestingWriter:
-    """A file for :func:`torch.save` that hashes what passes and remembers why a write failed."""
+    """A file for :func:`torch.save` that hashes its data and keeps the error of a failed write."""
 
     def __init__(self, stream: IO[bytes]) -> None:
         self._stream = stream
@@ -234,9 +234,9 @@ class _DigestingWriter:
 def _write(document: dict[str, Any], stream: IO[bytes]) -> None:
     writer = _DigestingWriter(stream)
     try:
-        torch.save(document, cast(IO[bytes], writer))  # torch.save calls write and flush only
+        torch.save(document, cast(IO[bytes], writer))  # torch.save calls only write and flush
     except RuntimeError:
-        # torch.save hides a full disk behind an internal error about a position in the file.
+        # torch.save reports a full disk as an internal error about a position in the file.
         if writer.error is not None:
             raise writer.error from None
         raise
@@ -267,8 +267,8 @@ def _check_payload(value: Any, key: str) -> None:
             _check_payload(item, f"{key}[{index}]")
     elif type(value) not in _LEAVES:
         raise TypeError(
-            f"{key} is a {_type_name(value)}; a checkpoint holds dict, list, tuple, tensor, int, "
-            "float, bool, str, bytes and None only."
+            f"{key} is a {_type_name(value)}; a checkpoint only holds dict, list, tuple, tensor, "
+            "int, float, bool, str, bytes and None."
         )
 
 

@@ -1,7 +1,7 @@
-"""A run's folder of checkpoints: their names, which is the newest whole one, and which are deleted.
+"""A run's folder of checkpoints: naming them, finding the newest intact one, deleting old ones.
 
 A run directory holds ``checkpoints/checkpoint_<updates>.pt`` and ``checkpoints/best.pt`` of rank 0,
-``checkpoints/rank_<n>/`` of the others, and the records of each rank's replay beside them.
+``checkpoints/rank_<n>/`` of the other ranks, and a folder of records of each rank's replay.
 """
 
 from __future__ import annotations
@@ -26,13 +26,14 @@ from w2f_torchrl.data.replay.replay_files import Manifest, describe_damage, find
 logger = logging.getLogger(__name__)
 
 BEST_NAME = "best.pt"
+"""File name of the checkpoint with the best evaluation."""
 REPLAY_FOLDER = "replay"
 _NAME = re.compile(r"checkpoint_(\d+)\.pt")
 _RUN_PARTS = {"config": dict, "action_size": int, "learner": dict, "counters": dict, "masks": dict}
 
 
 class FoundCheckpoint(NamedTuple):
-    """A checkpoint whose digest holds, read once."""
+    """A checkpoint whose digest matches, read once."""
 
     path: Path
     checkpoint: Checkpoint
@@ -41,7 +42,7 @@ class FoundCheckpoint(NamedTuple):
 
 
 def checkpoints_of(run_dir: str | os.PathLike[str], rank: int = 0) -> Path:
-    """Return the folder that a rank of a run writes its checkpoints to."""
+    """Return the folder in which a rank of a run writes its checkpoints."""
     folder = Path(run_dir) / "checkpoints"
     return folder if rank == 0 else folder / f"rank_{rank}"
 
@@ -57,7 +58,7 @@ def run_of(path: str | os.PathLike[str]) -> Path:
 
 
 def checkpoint_path(directory: str | os.PathLike[str], updates: int) -> Path:
-    """Return the path of a checkpoint by its number of updates."""
+    """Return the path of the checkpoint with a number of updates."""
     return Path(directory) / f"checkpoint_{updates:012d}.pt"
 
 
@@ -72,15 +73,16 @@ def save_checkpoint(
 ) -> Path:
     """Write a checkpoint atomically, then delete the oldest ones.
 
-    One process writes to a directory at a time; temporary files that a killed one left are removed.
+    Only one process may write to a directory at a time; temporary files of a killed process are
+    deleted.
 
     Args:
         directory: The checkpoints of the run; created if missing.
-        payload: As :func:`~w2f_torchrl.checkpoint.file.write_checkpoint` takes it.
-        updates: Learner updates so far; the file's number.
+        payload: As in :func:`~w2f_torchrl.checkpoint.file.write_checkpoint`.
+        updates: Learner updates so far; the number of the file.
         frames: Environment frames so far.
-        keep: How many checkpoints to keep, the new one included: it and the ``keep - 1`` highest
-            numbers among the others.
+        keep: How many checkpoints to keep: the new one, and the ``keep - 1`` highest numbers among
+            the others.
         name: File name of a checkpoint that is neither counted nor deletes others; None for
             ``checkpoint_<updates>.pt``.
 
@@ -88,7 +90,7 @@ def save_checkpoint(
         The path of the new checkpoint.
 
     Raises:
-        TypeError: If the payload holds something that a checkpoint cannot.
+        TypeError: If the payload contains a type that checkpoints cannot hold.
         ValueError: If ``keep`` is below 1 or a counter is negative.
         OSError: If the disk is full, or the directory cannot be written.
     """
@@ -110,10 +112,10 @@ def list_checkpoints(directory: str | os.PathLike[str]) -> list[Path]:
     """List the checkpoints of a directory, lowest number of updates first.
 
     Args:
-        directory: The directory; one that does not exist holds none.
+        directory: The directory; it need not exist.
 
     Returns:
-        Paths, sorted by number and not by name.
+        Paths, sorted by number, not by name.
     """
     directory = Path(directory)
     if not directory.is_dir():
@@ -122,33 +124,33 @@ def list_checkpoints(directory: str | os.PathLike[str]) -> list[Path]:
 
 
 def latest_checkpoint(directory: str | os.PathLike[str]) -> Path | None:
-    """Return the checkpoint with the highest number, unverified, or None if there is none."""
+    """Return the unverified path of the checkpoint with the highest number, or None."""
     paths = list_checkpoints(directory)
     return paths[-1] if paths else None
 
 
 def latest_valid_checkpoint(directory: str | os.PathLike[str]) -> Path | None:
-    """Return the path of what :func:`find_latest` finds."""
+    """Return the path of the checkpoint from :func:`find_latest`, or None."""
     found = find_latest(directory)
     return None if found is None else found.path
 
 
 def find_latest(directory: str | os.PathLike[str]) -> FoundCheckpoint | None:
-    """Read the highest-numbered checkpoint whose digests hold, those of its records included.
+    """Read the highest-numbered checkpoint whose file and records match their digests.
 
-    A damaged one is skipped with a warning. If all of them share damaged records, the
-    highest-numbered one whose own file is whole is taken: a run that resumes leaves those records
-    out. Records that are missing altogether are no damage: a run that resumes without them fills
-    its replay again, and says so.
+    A damaged one is skipped with a warning. If all of them have damaged records, the
+    highest-numbered one whose file is intact is returned, and a resume leaves those records out.
+    Missing records do not count as damage: a run that resumes without them logs a warning and fills
+    its replay again.
 
     Args:
         directory: The directory of checkpoints.
 
     Returns:
-        The checkpoint, or None if the directory holds none at all.
+        The checkpoint, or None if the directory contains none.
 
     Raises:
-        CheckpointError: If there are checkpoints and every one is damaged.
+        CheckpointError: If checkpoints exist but all of them are damaged.
     """
     paths = list_checkpoints(directory)
     incomplete: FoundCheckpoint | None = None
@@ -156,52 +158,53 @@ def find_latest(directory: str | os.PathLike[str]) -> FoundCheckpoint | None:
         try:
             found = open_checkpoint(path)
         except CheckpointError as error:
-            logger.warning("%s Trying the one before it.", error)
+            logger.warning("%s Trying the previous one.", error)
             continue
         if not found.damage:
             return found
         incomplete = incomplete or found
         first = describe_records(found)[0]
-        logger.warning("Checkpoint %s: %s Trying the one before it.", path, first)
+        logger.warning("Checkpoint %s: %s Trying the previous one.", path, first)
     if incomplete is not None:
         logger.warning(
-            "All checkpoints lack records: %s is taken, and damaged records are left out of the "
-            "replay, 256 for each place.",
+            "All checkpoints have damaged records: %s is used, and damaged records are left out of "
+            "the replay, in blocks of 256.",
             incomplete.path,
         )
         return incomplete
     if paths:
         raise CheckpointError(
-            f"All {len(paths)} checkpoints in {directory} are damaged. Start over in another "
+            f"All {len(paths)} checkpoints in {directory} are damaged. Start a new run in another "
             "run_dir."
         )
     return None
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> FoundCheckpoint:
-    """Read a checkpoint, and compare its file and its replay's records with their digests.
+    """Read a checkpoint; compare its file and its replay's records with their digests.
 
     Args:
         path: A checkpoint file of rank 0.
 
     Raises:
-        CheckpointError: If the file is damaged, or not of a run; names it.
+        CheckpointError: If the file is damaged or does not belong to a run; names it.
     """
     path = Path(path)
     checkpoint = load_checkpoint(path)
-    if checkpoint.payload.keys() & (_RUN_PARTS.keys() | {"exported"}):  # others keep what they like
+    # Payloads that do not belong to a run may have any content.
+    if checkpoint.payload.keys() & (_RUN_PARTS.keys() | {"exported"}):
         check_run(checkpoint.payload, path)
     damage = damaged_records(checkpoint, path, records_folder(run_of(path)))
     return FoundCheckpoint(path, checkpoint, damage)
 
 
 def damaged_records(checkpoint: Checkpoint, path: Path, folder: Path) -> list[tuple[int, int]]:
-    """Return streams and blocks of a checkpoint's records that are damaged; none if all are gone.
+    """Return streams and blocks of damaged records; empty if the records do not exist.
 
     Args:
-        checkpoint: Of any rank.
-        path: Of its file.
-        folder: Of its records.
+        checkpoint: The checkpoint of any rank.
+        path: Path of its file.
+        folder: Folder of its records.
 
     Raises:
         CheckpointError: If the manifest is malformed.
@@ -219,21 +222,21 @@ def damaged_records(checkpoint: Checkpoint, path: Path, folder: Path) -> list[tu
 
 
 def describe_records(found: FoundCheckpoint) -> list[str]:
-    """Say which records of a checkpoint are damaged, one line each."""
+    """Describe the damaged records of a checkpoint, one line per block."""
     manifest, folder = found.checkpoint.payload.get(REPLAY), records_folder(run_of(found.path))
     return [describe_damage(place, manifest, folder) for place in found.damage if manifest]
 
 
 def check_run(payload: dict[str, Any], path: str | os.PathLike[str]) -> None:
-    """Refuse a checkpoint that lacks a part that a run resumes from.
+    """Refuse a checkpoint that lacks a part that a resume needs.
 
     Raises:
-        CheckpointError: Naming the part.
+        CheckpointError: If a part is missing; names it.
     """
     if payload.get("exported"):
         raise CheckpointError(
-            f"resume: {path} is an exported policy, which holds no optimizer, counters or replay: "
-            "load_policy opens it; a run needs one of its own checkpoints."
+            f"resume: {path} is an exported policy, without optimizer, counters and replay. Open "
+            "it with load_policy; to resume a run, pass one of its checkpoints."
         )
     for name, kind in _RUN_PARTS.items():
         if not isinstance(payload.get(name), kind):
@@ -245,21 +248,21 @@ def check_run(payload: dict[str, Any], path: str | os.PathLike[str]) -> None:
 def resolve_resume(
     resume: str | os.PathLike[str] | Literal["auto"] | None, run_dir: str | os.PathLike[str]
 ) -> FoundCheckpoint | None:
-    """Read the checkpoint that the setting ``resume`` means.
+    """Read the checkpoint that the setting ``resume`` selects.
 
     Args:
-        resume: None starts a new run; ``"auto"`` takes the latest valid checkpoint of
-            ``run_dir``, if there is one; a path names a checkpoint file, a ``checkpoints``
-            directory, or a run directory.
-        run_dir: The directory of the run that is about to start.
+        resume: None starts a new run; ``"auto"`` selects the latest valid checkpoint of
+            ``run_dir``, if any; a path selects a checkpoint file, a ``checkpoints`` directory, or a
+            run directory.
+        run_dir: The directory of the run that is starting.
 
     Returns:
-        The checkpoint, or None for a run that starts at zero.
+        The checkpoint, or None for a new run.
 
     Raises:
-        CheckpointError: If ``resume`` is None and ``run_dir`` already holds checkpoints (the new
-            run would mix with the old one), if the path does not exist or holds no checkpoint, or
-            if the checkpoint is damaged.
+        CheckpointError: If ``resume`` is None and ``run_dir`` already holds checkpoints (two runs
+            would mix), if the path does not exist or contains no checkpoint, or if the checkpoint
+            is damaged.
     """
     own = checkpoints_of(run_dir)
     if resume is None:
@@ -275,7 +278,7 @@ def resolve_resume(
     if path.is_dir():
         found = find_latest(path) or find_latest(path / "checkpoints")
         if found is None:
-            raise CheckpointError(f"resume={resume} holds no file named checkpoint_<updates>.pt.")
+            raise CheckpointError(f"resume={resume} has no file named checkpoint_<updates>.pt.")
         return found
     if not path.exists():
         raise CheckpointError(
@@ -289,14 +292,14 @@ def resolve_resume(
 
 
 def discard_checkpoints_after(directory: str | os.PathLike[str], updates: int) -> list[Path]:
-    """Delete the checkpoints that lie in the future of a run resumed at ``updates``.
+    """Delete the checkpoints that are newer than the one from which a run resumes.
 
-    Without this, resuming from an older checkpoint in the same run directory and then resuming
-    with ``"auto"`` would jump to the abandoned branch.
+    Otherwise, after a resume from an older checkpoint in the same run directory, ``"auto"`` would
+    select a checkpoint of the abandoned branch.
 
     Args:
         directory: The directory of checkpoints.
-        updates: The count of the checkpoint that the run resumes from; it stays.
+        updates: Number of the checkpoint from which the run resumes; it is kept.
 
     Returns:
         The deleted paths.

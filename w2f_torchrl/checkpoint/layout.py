@@ -1,8 +1,8 @@
-"""The payload of a run's checkpoint, and that of older formats brought into its form.
+"""The payload of a run's checkpoint, and the conversion of older formats.
 
-Format 3 holds one entry per part of a run (:data:`SHARED_PARTS`, :data:`RANK_PARTS`), each what the
-part's ``state_dict`` returned. Formats 1 and 2 spread the same values over the payload and over an
-entry ``resume``; format 1 had no replay, random streams or environments.
+Format 3 holds one entry per part of a run (:data:`SHARED_PARTS`, :data:`RANK_PARTS`), the result of
+the part's ``state_dict``. Formats 1 and 2 spread the same values over the payload and an entry
+``resume``; format 1 had no replay, random streams or environments.
 """
 
 from __future__ import annotations
@@ -10,16 +10,16 @@ from __future__ import annotations
 from typing import Any
 
 HEADER = ("config", "action_size", "ranks", "exception")
-"""Plain values about the run; only rank 0 writes them."""
+"""Plain values about the run, written only by rank 0."""
 SHARED_PARTS = ("learner", "counters", "masks", "evaluations")
-"""Parts whose state is equal on all ranks. Rank 0 writes them; ``best.pt`` holds nothing else."""
+"""Parts with equal state on all ranks, written by rank 0; the only parts in ``best.pt``."""
 RANK_PARTS = ("metrics", "failures", "diagnostics", "log", "collection", "sampling", "random")
-"""Parts of which each rank writes its own."""
+"""Parts that every rank writes separately."""
 REPLAY = "replay"
-"""The manifest of a rank's records, which the writer adds when they are on disk."""
+"""The manifest of a rank's records, added by the writer when they are on disk."""
 
 _COUNTERS = ("steps", "frames", "first_steps", "schedule")
-# Part, its entries, and what each was called under "resume" in format 2.
+# Parts and their entries, with the name of each under "resume" in format 2.
 _RANK_ENTRIES = {
     "metrics": {"sums": "sums", "summed": "summed", "window": "window"},
     "log": {"bytes": "metrics_bytes", "wandb": "wandb"},
@@ -35,15 +35,15 @@ _OPTIONAL = ("held", "worker_restarts", "metrics_bytes", "wandb")
 
 
 def upgrade(payload: dict[str, Any], *, updates: int, frames: int) -> dict[str, Any]:
-    """Bring the payload of format 1 or 2 into the form of format 3.
+    """Convert the payload of format 1 or 2 to format 3.
 
     Args:
-        payload: As it was read. One that is not of a run is returned as it is.
-        updates: Of the checkpoint.
-        frames: Of the checkpoint.
+        payload: The payload of the file. It is returned unchanged if it does not belong to a run.
+        updates: Updates of the checkpoint.
+        frames: Frames of the checkpoint.
 
     Raises:
-        KeyError: If an entry that every file of its format has is missing.
+        KeyError: If a required entry of its format is missing.
     """
     if "learner" not in payload and "resume" not in payload:
         return payload

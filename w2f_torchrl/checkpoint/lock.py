@@ -1,4 +1,4 @@
-"""One process at a time in a run directory."""
+"""Allow only one process at a time in a run directory."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ _TAKEN = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
 
 
 class RunLock:
-    """A lock on a run directory, which the kernel frees when the process ends, however it ends.
+    """A lock on a run directory, which the kernel frees when the process ends in any way.
 
-    flock where the file system has it, else a POSIX lock; some have neither (Lustre without its
-    option ``flock``, some NFS): then a warning says that nothing keeps a second run out.
+    It uses flock, or a POSIX lock if the file system does not support flock. Some support neither
+    (Lustre without its option ``flock``, some NFS): then a warning says that a second run is not
+    prevented.
 
     Args:
         run_dir: The directory.
@@ -34,11 +35,11 @@ class RunLock:
         self._made = False
 
     def acquire(self) -> None:
-        """Take the lock, if this process hasn't got it yet; make the directory if there is none.
+        """Take the lock, unless already held; create the directory if it does not exist.
 
         Raises:
-            CheckpointError: If another process, or another Trainer of this one, has it; or if a
-                file that a run writes is a link to elsewhere.
+            CheckpointError: If another process, or another Trainer of this process, holds it; or if
+                a file that a run writes is a link to another place.
         """
         if self._file is not None:
             return
@@ -49,10 +50,10 @@ class RunLock:
             self._file = self._take()
 
     def _take(self) -> IO[str] | None:
-        """The locked file; None if its directory was deleted meanwhile."""
+        """Return the locked file; None if its directory was deleted meanwhile."""
         path = self.run_dir / LOCK_NAME
         try:
-            # Not truncated: whoever has the lock has written who it is.
+            # Not truncated: it names the process that holds the lock.
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
         except FileNotFoundError:
             return None
@@ -75,13 +76,13 @@ class RunLock:
         return stream
 
     def release(self) -> None:
-        """Give the lock back. Giving it back twice is allowed."""
+        """Release the lock. Releasing twice is allowed."""
         if self._file is not None:
             self._file.close()
             self._file = None
 
     def abandon(self) -> None:
-        """Give the lock back, and delete a directory that was made for nothing but it."""
+        """Release the lock, and delete the directory if it was created only for the lock."""
         if self._file is not None and self._made and os.listdir(self.run_dir) == [LOCK_NAME]:
             (self.run_dir / LOCK_NAME).unlink()
             self.run_dir.rmdir()
@@ -89,10 +90,10 @@ class RunLock:
 
 
 def _lock(descriptor: int, run_dir: Path) -> None:
-    """Lock a file in the way that its file system allows.
+    """Lock a file by the method that its file system supports.
 
     Raises:
-        OSError: If another process has the lock.
+        OSError: If another process holds the lock.
     """
     for lock in (fcntl.flock, fcntl.lockf):
         try:
@@ -103,19 +104,19 @@ def _lock(descriptor: int, run_dir: Path) -> None:
         else:
             return
     logger.warning(
-        "the file system of run_dir=%s has no locks: nothing keeps a second run out of it. See to "
-        "it that no two runs have this run_dir at a time.",
+        "the file system of run_dir=%s does not support locks, so a second run in it is not "
+        "prevented. Make sure that no two runs use this run_dir at the same time.",
         run_dir,
     )
 
 
 def check_no_links(run_dir: Path) -> None:
-    """Refuse a directory in which a file is a link: a run would write to where it leads.
+    """Refuse a directory that contains a link to a file: a run would write to its target.
 
-    A directory may come from anywhere. Links to folders, such as a replay on a faster disk, stay.
+    Directories are not trusted. Links to folders, such as a replay on a faster disk, are allowed.
 
     Raises:
-        CheckpointError: Naming the link.
+        CheckpointError: If it contains one; names the link.
     """
     for path in run_dir.iterdir():
         if path.is_symlink() and not path.is_dir():

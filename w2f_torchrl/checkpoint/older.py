@@ -1,4 +1,4 @@
-"""What checkpoints of earlier versions lack: settings, and parameters that were one tensor then."""
+"""Complete checkpoints of earlier versions: missing settings, and parameters split since."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from w2f_torchrl.checkpoint.file import CheckpointError
 from w2f_torchrl.config.model import ModelConfig
 from w2f_torchrl.modules.image_decoder import split_mask
 
-#: Settings of the model that were added later, and what networks were before them.
+#: Settings of the model that were added later, with the former behaviour as value.
 MODEL_BEFORE = {"background_encoder": "shared", "decoder": "torchrl", "resample": "stride"}
 
-#: Settings that change what the same parameters compute, so that loading them would not fail.
+#: Settings that change the computation but not the parameters, so that loading would not fail.
 SAME_SHAPES = ("decoder", "resample")
 
 
 def complete_model(model: dict[str, Any]) -> dict[str, Any]:
-    """The settings of a checkpoint's model, with those that are newer than it.
+    """Return the settings of a checkpoint's model, completed with those that are newer.
 
     Args:
         model: ``config["model"]`` as it was saved.
@@ -28,14 +28,14 @@ def complete_model(model: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_same_networks(saved: dict[str, Any], now: ModelConfig) -> None:
-    """Refuse to go on with parameters that other settings would give another meaning.
+    """Refuse settings that would change the meaning of the saved parameters.
 
     Args:
         saved: ``config["model"]`` of the checkpoint.
-        now: The run's.
+        now: The model settings of the run.
 
     Raises:
-        CheckpointError: Naming each such setting with the value to pass.
+        CheckpointError: If any would; names each such setting and the value to pass.
     """
     complete = complete_model(saved)
     wrong = [name for name in SAME_SHAPES if complete[name] != getattr(now, name)]
@@ -50,15 +50,15 @@ def check_same_networks(saved: dict[str, Any], now: ModelConfig) -> None:
 def split_moments(
     optimizer: dict[str, Any], saved_names: set[str], names: Sequence[str]
 ) -> dict[str, Any]:
-    """Cut the optimizer's moments as the foreground decoder cuts its last layer.
+    """Split the optimizer's moments like the last layer of the foreground decoder.
 
     Args:
-        optimizer: The saved state dict, of an optimizer with one group.
+        optimizer: The saved state dict of an optimizer with one group.
         saved_names: Names of the saved parameters and buffers.
-        names: Of the parameters that are trained now, in the optimizer's order.
+        names: Names of the parameters that are trained now, in the optimizer's order.
 
     Returns:
-        A state dict for the parameters of now; the same one where none was cut.
+        A state dict for the current parameters; the given one if none is split.
     """
     joints = {
         name: _joint_of(name, names)
@@ -72,7 +72,7 @@ def split_moments(
     for i, name in enumerate(names):
         source = joints.get(name, name)
         moments = optimizer["state"].get(before.index(source))
-        if moments is None:  # no update was made
+        if moments is None:  # before the first update
             continue
         if source in joints.values():
             dim, part = (1 if name.endswith("weight") else 0), int(name in joints)
@@ -83,7 +83,7 @@ def split_moments(
 
 
 def _joint_of(name: str, names: Sequence[str]) -> str:
-    """The last layer's parameter that held the mask head's."""
+    """Return the parameter of the last layer that contained the mask head's."""
     decoder, _, kind = name.partition(".mask_head.")
     layers = [n for n in names if n.startswith(f"{decoder}.layers.") and n.endswith(f".{kind}")]
     return layers[-1]

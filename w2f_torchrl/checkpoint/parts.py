@@ -1,4 +1,4 @@
-"""The one list of what a checkpoint of a run holds, and the one place that puts it back."""
+"""The parts of a run that a checkpoint holds, and the only place that restores them."""
 
 from __future__ import annotations
 
@@ -15,32 +15,32 @@ from w2f_torchrl.data.replay.replay_files import ReplayFiles
 
 
 class Stateful(Protocol):
-    """A part of a run that persists."""
+    """A part of a run that is saved in checkpoints."""
 
     def state_dict(self) -> Any:
         """Return the state in plain Python types and tensors."""
         ...
 
     def load_state_dict(self, state_dict: Any, /) -> Any:
-        """Take over a state from :meth:`state_dict`."""
+        """Load a state from :meth:`state_dict`."""
         ...
 
 
 class Checkpoints:
-    """The checkpoints of a run, as one rank writes them.
+    """The checkpoints that one rank of a run writes.
 
     Args:
         directory: The folder of the rank's checkpoints.
-        header: Plain values about the run that only rank 0 writes; None on the other ranks.
-        shared: Parts that are equal on all ranks, by the names in
+        header: Plain values about the run, written only by rank 0; None on the other ranks.
+        shared: Parts with equal state on all ranks, by the names in
             :data:`~w2f_torchrl.checkpoint.layout.SHARED_PARTS`.
-        own: Parts of which each rank has its own, by the names in
+        own: Parts that every rank writes separately, by the names in
             :data:`~w2f_torchrl.checkpoint.layout.RANK_PARTS`.
-        keep: How many checkpoints are kept, besides the best.
+        keep: How many checkpoints to keep, besides the best.
         every_updates: Updates between two checkpoints.
 
     Raises:
-        ValueError: If a part is missing from the list, or is not in it.
+        ValueError: If the parts differ from these lists.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class Checkpoints:
     ) -> None:
         for given, names in ((shared, SHARED_PARTS), (own, RANK_PARTS)):
             if tuple(given) != names:
-                raise ValueError(f"parts are {', '.join(given)}: must be {', '.join(names)}.")
+                raise ValueError(f"parts are {', '.join(given)}; they must be {', '.join(names)}.")
         self.directory, self.header = directory, header
         self.shared, self.own = dict(shared), dict(own)
         self.keep, self.every_updates = keep, every_updates
@@ -64,12 +64,12 @@ class Checkpoints:
         self.writer: CheckpointWriter | None = None
 
     def restore(self, resumption: Resumption) -> None:
-        """Put every part back, and delete the checkpoints that lie in its future.
+        """Restore every part, and delete newer checkpoints.
 
-        A part of a rank that did not save it stays as it was made.
+        A part that this rank did not save keeps its initial state.
 
         Raises:
-            CheckpointError: If a part's state is malformed or of another model.
+            CheckpointError: If the state of a part is malformed or of another model.
         """
         saved = resumption.checkpoint
         with malformed_is_an_error(resumption.path):
@@ -82,7 +82,7 @@ class Checkpoints:
         self.last = saved.updates
 
     def start(self, files: ReplayFiles) -> None:
-        """Start the thread that writes; the replay's files are open from now on."""
+        """Start the thread that writes checkpoints; the replay must be open."""
         self.writer = CheckpointWriter(self.directory, self.keep, files)
 
     def are_due(self, updates: int) -> bool:
@@ -90,16 +90,16 @@ class Checkpoints:
         return updates // self.every_updates > self.last // self.every_updates
 
     def save(self, *, updates: int, frames: int, wait: bool, exception: str | None = None) -> Path:
-        """Take the state of every part, and write it; all ranks call it.
+        """Write the state of every part; all ranks call it.
 
         Args:
             updates: Learner updates so far.
             frames: Environment frames so far.
             wait: Whether to return only when it is on disk.
-            exception: The traceback of what ended the run.
+            exception: Traceback of the exception that ended the run.
 
         Returns:
-            The path that the checkpoint has or will have.
+            The path of the checkpoint, which may still be being written.
         """
         assert self.writer is not None, "the run has started"
         self.last = updates
@@ -109,7 +109,7 @@ class Checkpoints:
         return self.writer.save(payload, updates=updates, frames=frames, wait=wait)
 
     def save_best(self, *, updates: int, frames: int) -> None:
-        """Write the shared parts as those that evaluated best; only rank 0 calls it."""
+        """Write the shared parts as ``best.pt``; only rank 0 calls it."""
         assert self.writer is not None, "the run has started"
         self.writer.save_best(self._networks(), updates=updates, frames=frames)
 

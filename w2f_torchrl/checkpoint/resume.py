@@ -1,4 +1,4 @@
-"""What a run resumes from: the checkpoint that its settings mean, as one rank reads it."""
+"""Find the checkpoint from which a run resumes, and read the parts of one rank."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ T = TypeVar("T")
 
 
 class RankGroup(Protocol):
-    """What is needed of a run's processes; :class:`~w2f_torchrl.utils.ranks.Ranks`."""
+    """The required methods of a run's processes; see :class:`~w2f_torchrl.utils.ranks.Ranks`."""
 
     rank: int
 
     def on_first(self, function: Callable[[], T]) -> T:
-        """Call a function on rank 0 only, and give every rank its result."""
+        """Call a function on rank 0 only, and return its result on every rank."""
         ...
 
     def gather(self, items: list[Any]) -> list[Any]:
-        """Return all ranks' items."""
+        """Return the items of all ranks."""
         ...
 
 
@@ -55,43 +55,43 @@ class SavedRecords:
     manifest: Manifest
     folder: Path
     damage: Collection[tuple[int, int]] = ()
-    """Streams and blocks that are left out."""
+    """Streams and blocks to leave out."""
 
 
 @dataclass(frozen=True)
 class Resumption:
-    """A checkpoint as one rank resumes from it."""
+    """A checkpoint from which one rank resumes."""
 
     path: Path
-    """Of rank 0's file."""
+    """Path of rank 0's file."""
     checkpoint: Checkpoint
-    """Of rank 0."""
+    """Checkpoint of rank 0."""
     own: dict[str, Any]
-    """States of this rank's own parts by name; a part that it did not save is missing."""
+    """States of this rank's separate parts by name, without those that it did not save."""
     records: SavedRecords | None
-    """Of its replay; None if the replay has to fill again."""
+    """Records of its replay; None if the replay has to fill again."""
 
     @property
     def must_fill_again(self) -> bool:
-        """Whether a replay that held records is lost."""
+        """Whether the records of the replay are lost."""
         steps = self.checkpoint.payload["counters"]["steps"]
         return self.records is None and (self.checkpoint.format_version == 1 or bool(steps))
 
 
 def find_resumption(config: RunConfig, ranks: RankGroup, *, is_restart: bool) -> Resumption | None:
-    """Find and read what a run resumes from; all ranks call it.
+    """Find and read the checkpoint from which a run resumes; all ranks call it.
 
     Args:
         config: The run's settings.
         ranks: The run's processes.
-        is_restart: Whether a launcher restarts the run, and so means to resume it.
+        is_restart: Whether a launcher has restarted the run, so that it must resume.
 
     Returns:
-        The checkpoint, each of its files hashed once, or None for a run that begins.
+        The checkpoint, each of its files hashed once, or None for a new run.
 
     Raises:
-        CheckpointError: If the run directory holds a run that must not be mixed with another, the
-            checkpoint is missing, damaged or malformed, or settings that must stay have changed.
+        CheckpointError: If the run directory already holds another run, the checkpoint is missing,
+            damaged or malformed, or settings that must stay the same have changed.
     """
     found: list[FoundCheckpoint] = []
 
@@ -140,14 +140,14 @@ def _read_rank(
     run_dir: Path,
     damage: list[tuple[int, int]] | None,
 ) -> Resumption:
-    """Read a rank's own part.
+    """Read the parts of this rank.
 
     Args:
-        checkpoint: Of rank 0.
-        path: Of its file.
+        checkpoint: Checkpoint of rank 0.
+        path: Path of its file.
         ranks: The run's processes.
         run_dir: The run's directory.
-        damage: Of rank 0's records, where this is rank 0.
+        damage: Damage of rank 0's records; None on other ranks.
     """
     own_path = checkpoints_of(run_of(path), ranks.rank) / path.name
     own: Checkpoint | None = checkpoint
@@ -157,14 +157,14 @@ def _read_rank(
         logger.warning("%s has no part of rank %d", path, ranks.rank)
     folder = records_folder(run_of(path), ranks.rank)
     manifest = None if own is None else _manifest_of(own, path, folder)
-    # All ranks resume their replays or none does: the number of updates is the same for all.
+    # Either all ranks resume their replays or none does, as all do the same number of updates.
     if not all(ranks.gather([manifest is not None])):
         manifest = None
     records = None
     if own is not None and manifest is not None:
         if damage is None:
             damage = damaged_records(own, own_path, folder)
-        assert own.payload["sampling"] is not None  # records are of no use without it
+        assert own.payload["sampling"] is not None  # records are useless without it
         records = SavedRecords(manifest, folder, damage)
     shared = (*HEADER, *SHARED_PARTS, REPLAY)
     parts = {} if own is None else {k: v for k, v in own.payload.items() if k not in shared}
@@ -172,7 +172,7 @@ def _read_rank(
 
 
 def _log_state(checkpoint: Checkpoint, path: Path, run_dir: Path) -> dict[str, Any]:
-    """Where the metrics end; the size of the file counts only in the run that wrote it."""
+    """Return where the metrics end; the file's size is valid only in the run that wrote it."""
     state = {"bytes": None, "wandb": None} | checkpoint.payload.get("log", {})
     if run_of(path).resolve() != run_dir.resolve():
         state = {"bytes": None, "wandb": None}
@@ -180,17 +180,17 @@ def _log_state(checkpoint: Checkpoint, path: Path, run_dir: Path) -> dict[str, A
 
 
 def _manifest_of(saved: Checkpoint, path: Path, folder: Path) -> Manifest | None:
-    """Return what a checkpoint holds of the replay; None, with a warning, if its records are gone.
+    """Return a checkpoint's manifest of the replay; None, with a warning, without its records.
 
     Args:
-        saved: A rank's checkpoint.
-        path: Of rank 0's file.
-        folder: Of the rank's records.
+        saved: Checkpoint of a rank.
+        path: Path of rank 0's file.
+        folder: Folder of the rank's records.
     """
     manifest: Manifest | None = saved.payload.get(REPLAY)
     if manifest is None:
         if saved.format_version == 1 or saved.updates:
-            logger.warning("%s holds no replay: it fills again before the first update", path)
+            logger.warning("%s contains no replay, which fills again before the first update", path)
         return None
     try:
         open_records(manifest, folder).close()

@@ -1,7 +1,7 @@
-"""Which settings may be others at a resume than in the checkpoint, and why not.
+"""Settings that may change at a resume, and those that may not.
 
-:data:`RULES` is the only place that says so: a resume is checked against it, and
-``docs/howto/resume.md`` shows it (:func:`resume_table`).
+:data:`RULES` is the only source: a resume is checked against it, and ``docs/howto/resume.md`` shows
+it (:func:`resume_table`).
 """
 
 from __future__ import annotations
@@ -13,92 +13,97 @@ Settings = Mapping[str, Any]
 
 
 class Rule(NamedTuple):
-    """What holds for some settings at a resume."""
+    """The rule for some settings at a resume."""
 
     names: tuple[str, ...]
-    """Settings, or groups of them with a dot at the end."""
+    """Settings, or groups of settings with a dot at the end."""
     may_change: bool
     why: str
-    """What follows from a change; or why there can be none."""
+    """The effect of a change, or the reason why it is refused."""
 
 
 RULES = (
     Rule(
         ("algo.", "model."),
         False,
-        "the networks have these parts and sizes: it would be another model",
+        "they define the parts and sizes of the networks, so it would be another model",
     ),
-    Rule(("model.preset",), True, "a name only; the sizes must stay"),
+    Rule(("model.preset",), True, "only a name; the sizes must stay the same"),
     Rule(
         ("environment.domain", "environment.task"),
         False,
-        "the replay's records, with their rewards, and what was learned are of that task",
+        "the replay's records and rewards, and the networks, belong to the old task",
     ),
     Rule(
         ("environment.image_size",),
         False,
-        "records and networks have pictures of that size: it would be another model",
+        "records and networks have the old image size, so it would be another model",
     ),
-    Rule(("environment.num_envs",), False, "the replay has a stream of records for each env"),
+    Rule(("environment.num_envs",), False, "the replay has one stream of records per env"),
     Rule(
         ("environment.action_repeat",),
         False,
-        "an action lasts that long in the replay's records and in the world model",
+        "the replay's records and the world model use the old action repeat",
     ),
     Rule(
         ("environment.",),
         True,
-        "how the task is seen and distracted: the envs begin new episodes, the replay keeps the "
+        "the view and the distractions change: the envs begin new episodes, the replay keeps the "
         "old ones",
     ),
     Rule(
         ("segmentation.source",),
         False,
-        "the replay's masks come from there (auto keeps what it chose)",
+        "the replay's masks come from the old source (auto keeps the source that it chose)",
     ),
-    Rule(("segmentation.",), True, "from the next frame on; a student keeps what it has learned"),
-    Rule(("loss.", "optimizer."), True, "from the next update on; moments and statistics stay"),
-    Rule(("training.batch_length",), False, "the replay's queue is of sequences of that length"),
+    Rule(("segmentation.",), True, "applies from the next frame; a student keeps its weights"),
+    Rule(
+        ("loss.", "optimizer."),
+        True,
+        "applies from the next update; moments and statistics are kept",
+    ),
+    Rule(("training.batch_length",), False, "the replay's queue holds sequences of the old length"),
     Rule(
         ("training.train_ratio", "training.batch_size"),
         False,
-        "updates are counted by train_ratio / (batch_size x batch_length), and train_ratio, "
-        "batch_size and batch_length must stay; both in proportion may change, and with another "
-        "number of ranks either",
+        "updates are counted by train_ratio / (batch_size x batch_length): train_ratio, batch_size "
+        "and batch_length must not change, except train_ratio and batch_size in proportion, or "
+        "either with another number of ranks",
     ),
-    Rule(("training.total_frames",), True, "a run is prolonged or shortened"),
-    Rule(("training.prefill_steps",), True, "nothing, unless the replay has to fill again"),
-    Rule(("training.",), True, "from the next update on"),
+    Rule(("training.total_frames",), True, "the run becomes longer or shorter"),
+    Rule(("training.prefill_steps",), True, "has no effect, unless the replay has to fill again"),
+    Rule(("training.",), True, "applies from the next update"),
     Rule(
         ("distributed.",),
         True,
-        "with another number of ranks all replays but rank 0's begin anew, and so do the episodes",
+        "with another number of ranks, the envs begin new episodes, and the replays of new ranks "
+        "start empty",
     ),
     Rule(("collection.num_workers", "collection.overlap"), True, "the envs begin new episodes"),
-    Rule(("collection.",), True, "from the next batch on"),
+    Rule(("collection.",), True, "applies from the next batch"),
     Rule(
         ("replay.capacity",),
         True,
-        "a smaller replay keeps the newest records; they are written anew",
+        "a smaller replay keeps the newest records; they are written to new files",
     ),
-    Rule(("replay.",), True, "the records are taken over"),
-    Rule(("evaluation.", "checkpoint.", "logging."), True, "from then on"),
+    Rule(("replay.",), True, "the records are kept"),
+    Rule(("evaluation.", "checkpoint.", "logging."), True, "applies from then on"),
     Rule(
         ("seed",),
         False,
-        "random streams continue from the checkpoint: it would still be the run of the old seed",
+        "random streams continue from the checkpoint, so it would still be the run of the old seed",
     ),
     Rule(
         ("device",),
         True,
-        "random streams of a device that isn't there any more begin anew",
+        "random streams of a device that is no longer available start again",
     ),
-    Rule(("run_dir", "resume"), True, "a run may be moved, renamed, or continued elsewhere"),
+    Rule(("run_dir", "resume"), True, "a run can be moved, renamed, or continued elsewhere"),
 )
 
 
 def flat_settings(settings: Settings, prefix: str = "") -> dict[str, Any]:
-    """Nested settings by their full names; a distraction's own fields stay together."""
+    """Return nested settings by their full names; the fields of a distraction stay together."""
     flat: dict[str, Any] = {}
     for name, value in settings.items():
         if isinstance(value, Mapping) and not prefix:
@@ -109,10 +114,10 @@ def flat_settings(settings: Settings, prefix: str = "") -> dict[str, Any]:
 
 
 def rule_of(name: str) -> Rule:
-    """The rule for a setting: the one that names it, else the one that names its group.
+    """Return the rule that names a setting, or else the rule that names its group.
 
     Raises:
-        KeyError: If there is none; a test sees to it that there is.
+        KeyError: If none exists; a test checks that all settings have one.
     """
     for wanted in (name, f"{name.split('.')[0]}."):
         for rule in RULES:
@@ -122,13 +127,13 @@ def rule_of(name: str) -> Rule:
 
 
 def forbidden_changes(saved: Settings, now: Settings) -> list[str]:
-    """Say which settings have changed that must stay, in words.
+    """Describe the forbidden changes of settings.
 
-    Settings that only one of two versions of this package knows are left out.
+    Settings that exist in only one of the two are ignored, as they are of another version.
 
     Args:
-        saved: A checkpoint's, nested.
-        now: The run's.
+        saved: Nested settings of a checkpoint.
+        now: Nested settings of the run.
     """
     before, after = flat_settings(saved), flat_settings(now)
     found = []
@@ -141,8 +146,8 @@ def forbidden_changes(saved: Settings, now: Settings) -> list[str]:
 
 
 def _is_allowed(name: str, before: Settings, after: Settings) -> bool:
-    """Whether a change is judged elsewhere, or is made good by another one."""
-    if name == "segmentation.source":  # by name of what makes the masks: check_same_source
+    """Return whether a change is checked elsewhere, or compensated by another one."""
+    if name == "segmentation.source":  # compared as resolved: check_same_source
         return True
     ratio, batch = "training.train_ratio", "training.batch_size"
     if name in (ratio, batch):
@@ -152,8 +157,8 @@ def _is_allowed(name: str, before: Settings, after: Settings) -> bool:
 
 
 def resume_table() -> str:
-    """The rules as a Markdown table."""
-    rows = ["| setting | may be another at a resume | |", "|---|---|---|"]
+    """Return the rules as a Markdown table."""
+    rows = ["| setting | may change at a resume | |", "|---|---|---|"]
     for rule in RULES:
         names = ", ".join(
             f"`{name}*`" if name.endswith(".") else f"`{name}`" for name in rule.names

@@ -1,4 +1,4 @@
-"""Checkpoints written in the background: the state is taken in a moment, a thread writes it."""
+"""Write checkpoints in the background: the state is copied quickly, and a thread writes it."""
 
 from __future__ import annotations
 
@@ -25,16 +25,15 @@ logger = logging.getLogger(__name__)
 
 
 class CheckpointWriter:
-    """Writes checkpoints and the replay's new records, in this order on disk: records, checkpoint.
+    """Write checkpoints, each after the new records of the replay.
 
-    A crash at any moment leaves the checkpoints before with every record that they need: a record
-    is overwritten only when no checkpoint needs it, and those that would lose one are deleted
-    first, but never the newest.
+    A crash at any moment leaves earlier checkpoints with all the records that they need: before a
+    record is overwritten, the checkpoints that need it are deleted, but never the newest.
 
     Args:
-        directory: The run's ``checkpoints``.
-        keep: How many are kept, besides the best.
-        files: The replay's records.
+        directory: The run's ``checkpoints`` folder.
+        keep: How many checkpoints to keep, besides the best.
+        files: The files of the replay's records.
     """
 
     def __init__(self, directory: Path, keep: int, files: ReplayFiles) -> None:
@@ -42,13 +41,13 @@ class CheckpointWriter:
         self._manifests: dict[Path, Manifest | None] = {
             path: _manifest_of(path) for path in list_checkpoints(directory)
         }
-        # Of the checkpoint with the highest number, at first; then of the last one written.
+        # The manifest with the highest number; later, of the last checkpoint written.
         self._newest = list(self._manifests.values())[-1] if self._manifests else None
         self._lock = threading.Lock()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
         self.pause = 0.0
-        """Seconds that the last :meth:`save` held training up."""
+        """Seconds for which the last :meth:`save` blocked training."""
 
     def save(
         self,
@@ -61,17 +60,17 @@ class CheckpointWriter:
         """Copy the state, and write it in the background.
 
         Args:
-            payload: The state, as :func:`~w2f_torchrl.checkpoint.folder.save_checkpoint` takes
-                it; tensors are copied.
+            payload: The state, as in :func:`~w2f_torchrl.checkpoint.folder.save_checkpoint`;
+                tensors are copied.
             updates: Learner updates so far.
             frames: Environment frames so far.
             wait: Whether to return only when everything is on disk.
 
         Returns:
-            The path that the checkpoint has or will have.
+            The path of the checkpoint, which may still be being written.
 
         Raises:
-            OSError: If the disk is full, also where the write before failed for that.
+            OSError: If the disk is full, now or in the previous write.
         """
         start = time.monotonic()
         self.wait()
@@ -97,10 +96,10 @@ class CheckpointWriter:
         """Delete old checkpoints whose records a growing replay on disk will overwrite.
 
         Args:
-            records: Maximum number of records that a stream may get before the next call.
+            records: Maximum number of records added to a stream before the next call.
 
         Returns:
-            Whether the newest would lose records too, so that another must be written first.
+            Whether even the newest would lose records, so that another must be written first.
         """
         if not self.files.mapped:
             return False
@@ -132,12 +131,12 @@ class CheckpointWriter:
             self.files.remove_unused(self._manifests.values())
 
     def save_best(self, networks: dict[str, Any], *, updates: int, frames: int) -> None:
-        """Write ``best.pt`` in the background: networks to act with, without a replay.
+        """Write ``best.pt`` in the background: the networks, without a replay.
 
-        So it keeps no old records alive; a run that resumes from it fills its replay again.
+        It therefore needs no old records; a run that resumes from it fills its replay again.
 
         Raises:
-            OSError: If the write before failed.
+            OSError: If the previous write failed.
         """
         self.wait()
         networks = _copy(networks)
@@ -161,12 +160,12 @@ class CheckpointWriter:
 def _manifest_of(path: Path) -> Manifest | None:
     try:
         return read_manifest(path)
-    except CheckpointError:  # a damaged one that a resume has passed over: it needs no records
+    except CheckpointError:  # a damaged one, skipped by the resume: it needs no records
         return None
 
 
 def _copy(value: Any) -> Any:
-    """Copy nested tensors to the host; a tensor that is there twice is copied once."""
+    """Copy nested tensors to the host; a tensor that occurs twice is copied once."""
     return _Copier()(value)
 
 

@@ -1,4 +1,4 @@
-"""Samples on their way to the device, beside what it computes."""
+"""Copies replay samples to the device, overlapped with computation."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from w2f_torchrl.modules.packed_latents import INITIAL
 
 
 class DeviceCopy:
-    """Copies samples to the device; on CUDA on a stream of its own.
+    """Copy samples to the device; on CUDA in a separate stream.
 
-    An update that the host has launched still runs when the host draws the next sample, which is
-    then copied beside it instead of after it. Samples are drawn in the same order and at the same
-    point of the run as without it, none ahead of a checkpoint or of a write: only the copy's place
-    in the device's queue differs.
+    An update that the host has launched is still running when the host draws the next sample. That
+    sample is copied during the update instead of after it. Samples are drawn in the same order and
+    at the same point of the run as without this class, never ahead of a checkpoint or of a write:
+    only the order of work on the device differs.
 
     Args:
-        device: Where to.
+        device: The device to copy to.
     """
 
     def __init__(self, device: torch.device):
@@ -25,7 +25,7 @@ class DeviceCopy:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def __call__(self, sample: TensorDictBase) -> TensorDictBase:
-        """Copy a sample, best from page-locked memory: the host doesn't wait.
+        """Copy a sample; from page-locked memory the host does not wait.
 
         Returns:
             The sample on the device, safe to use on the current stream.
@@ -37,7 +37,7 @@ class DeviceCopy:
         current = torch.cuda.current_stream(self._device)
         current.wait_stream(self._stream)
         for leaf in copied.values(include_nested=True, leaves_only=True):
-            leaf.record_stream(current)  # its memory is the other stream's: not to be reused early
+            leaf.record_stream(current)  # allocated on the other stream: must not be reused early
         return copied
 
     def _copy(self, sample: TensorDictBase) -> TensorDictBase:

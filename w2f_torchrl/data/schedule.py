@@ -1,4 +1,4 @@
-"""How many updates are due: the replay ratio, exactly."""
+"""The number of updates that are due, exactly at the replay ratio."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ class UpdateSchedule:
     """Count the learner updates that are due after a number of agent steps.
 
     An update replays ``batch_size * batch_length`` records, so a train ratio of R replayed records
-    for each agent step means R / (batch_size * batch_length) updates a step. After any sequence of
-    calls the updates add up to ``floor(ratio * (steps - start))`` exactly: the ratio is a fraction
-    and the count a whole number. (TorchRL's ``DreamerV3UpdateRatio`` adds floats, and grants one
+    per agent step means R / (batch_size * batch_length) updates per step. After any sequence of
+    calls the updates add up to exactly ``floor(ratio * (steps - start))``: the ratio is a fraction
+    and the count an integer. (TorchRL's ``DreamerV3UpdateRatio`` adds floats, and allows one
     update at its first call, whatever the ratio.)
 
     Args:
-        train_ratio: Replayed records for each agent step, not negative. A float is read as its
+        train_ratio: Replayed records per agent step, not negative. A float is read as its
             decimal form: 0.1 means 1/10.
         batch_size: Slices in an update's batch (B), over all ranks.
         batch_length: Records in a slice (T).
-        start: Agent steps that are free of updates, such as those that fill the replay first.
+        start: Agent steps without updates, such as those that first fill the replay.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -59,7 +59,7 @@ class UpdateSchedule:
         self.start = start
         self.updates = 0
         self._before = 0
-        """Updates granted with another ratio."""
+        """Updates that were due at an earlier ratio."""
 
     def __call__(self, steps: int) -> int:
         """Return the updates that are due now, and count them as done.
@@ -68,23 +68,23 @@ class UpdateSchedule:
             steps: Agent steps since the beginning of the run, over all envs and ranks.
 
         Raises:
-            ValueError: If ``steps`` went back behind updates that were already granted.
+            ValueError: If ``steps`` allows fewer updates than were already returned.
         """
         due_since = int(
             self.ratio * max(steps - self.start, 0)
-        )  # int() floors what is not negative
+        )  # int() rounds down, as it is not negative
         total = self._before + due_since
         due = total - self.updates
         if due < 0:
             raise ValueError(
-                f"steps={steps} allows {total} updates but {self.updates} were granted before: "
+                f"steps={steps} allows {total} updates, but {self.updates} were already due: "
                 "steps must not decrease."
             )
         self.updates = total
         return due
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the ratio (as "a/b"), the start and the updates granted."""
+        """Return the ratio (as "a/b"), the start and the updates so far."""
         return {
             "ratio": str(self.ratio),
             "start": self.start,
@@ -93,12 +93,12 @@ class UpdateSchedule:
         }
 
     def change_ratio(self, state_dict: dict[str, Any], steps: int) -> None:
-        """Continue a schedule with this one's ratio, as another number of ranks needs.
+        """Continue a schedule with the ratio of this one, after the number of ranks has changed.
 
-        The updates that were granted stay; steps from now on count with the new ratio.
+        Earlier updates are kept; from now on steps count at the new ratio.
 
         Args:
-            state_dict: The other schedule's.
+            state_dict: State of the other schedule.
             steps: Agent steps so far.
         """
         self.start = max(state_dict["start"], steps)
@@ -108,12 +108,12 @@ class UpdateSchedule:
         """Continue a schedule.
 
         Raises:
-            ValueError: If the saved ratio is another one.
+            ValueError: If the saved ratio differs.
         """
         if Fraction(state_dict["ratio"]) != self.ratio:
             raise ValueError(
-                f"The saved schedule made {state_dict['ratio']} updates an agent step, this one "
-                f"makes {self.ratio}: train_ratio, batch_size and batch_length must stay."
+                f"The saved schedule made {state_dict['ratio']} updates per agent step, this one "
+                f"makes {self.ratio}: train_ratio, batch_size and batch_length must not change."
             )
         self.start = state_dict["start"]
         self.updates = state_dict["updates"]

@@ -1,4 +1,4 @@
-"""Evaluation episodes, and what the model sees in them."""
+"""Evaluation episodes, and the model's reconstruction of them."""
 
 from __future__ import annotations
 
@@ -25,38 +25,38 @@ from w2f_torchrl.utils.seeding import derive_seed
 from w2f_torchrl.utils.stopping import check_stop
 
 CONTROL_STEPS = 1000
-"""Of an episode whose env names no limit."""
+"""Length of an episode if its env has no limit."""
 KEPT_STEPS = 1000
-"""Agent steps of an episode that are kept, reconstructed and shown; later ones are only counted."""
+"""Maximum agent steps of an episode to keep, reconstruct and show; later ones are only counted."""
 PART = 64
-"""Agent steps that are played at a time then."""
+"""Agent steps per call once only counting."""
 
 
 @dataclass
 class Evaluation:
-    """What evaluation episodes gave."""
+    """Results of evaluation episodes."""
 
     metrics: dict[str, float]
-    """``eval/return_mean`` and ``_std``, ``eval/length_mean``, and ``wm/mask_iou`` with masks; of
+    """``eval/return_mean`` and ``_std``, ``eval/length_mean``, and ``wm/mask_iou`` with masks; for
     each evaluation set ``eval/<set>/return_mean``, ``return_std``, ``length_mean``, ``mask_iou``.
     """
     pixels: Tensor
-    """First episode, uint8 ``[T, 3, H, W]``."""
+    """The first episode, uint8 ``[T, 3, H, W]``."""
     columns: dict[str, Tensor]
-    """Labelled pictures of the reconstruction of the first episode, ``[T, C, H, W]`` each."""
+    """Labelled images of the first episode's reconstruction, ``[T, C, H, W]`` each."""
     records: TensorDictBase
-    """The first episode's records ``[1, T]``, with masks where the run has them."""
+    """Records ``[1, T]`` of the first episode, with masks if the run has them."""
 
 
 class Evaluator:
-    """Plays episodes with the mode action, in an env of its own and one for each evaluation set.
+    """Play episodes with the mode action, in a separate env and one per evaluation set.
 
     Args:
         config: The run's settings.
         seed: Seed of the envs.
         policy: The acting policy, shared with the learner.
         action_size: A.
-        segment: Gives records their masks where the env draws none.
+        segment: Adds masks to records if the env does not render them.
     """
 
     def __init__(
@@ -78,13 +78,13 @@ class Evaluator:
 
     @property
     def envs(self) -> dict[str, EnvBase]:
-        """The run's own env, as ``run``, and those of the evaluation sets; made when needed."""
+        """The env with the run's settings, ``run``, and those of evaluation sets; made lazily."""
         if not self._envs:
             self.start()
         return self._envs
 
     def start(self) -> None:
-        """Make the envs, in place of those that were made before."""
+        """Make the envs, and close earlier ones."""
         end_all([env.close for env in self._envs.values()])
         sets = evaluation_sets()
         self._envs = {"run": self._make_env(self._seed)} | {
@@ -102,16 +102,16 @@ class Evaluator:
         return env.append_transform(TensorDictPrimer(self._primers))
 
     def seed(self, frames: int) -> None:
-        """Seed the envs by the run's frames: an evaluation doesn't depend on those before it."""
+        """Seed the envs by the run's frames, so that no evaluation depends on earlier ones."""
         for name, env in self.envs.items():
             env.set_seed(derive_seed(self._seed, name, frames), static_seed=True)
 
     def evaluate(self, world_model: WorldModel, episodes: int) -> Evaluation:
-        """Play episodes in the run's own environment, then in those of the evaluation sets.
+        """Play episodes in the run's environment, then in those of the evaluation sets.
 
         Args:
-            world_model: The world model that the policy acts with.
-            episodes: How many in each; their returns' standard deviation is over them.
+            world_model: The world model of the policy.
+            episodes: Number of episodes per env.
         """
         own, *sets = self.envs
         metrics, pixels, columns, records = self._evaluate(self.envs[own], world_model, episodes)
@@ -126,7 +126,7 @@ class Evaluator:
     def _evaluate(
         self, env: EnvBase, world_model: WorldModel, episodes: int
     ) -> tuple[dict[str, float], Tensor, dict[str, Tensor], TensorDictBase]:
-        """Metrics by their last name; pixels, reconstruction, records of the first episode."""
+        """Return metrics by short name; pixels, reconstruction and records of the first episode."""
         returns, lengths, ious = [], [], []
         first: tuple[Tensor, dict[str, Tensor], TensorDictBase] | None = None
         for _ in range(episodes):
@@ -153,7 +153,7 @@ class Evaluator:
         return metrics, *first
 
     def _play(self, env: EnvBase) -> tuple[TensorDictBase, float, int]:
-        """An episode ``[T]``, or what of it is kept; its return; its length in agent steps."""
+        """Play an episode; return its kept steps ``[T]``, its return, its length in agent steps."""
         settings = self.config.evaluation
         repeat = self.config.environment.action_repeat
         limit = settings.max_control_steps or control_steps(env, repeat) or CONTROL_STEPS
@@ -192,11 +192,11 @@ def reconstruct(
     Args:
         world_model: The world model.
         records: One episode ``[1, T]``.
-        chunk: Pictures decoded at a time, to bound memory.
+        chunk: Images decoded at a time, to bound memory.
 
     Returns:
-        Labelled pictures ``[T, C, H, W]`` on the CPU, colours in [0, 1], and the mean IoU of the
-        predicted mask with the true one (``None`` without masks).
+        Labelled images ``[T, C, H, W]`` on the CPU, colours in [0, 1], and the mean IoU of
+        predicted and true mask (``None`` without masks).
     """
     inferred = world_model.infer(records.select(*world_model.in_keys)).get("next")
     decoded = []

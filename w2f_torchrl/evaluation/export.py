@@ -1,4 +1,4 @@
-"""Turn a checkpoint into a small file that only acts: for publishing a policy.
+"""Export the policy of a checkpoint as a small file, for publishing.
 
 python -m w2f_torchrl.evaluation.export runs/demo/checkpoints/checkpoint_000000001000.pt policy.pt
 """
@@ -16,21 +16,22 @@ from torch import Tensor, nn
 from w2f_torchrl.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from w2f_torchrl.evaluation.policy import load_learner
 
-#: Settings that say where a run was made, not what it is: a published file doesn't hold them.
+#: Settings about the place of a run, which a published file must not contain.
 PRIVATE = {"run_dir": "runs/latest", "resume": None, "device": "auto"}
 PRIVATE_LOGGING = {"wandb_project": "w2f_torchrl", "wandb_entity": None}
-#: Files of the training's masks: acting needs none.
+#: Files for the masks of training, which acting does not need.
 PRIVATE_SEGMENTATION = dict.fromkeys(
     ("checkpoint", "vocabulary", "student_checkpoint", "labels", "backgrounds")
 )
 
 
 def export_policy(checkpoint: str | Path, out: str | Path) -> Path:
-    """Write a checkpoint's networks and settings, weights in 16 bits, without what training needs.
+    """Write the networks of a checkpoint, with weights in 16 bits, and its settings.
 
-    The file opens with :func:`~w2f_torchrl.trainers.load_policy` like any checkpoint. It can't be
-    resumed from: optimizer, replay, environments and random streams are left out. Of the settings'
-    paths only ``environment.background_source`` stays, a part of the task.
+    Like any checkpoint, the file can be opened with :func:`~w2f_torchrl.trainers.load_policy`. A
+    run cannot resume from it: it contains no optimizer, replay, environments and random streams.
+    Paths are removed from the settings, except ``environment.background_source``, which is part of
+    the task.
 
     Args:
         checkpoint: A ``checkpoint_*.pt`` or ``best.pt`` file.
@@ -40,7 +41,7 @@ def export_policy(checkpoint: str | Path, out: str | Path) -> Path:
         The path of the new file.
 
     Raises:
-        CheckpointError: If the checkpoint can't be read, or a weight is not finite or too large
+        CheckpointError: If the checkpoint cannot be read, or a weight is not finite or too large
             for 16 bits.
     """
     _, learner, action_size = load_learner(checkpoint)
@@ -59,7 +60,7 @@ def export_policy(checkpoint: str | Path, out: str | Path) -> Path:
 
 
 def _halved(module: nn.Module) -> dict[str, Tensor]:
-    """The state dict with parameters in float16; buffers (bins, statistics) stay as they are."""
+    """Return the state dict with parameters in float16, and unchanged buffers."""
     parameters = dict(module.named_parameters())
     state: dict[str, Tensor] = {}
     for name, value in module.state_dict().items():
@@ -67,7 +68,7 @@ def _halved(module: nn.Module) -> dict[str, Tensor]:
         if name in parameters:
             state[name] = value.detach().to(torch.float16)
             if not state[name].isfinite().all():
-                raise CheckpointError(f"{name} is not finite in 16 bits: it can't be exported.")
+                raise CheckpointError(f"{name} is not finite in 16 bits: it cannot be exported.")
     return state
 
 

@@ -1,7 +1,7 @@
-"""What the world model imagines beside what happened: open loop, and with the policy acting.
+"""Compare imagination with the true frames: open loop, and with the policy acting.
 
 Shape letters: N windows of an episode, T time, C, H, W channels, height, width; ``context`` frames
-are seen, the rest is imagined.
+are observed, the rest is imagined.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ HORIZON = 15
 
 
 class Imagination(NamedTuple):
-    """What :func:`imagine_windows` gives."""
+    """The result of :func:`imagine_windows`."""
 
     comparison: dict[str, Tensor]
-    """Truth, imagination with the actions that were taken and its error, and with masks
-    foreground, background and mask: label to ``[N, T, C, H, W]`` on the CPU, colours in [0, 1]."""
+    """Truth, imagination with the recorded actions, and error; with masks also foreground,
+    background and mask: label to ``[N, T, C, H, W]`` on the CPU, colours in [0, 1]."""
     imagined: dict[str, Tensor]
-    """The same without truth and error; after the context the policy acts."""
+    """The same without truth and error, with the policy acting after the context."""
     context: int
     metrics: dict[str, float]
     """Mean absolute error of the colours, in [0, 1], and IoU of the mask."""
@@ -42,11 +42,11 @@ def cut_windows(
     Args:
         records: One episode's records ``[1, T]``.
         count: N.
-        context: Frames that are seen.
-        horizon: Frames that are imagined; fewer in an episode that is shorter.
+        context: Number of observed frames.
+        horizon: Number of imagined frames; fewer if the episode is shorter.
 
     Returns:
-        Records ``[N, context + horizon]``, or None if the episode has no frame after a context.
+        Records ``[N, context + horizon]``, or None if the episode has no frame after the context.
     """
     length = min(context + horizon, records.shape[1])
     if length <= context:
@@ -63,17 +63,17 @@ def roll(
     context: int,
     actor: GaussianActor | None = None,
 ) -> TensorDict:
-    """Infer the latents of the context, then go on by the priors alone.
+    """Infer the latents of the context, then continue with the priors only.
 
-    A record's action led to its own observation, so the step to time t takes the action at t. The
-    background's prior, which sees no action, is stepped on its own.
+    The action of a record led to its observation, so the step to time t uses the action at t. The
+    background's prior, which has no action, is stepped separately.
 
     Args:
         world_model: The world model.
         records: ``[N, T]`` from one episode, ``action``, ``is_init``, ``("next", "pixels")``; the
             pixels after the context are not read.
-        context: Frames that are seen, from 1 to T - 1.
-        actor: Acts, with its mode, after the context; None: the records' actions.
+        context: Number of observed frames, from 1 to T - 1.
+        actor: The actor, whose mode is used after the context; None uses the records' actions.
 
     Returns:
         ``[N, T]``: ``state`` and ``belief``, latent ``split`` also ``background_state`` and
@@ -106,10 +106,10 @@ def roll(
 
 @torch.no_grad()
 def decode(world_model: WorldModel, latents: TensorDictBase) -> dict[str, Tensor]:
-    """Decode latents ``[N, T]`` to labelled pictures ``[N, T, C, H, W]`` on the CPU, in [0, 1].
+    """Decode latents ``[N, T]`` to labelled images ``[N, T, C, H, W]`` on the CPU, in [0, 1].
 
-    ``imagined`` always; with masks also ``foreground`` (times the mask), ``mask``, and where the
-    model has one ``background``.
+    Always ``imagined``; with masks also ``mask`` and, if the model decodes a background,
+    ``foreground`` (times the mask) and ``background``.
     """
     flat = latents.exclude("action").flatten(0, 1)
     td = TensorDict({"next": flat}, flat.batch_size)
@@ -138,20 +138,20 @@ def imagine_windows(
     count: int = 3,
     seed: int = 0,
 ) -> Imagination | None:
-    """Imagine on from windows of an episode, with the actions taken, and with the policy's.
+    """Imagine the continuation of windows, with the recorded actions and with the policy's.
 
-    Leaves torch's random state as it was.
+    Torch's random state is not changed.
 
     Args:
         world_model: The world model.
         actor: The policy's network.
-        records: One episode ``[1, T]``, with ``("next", "foreground_mask")`` where the model has
+        records: One episode ``[1, T]``, with ``("next", "foreground_mask")`` if the model has
             masks.
-        count: N, windows.
-        seed: Seed of the states that are drawn.
+        count: N, the number of windows.
+        seed: Seed of the sampled states.
 
     Returns:
-        The pictures, or None if the episode has no frame after the context.
+        The images and metrics, or None if the episode has no frame after the context.
     """
     windows = cut_windows(records, count)
     if windows is None:
@@ -165,7 +165,7 @@ def imagine_windows(
     true_mask = None
     if "mask" in taken:
         true_mask = windows[NEXT_MASK].cpu()
-        if "background" not in taken:  # the model makes the foreground only
+        if "background" not in taken:  # the model decodes only the foreground
             truth = truth * true_mask
     error = (taken["imagined"] - truth).abs()
     comparison = {

@@ -24,8 +24,8 @@ from w2f_torchrl.utils.tensors import check_tensor
 class LoadedPolicy(TensorDictModuleBase):
     """A trained policy that plays in any TorchRL env with ``pixels`` and ``is_init``.
 
-    It takes the mode action. Its state, belief and previous action are carried in the tensordict:
-    append :meth:`make_tensordict_primer` to an env of your own, or call :meth:`make_env`.
+    It takes the mode action. The tensordict carries its state, belief and previous action: append
+    :meth:`make_tensordict_primer` to your env, or call :meth:`make_env`.
     """
 
     def __init__(self, config: RunConfig, learner: Learner, action_size: int):
@@ -38,12 +38,12 @@ class LoadedPolicy(TensorDictModuleBase):
         self.out_keys = self.policy.out_keys
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Write ``action`` ``[*B, A]`` and what is carried to the next step.
+        """Write ``action`` ``[*B, A]`` and the entries carried to the next step.
 
         Raises:
-            KeyError: If the tensordict carries no latent.
-            TypeError: If the pictures are not uint8; their range is never guessed.
-            ValueError: If they have another size than those that the policy was trained on.
+            KeyError: If the tensordict has no latent.
+            TypeError: If the images are not uint8; their range is never guessed.
+            ValueError: If their size differs from the training images.
         """
         if "belief" not in tensordict.keys():
             raise KeyError(
@@ -56,7 +56,7 @@ class LoadedPolicy(TensorDictModuleBase):
             return self.policy(tensordict)
 
     def make_tensordict_primer(self) -> TensorDictPrimer:
-        """The transform that gives an env the entries the policy carries, zero at a reset."""
+        """Return the transform that adds the carried entries to an env, zero at a reset."""
         sizes = latent_sizes(self.config.model, self.action_size)
         return TensorDictPrimer({key: Unbounded((size,)) for key, size in sizes.items()})
 
@@ -65,11 +65,12 @@ class LoadedPolicy(TensorDictModuleBase):
 
         Args:
             seed: The env's seed.
-            evaluation_set: With the distraction of one of
-                :func:`~w2f_torchrl.envs.scenery.evaluation_sets` in place of the run's own.
+            evaluation_set: Name of a set in
+                :func:`~w2f_torchrl.envs.scenery.evaluation_sets`, whose distraction replaces the
+                run's.
 
         Raises:
-            ValueError: If there is no set of that name.
+            ValueError: If the set does not exist.
         """
         sets = evaluation_sets()
         if evaluation_set is not None and evaluation_set not in sets:
@@ -84,10 +85,10 @@ def load_policy(checkpoint: str | Path, device: torch.device | str = "cpu") -> L
 
     Args:
         checkpoint: A ``checkpoint_*.pt`` file.
-        device: Where it acts.
+        device: Device of the policy.
 
     Raises:
-        CheckpointError: If the file is missing, damaged or of an unknown format.
+        CheckpointError: If the file is missing, damaged or in an unknown format.
 
     Examples:
         >>> path = "runs/demo/checkpoints/checkpoint_000000001000.pt"
@@ -106,10 +107,10 @@ def load_learner(
 
     Args:
         checkpoint: A ``checkpoint_*.pt`` file.
-        device: Where the networks live.
+        device: Device of the networks.
 
     Raises:
-        CheckpointError: If the file is missing, damaged or of an unknown format.
+        CheckpointError: If the file is missing, damaged or in an unknown format.
     """
     payload = load_checkpoint(checkpoint, device).payload
     with malformed_is_an_error(checkpoint):

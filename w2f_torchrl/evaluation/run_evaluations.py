@@ -1,4 +1,4 @@
-"""When a run is evaluated, with which measures, and how well it did at its best."""
+"""The evaluations of a run: when they are due, their measures, and the best score."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ logger = logging.getLogger(__name__)
 
 
 class RunEvaluations:
-    """The evaluations of a run, one after the other.
+    """The evaluations of a run.
 
     Args:
         config: The run's settings.
-        learner: Whose policy and world model are evaluated.
+        learner: The learner whose policy and world model are evaluated.
     """
 
     def __init__(self, config: RunConfig, learner: Learner) -> None:
@@ -36,51 +36,51 @@ class RunEvaluations:
         self._filtering: FilteringMeter | None = None
 
     def are_due(self, frames: int) -> bool:
-        """Whether ``evaluation.every_frames`` have passed."""
+        """Return whether ``evaluation.every_frames`` have passed since the last evaluation."""
         every = self.config.evaluation.every_frames
         return every > 0 and frames // every > self.last // every
 
     def final_is_due(self, frames: int) -> bool:
-        """Return whether a run that is evaluated at all was not evaluated after its last frame."""
+        """Return whether evaluations are enabled and none was made at this frame."""
         return self.config.evaluation.every_frames > 0 and self.last != frames
 
     def play(self, evaluator: Evaluator, frames: int) -> Evaluation:
-        """Play episodes; that they were played is the caller's to note, in :attr:`last`.
+        """Play episodes; the caller must update :attr:`last`.
 
         Args:
-            evaluator: Plays.
-            frames: Environment frames so far, from which the envs are seeded.
+            evaluator: The evaluator.
+            frames: Environment frames so far, used to seed the envs.
         """
         settings = self.config.evaluation
         evaluator.seed(frames)
         return evaluator.evaluate(self.learner.world_model, settings.episodes)
 
     def measure_filtering(self) -> dict[str, float]:
-        """Probe the latents; training's random numbers stay as they are."""
+        """Probe the latents without changing the random state of training."""
         device = self.config.torch_device()
-        # The episodes are recorded in every process anew: not at the training's cost.
+        # Every process records the episodes again, which must not change training.
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             return self._measure_filtering()
 
     def is_best(self, evaluation: Evaluation) -> bool:
-        """Whether no evaluation before had so high a mean return; it is the best from now on.
+        """Return whether the mean return is the highest so far, and remember it if so.
 
-        A mean that is not finite is never the best: nothing would exceed nan later.
+        A mean that is not finite is never the best, because nothing would exceed nan later.
         """
         score = evaluation.metrics["eval/return_mean"]
         if not math.isfinite(score):
-            logger.warning("eval/return_mean=%s: best.pt stays as it is", score)
+            logger.warning("eval/return_mean=%s: best.pt is not changed", score)
             return False
         best = self.best is None or score > self.best
         self.best = score if best else self.best
         return best
 
     def state_dict(self) -> dict[str, Any]:
-        """Return when the last evaluation was, and the best score."""
+        """Return the frames of the last evaluation, and the best score."""
         return {"last": self.last, "best": self.best}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over a state from :meth:`state_dict`."""
+        """Load a state from :meth:`state_dict`."""
         self.last, self.best = state["last"], state["best"]
         if self.best is not None and not math.isfinite(self.best):
             self.best = None  # older versions kept a nan

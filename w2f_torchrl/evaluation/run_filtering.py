@@ -1,4 +1,4 @@
-"""A run's measures of filtering, on episodes that are the same at every evaluation."""
+"""Measure the filtering of a run on the same episodes at every evaluation."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from w2f_torchrl.utils.seeding import derive_seed
 __all__ = ["FilteringMeter", "flat_metrics"]
 
 MAX_STEPS = 128
-"""Agent steps of an episode, at most."""
+"""Maximum agent steps of an episode."""
 REPLACED = 4
-"""Episodes that are shown again before other backgrounds."""
+"""Number of episodes that are replayed with other backgrounds."""
 
 
 class FilteringMeter:
@@ -34,9 +34,9 @@ class FilteringMeter:
     Actions are random and held, so the episodes are the same for every model of a task.
 
     Args:
-        config: The run's settings; ``evaluation.filtering_episodes`` says how many.
-        seed: Of the episodes and of the untrained control.
-        evaluation_set: Distracts in place of the run's own distraction.
+        config: The run's settings; ``evaluation.filtering_episodes`` is the number of episodes.
+        seed: Seed of the episodes and of the untrained control.
+        evaluation_set: Set whose distraction replaces the run's.
     """
 
     def __init__(
@@ -59,8 +59,8 @@ class FilteringMeter:
 
         Args:
             model: World model, actor and critic.
-            control: Whether to measure an untrained world model of the same sizes beside it.
-            probing: ``seeds`` and ``probes``.
+            control: Whether to also measure an untrained world model of the same sizes.
+            probing: ``seeds`` and ``probes``, as in that function.
         """
         untrained = None
         if control:

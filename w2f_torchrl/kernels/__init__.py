@@ -18,9 +18,9 @@ For each module its plain form, when it is used, and the test in ``tests/`` that
 - ``scan``, ``scan_step``, ``scan_types``: ``modules.rssm.roll``. With one dynamics and one
   posterior layer, as in all presets; its layout differs on a GPU. ``test_modules``,
   ``test_fast_modules``, ``test_kernels``.
-- ``one_hot``: ``modules.sample_one_hot``. In imagination, and in ``scan``, which adds the
+- ``categoricals`` (draws): ``modules.sample_one_hot``. In imagination, and in ``scan``, which adds the
   straight-through gradient. ``test_fast_modules``.
-- ``two_hot``: TorchRL's ``SymExpTwoHot``. Always. ``test_fast_modules``.
+- ``categoricals`` (two-hot): TorchRL's ``SymExpTwoHot``. Always. ``test_fast_modules``.
 - ``imagination``: the networks themselves. Always; under autocast their weights are cast once.
   ``test_kernels``, ``test_fast_modules``.
 - ``side_stream``: a call of the work in place. With ``training.execution=cuda_graph_parallel``.
@@ -31,5 +31,5 @@ number of GPU kernels.
 
 To add a kernel: write the plain form in a module first. Write the kernel with the same signature
 here, let it call the plain form unless ``switch.use_cpu_kernels(x)``, compare values and gradients
-in float64, and time both with ``benchmarks/learner.py``.
+in float64, and time both with ``benchmarks/speed/learner.py``.
 """

@@ -1,4 +1,4 @@
-"""TorchRL's block GRU cell with everything that is known in advance moved out of it.
+"""TorchRL's block GRU cell, with all work that can be done in advance moved out of it.
 
 TorchRL's cell repeats the projected features for every block and concatenates them with the block's
 belief. The product with the block weights equals one dense product of the features plus one batched
@@ -25,7 +25,7 @@ class BlockGRUStep:
     """One step of the recurrence: ``h_t = f(h_{t-1}, z_{t-1}, a_{t-1})``.
 
     Built once per forward pass: it holds views of the parameters, so gradients reach them. The
-    plain form is the prior's own cell, ``prior.rnn``.
+    plain form is the prior's cell, ``prior.rnn``.
 
     Args:
         prior: A TorchRL prior with ``recurrent_model="block_gru"``.
@@ -123,7 +123,7 @@ class BlockGRUStep:
 
 def _update_belief(belief: Tensor, gates: Tensor) -> Tensor:
     """Update blocks ``[..., w]`` by gates ``[..., 3 w]``: reset, update, candidate."""
-    # The belief stays in its own precision, also under autocast.
+    # The belief keeps its precision, even under autocast.
     reset, update, candidate = gates.to(belief.dtype).chunk(3, -1)
     candidate = torch.tanh(reset.sigmoid() * candidate)
     return torch.lerp(belief, candidate, update.sigmoid())

@@ -52,7 +52,7 @@ def softmax_classes(logits: Tensor, classes: int, dtype: torch.dtype) -> Tensor:
         # The kernel casts as it reads.
         other = None if logits.dtype is dtype else dtype
         return torch.softmax(logits.unflatten(-1, (-1, classes)), -1, other)
-    # A CPU's kernel is slow over a few values in a row, and fast over all rows at once.
+    # A CPU's kernel is slow for rows of a few values, and fast over all rows at once.
     outermost = logits.reshape(-1, classes).t().contiguous()  # [C, N K]
     return torch.softmax(outermost, 0).t().view(len(logits), -1, classes)
 

@@ -1,12 +1,12 @@
-"""Convolutions that halve and double pictures, with fewer passes over memory.
+"""Convolutions that halve and double images, with fewer passes over memory.
 
-Feature maps stay in the channels-last layout from end to end. On a CPU three slow things are done
-differently: normalisation with its activation, the gradient of a convolution's bias, and narrow
+Feature maps stay in the channels-last layout throughout. On a CPU three slow operations are
+replaced: normalisation with its activation, the gradient of a convolution's bias, and narrow
 transposed convolutions. On a GPU transposed convolutions are computed as plain ones on subpixels.
-Otherwise, under autocast and in a compiled graph, which the compiler fuses, these are torch's plain
-operations. ``benchmarks/learner.py`` measures both.
+Otherwise, under autocast and in compiled graphs, where the compiler fuses by itself, these are
+torch's plain operations. ``benchmarks/speed/learner.py`` measures both.
 
-Shape letters: N pictures, C channels in, O channels out, H, W height, width, k side of a kernel.
+Shape letters: N images, C channels in, O channels out, H, W height, width, k side of a kernel.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def subpixel_convolution(
         x: ``[N, C, H, W]``.
         weight: ``[C, O, k, k]``, k at most :data:`SUBPIXEL_KERNEL`.
         bias: ``[O]``.
-        channels_last: Layout of the result; False: one picture plane after the other.
+        channels_last: Layout of the result; False stores one channel after the other.
 
     Returns:
         ``[N, O, 2 H, 2 W]``.
@@ -116,8 +116,8 @@ def nearest_kernel(weight: Tensor) -> Tensor:
 
     Doubling repeats each pixel along both sides, and the kernel meets the two copies one after the
     other. So a transposed convolution of stride 2, whose kernel is the sum of the kernel and its
-    copies moved by one pixel, gives the same from the small picture, with the same padding by
-    zeros. A kernel of 5 then takes 9 multiplications per pixel of the large picture instead of 25,
+    copies moved by one pixel, gives the same from the small image, with the same padding by
+    zeros. A kernel of 5 then takes 9 multiplications per pixel of the large image instead of 25,
     and the large copy is never made.
 
     Args:
@@ -184,7 +184,7 @@ def _over_channels(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _times_channels(x: Tensor, weight: Tensor) -> Tensor:
-    """Multiply ``[N, C, H, W]``, channels last, by ``[C]``, a whole picture at once."""
+    """Multiply ``[N, C, H, W]``, channels last, by ``[C]``, a whole image at once."""
     _, channels, height, width = x.shape
     rows = x.permute(0, 2, 3, 1).flatten(1) * weight.repeat(height * width)
     return rows.view(len(x), height, width, channels).permute(0, 3, 1, 2)
@@ -195,7 +195,7 @@ def halve(x: Tensor, layer: nn.Conv2d) -> Tensor:
 
     Args:
         x: ``[N, C, H, W]``.
-        layer: Of stride 2; a layer of stride 1 is followed by the maximum of each 2 x 2 pixels.
+        layer: A layer of stride 2, or of stride 1, which is followed by 2 x 2 max-pooling.
     """
     weight, bias = layer.weight, cast(Tensor, layer.bias)
     if layer.stride == (1, 1):
@@ -214,13 +214,13 @@ def double(x: Tensor, weight: Tensor, bias: Tensor, *, channels_last: bool = Tru
         x: ``[N, C, H, W]``.
         weight: ``[C, O, k, k]``.
         bias: ``[O]``.
-        channels_last: Layout of the result; False: one picture plane after the other.
+        channels_last: Layout of the result; False stores one channel after the other.
     """
     if switch.use_cpu_kernels(x):
         return cast(Tensor, _Convolution.apply(x, weight, bias, True, channels_last))
     size = weight.shape[-1]
     if x.is_cuda and size <= SUBPIXEL_KERNEL:
-        # At most half of cuDNN's time, also with many channels (docs/performance.md).
+        # At most half of cuDNN's time, even with many channels (docs/performance.md).
         return subpixel_convolution(x, weight, bias, channels_last=channels_last)
     return F.conv_transpose2d(x, weight, bias, 2, (size - 1) // 2, output_padding=size % 2)
 

@@ -77,8 +77,8 @@ def inverse_rms(x: Tensor, eps: float) -> Tensor:
 
 @cache
 def constant(value: float, dtype: torch.dtype) -> Tensor:
-    """Return a number as a scalar on the CPU, for operations that are fused for tensors only."""
-    with torch.inference_mode(False):  # the first call's mode must not be that of all others
+    """Return a number as a CPU scalar, for operations that are fused only for tensors."""
+    with torch.inference_mode(False):  # the mode of the first call must not apply to later ones
         return torch.tensor(value, dtype=dtype, device="cpu")
 
 
@@ -145,7 +145,7 @@ def run_layers(layers: Iterable[nn.Module], x: Tensor) -> Tensor:
 
 
 class Affine(NamedTuple):
-    """A linear map with cast weights, in place of a layer that keeps its own."""
+    """A linear map with cast weights, which replaces a layer with uncast weights."""
 
     weight: Tensor
     bias: Tensor
@@ -156,7 +156,7 @@ class Affine(NamedTuple):
 
 
 def cast_maps(dtype: torch.dtype, layers: Iterable[Any]) -> list[Any]:
-    """Return layers for :func:`run_layers` whose linear maps, and nothing else, are cast."""
+    """Return layers for :func:`run_layers` with only their linear maps cast."""
     return [
         Affine(layer.weight.to(dtype), layer.bias.to(dtype))
         if isinstance(layer, nn.Linear)

@@ -1,7 +1,7 @@
 """Networks prepared for imagination: many rows, no gradient, weights cast once.
 
-Autocast keeps casts of parameters, but not of views of them, and inside a compiled step it keeps
-none. So everything that an imagined step multiplies by is cast before the first step.
+Autocast caches casts of parameters, but not of views of them, and none inside a compiled step. So
+all weights of an imagined step are cast before the first step.
 
 Shape letters: N rows, S = K x C state (K categoricals, C classes), D belief, A action.
 """
@@ -43,8 +43,8 @@ class Actor(Protocol):
 class PriorHead:
     """The prior ``p(z_t | h_t)``, from which imagination draws states.
 
-    Built once per forward pass: on a CPU it holds a copy of its last layer that gives the classes
-    first. The plain form is ``prior.rnn_to_prior_projector`` and then a draw.
+    Built once per forward pass: on a CPU it holds a copy of its last layer whose output has the
+    classes first. The plain form is ``prior.rnn_to_prior_projector`` and then a draw.
 
     Args:
         prior: The block-GRU prior.
@@ -83,7 +83,7 @@ class CastActor:
 
     Args:
         actor: The network.
-        dtype: Of the products.
+        dtype: Precision of the products.
     """
 
     def __init__(self, actor: Actor, dtype: torch.dtype):

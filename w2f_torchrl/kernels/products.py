@@ -1,7 +1,7 @@
 """Matrix products without a gradient, on CPUs by oneDNN.
 
 Torch multiplies float32 matrices by MKL, which uses AVX-512 on Intel processors only and takes
-twice oneDNN's time on other processors that have it (``benchmarks/learner.py`` times both); without
+twice oneDNN's time on other processors that have it (``benchmarks/speed/learner.py`` times both); without
 AVX-512 MKL is faster. Torch ships oneDNN's product as the operator that its compiler uses. Where an
 installation lacks it, or it does not apply, MKL computes.
 
@@ -56,7 +56,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def block_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Multiply each of the G blocks of ``x`` by its own matrix.
+    """Multiply each of the G blocks of ``x`` by a separate matrix.
 
     Args:
         x: ``[N, G w]``.

@@ -1,8 +1,8 @@
 """The posterior's recurrence over a sequence, with its backward pass written out.
 
 Autograd would multiply every weight's gradient once per step and keep a graph of about 80 nodes per
-step. Here the loop back in time carries only what must be carried, and each weight's gradient is
-one product over all steps after the loop. No second derivatives.
+step. Here the loop back in time carries only what it needs, and each weight's gradient is one
+product over all steps after the loop. Second derivatives are not supported.
 
 Shape letters: B batch, T time, D belief, S state = K categoricals of C classes, H hidden, G blocks,
 w = D / G.
@@ -34,7 +34,7 @@ from w2f_torchrl.kernels.scan_step import (
 from w2f_torchrl.kernels.scan_types import Carried, Saved, ScanWeights, StepGradients
 
 StepFunctions = tuple[Callable[..., Any], Callable[..., Any]]
-"""A step of the recurrence and a step back, plain or compiled."""
+"""Forward and backward step of the recurrence, plain or compiled."""
 
 #: The step functions, not compiled.
 STEP_FUNCTIONS: StepFunctions = (step_forward, step_backward)
@@ -63,13 +63,13 @@ def scan(
     Args:
         step: The block GRU.
         posterior: The posterior.
-        state: Before the first step ``[B, S]``.
-        belief: Before the first step ``[B, D]``.
+        state: State before the first step ``[B, S]``.
+        belief: Belief before the first step ``[B, D]``.
         keep: 0 where an episode starts, else 1 ``[B, T, 1]``.
         action_input: The action's share of the hidden layer, bias included ``[B, T, D]``.
         embedded: The embedding's share of the posterior's first layer ``[B, T, H]``.
         uniform: Draws from U[0, 1) ``[T, B, K]``.
-        step_functions: One step and one step back.
+        step_functions: Forward and backward step.
 
     Returns:
         States, one-hot with straight-through gradient ``[B, T, S]``, beliefs ``[B, T, D]`` and
@@ -125,7 +125,7 @@ class _Scan(torch.autograd.Function):
         ctx.unimix, device = unimix, belief.device.type
         autocast = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
         ctx.autocast = (device, *autocast)
-        # Once, and not at every step: autocast remembers parameters, not views of them.
+        # Once, not at every step: autocast caches casts of parameters, not of views of them.
         dtype = autocast[0] if autocast[1] else belief.dtype
         weights = scan_types.cast_weights(dtype, ScanWeights(*tensors))
         # Draws and resets are zeros and ones, exact in any precision.

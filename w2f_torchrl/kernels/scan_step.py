@@ -1,6 +1,6 @@
-"""One step of the posterior's recurrence, and one step back.
+"""Forward and backward step of the posterior's recurrence.
 
-Each is compiled on its own on a GPU, so both avoid what a compiler can't fuse.
+On a GPU each is compiled separately, so both avoid operations that a compiler cannot fuse.
 
 Shape letters: B batch, D belief, S state, H hidden, G blocks, w = D / G, K categoricals, C classes.
 """
@@ -36,17 +36,17 @@ def step_forward(
     """Run one step.
 
     State, logits, inputs and the weights of products have the precision of the products, which is
-    lower under autocast; belief, ``keep_next``, norms, gates and probabilities have their own.
+    lower under autocast; belief, ``keep_next``, norms, gates and probabilities have the belief's.
 
     Args:
-        weights: Of the block GRU and the posterior.
-        latent: Before the step.
+        weights: Weights of the block GRU and the posterior.
+        latent: Latent before the step.
         keep_next: 0 where the next step starts an episode, else 1 ``[B, 1]``.
         action_input: The action's share of the hidden layer ``[B, D]``.
         embedded: The embedding's share of the posterior's first layer ``[B, H]``.
         threshold: From :func:`~w2f_torchrl.kernels.categoricals.thresholds` ``[B, K, C]``.
         one_hots: The identity ``[C, C]``.
-        eps: Of the norms.
+        eps: Constant of the norms.
 
     Returns:
         The next step's latent, this step's state and logits ``[B, S]``, and intermediates for
@@ -75,7 +75,7 @@ def start(state: Tensor, belief: Tensor, keep: Tensor) -> Latent:
     """Build the latent before a step.
 
     Args:
-        state: In the precision of the products ``[B, S]``.
+        state: ``[B, S]``, in the precision of the products.
         belief: ``[B, D]``.
         keep: 0 where an episode starts, else 1 ``[B, 1]``.
     """
@@ -124,8 +124,8 @@ def _project(weights: ScanWeights, latent: Latent) -> Tensor:
 def _add_product(summand: Tensor, x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     """Compute ``summand + x @ weight``, for 2-dimensional or batched products.
 
-    On a GPU ``addmm`` first copies its summand, unless that is a row and the result contiguous
-    (which a part of a concatenation isn't). A compiler fuses the sum with the next kernel instead
+    On a GPU ``addmm`` first copies its summand, unless that is a row and the result is contiguous
+    (which a part of a concatenation is not). A compiler fuses the sum with the next kernel instead
     if it is in the belief's precision, which under autocast differs from the product's.
     """
     if not torch.compiler.is_compiling():
@@ -166,16 +166,16 @@ def step_backward(
     keep: Tensor,
     unimix: float,
 ) -> tuple[StepGradients, Carried]:
-    """Run one step back.
+    """Run one backward step.
 
     Args:
-        weights: Of the block GRU and the posterior.
+        weights: Weights of the block GRU and the posterior.
         projections: From :func:`side_by_side` ``[2 H, D + S]``, or None.
-        saved: By :func:`step_forward`.
-        carried: From the step after.
-        grad_state: From the losses ``[B, S]``.
-        grad_belief: From the losses ``[B, D]``.
-        grad_logits: From the losses ``[B, S]``.
+        saved: Intermediates from :func:`step_forward`.
+        carried: Gradients from the later step.
+        grad_state: Gradient from the losses ``[B, S]``.
+        grad_belief: Gradient from the losses ``[B, D]``.
+        grad_logits: Gradient from the losses ``[B, S]``.
         keep: 0 where this step starts an episode, else 1 ``[B, 1]``.
         unimix: Share of the uniform distribution in the posterior.
     """
@@ -219,11 +219,11 @@ def step_backward(
 
 
 def _gates_backward(weights: ScanWeights, saved: Saved, belief: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the gradients of the gates and of the belief before, through the update gate.
+    """Return the gradients of the gates and, through the update gate, of the previous belief.
 
     Args:
-        weights: For the number of blocks.
-        saved: By :func:`step_forward`.
+        weights: The weights, for the number of blocks.
+        saved: Intermediates from :func:`step_forward`.
         belief: The gradient of the belief ``[B, D]``.
 
     Returns:
@@ -264,9 +264,9 @@ def from_blocks(x: Tensor) -> Tensor:
 def split_blocks(x: Tensor, weights: ScanWeights) -> Tensor:
     """Split ``[N, D]`` into blocks for elementwise operations.
 
-    On a GPU to ``[N, G, w]``: no copies from and to ``[N, D]``; the outputs of block products are
-    read with strides, which is free in a compiled kernel. On a CPU to ``[G, N, w]``, the layout of
-    those outputs.
+    On a GPU into ``[N, G, w]``, without copies from and to ``[N, D]``; there outputs of block
+    products are read with strides, which is free in a compiled kernel. On a CPU into ``[G, N, w]``,
+    the layout of those outputs.
     """
     split: Tensor = x.unflatten(-1, (len(weights.blocks), -1))  # [N, G, w]
     return split if switch.on_gpu(x) else split.transpose(0, 1)

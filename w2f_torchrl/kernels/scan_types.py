@@ -33,7 +33,7 @@ class ScanWeights(NamedTuple):
     gates: Tensor
     """``[G, w, 3 w]``: reset, update, candidate."""
     gates_bias: Tensor
-    """``[G, 1, 3 w]``, the update's constant included."""
+    """``[G, 1, 3 w]``, including the constant of the update gate."""
     posterior: Tensor
     """``[H, D]``, the belief's share of the posterior's first layer."""
     posterior_norm: Tensor
@@ -43,7 +43,7 @@ class ScanWeights(NamedTuple):
     logits_bias: Tensor
 
 
-#: Weights of products and their biases: under autocast all are in its precision.
+#: Weights of products and their biases, which have autocast's precision under autocast.
 MULTIPLIED = (
     "belief",
     "belief_bias",
@@ -91,7 +91,7 @@ class SavedGRU(NamedTuple):
     """``[B, D]``."""
     by_hidden: Normed
     reset: Tensor
-    """In the layout of ``split_blocks``, as the three below."""
+    """In the layout of ``split_blocks``, like the three below."""
     update: Tensor
     candidate_input: Tensor
     candidate: Tensor
@@ -126,7 +126,7 @@ class Carried(NamedTuple):
     kept: Tensor
     """Through the update gate ``[B, D]``."""
     keep: Tensor
-    """0 where the step after starts an episode, else 1 ``[B, 1]``."""
+    """0 where the later step starts an episode, else 1 ``[B, 1]``."""
 
     def sums(self) -> tuple[Tensor, Tensor]:
         """Return the gradients of state ``[B, S]`` and belief ``[B, D]``."""

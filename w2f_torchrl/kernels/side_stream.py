@@ -1,4 +1,4 @@
-"""Work on a second CUDA stream, in parallel to work that leaves most of a GPU idle."""
+"""Run work on a second CUDA stream, in parallel to work that leaves most of a GPU idle."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from torch import Tensor
 
 
 class SideStream:
-    """Runs work of one forward pass on a second stream, from a point that was marked before.
+    """Run work of a forward pass on a second stream, from an earlier marked point.
 
     The host launches everything in the same order as without a second stream, so the draws are the
     same. Autograd runs the backward pass of each operation on the stream of its forward pass.
 
     Args:
-        stream: The second stream. None: everything runs where it is called.
+        stream: The second stream; None runs everything on the current stream.
     """
 
     def __init__(self, stream: torch.cuda.Stream | None):
@@ -23,15 +23,15 @@ class SideStream:
         self.start: torch.cuda.Event | None = None
 
     def mark(self) -> None:
-        """Mark that the work needs nothing launched after this point."""
+        """Mark the point; the work must not need anything launched after it."""
         if self.stream is not None:
             self.start = torch.cuda.current_stream(self.stream.device).record_event()
 
     def run(self, work: Callable[[], Iterable[Tensor]]) -> None:
-        """Run ``work`` from the marked point; the current stream waits for it.
+        """Run ``work`` from the marked point on; the current stream waits for it.
 
         Args:
-            work: Returns all tensors ``[...]`` that it made and that are read afterwards.
+            work: The function; returns all of its tensors ``[...]`` that are read afterwards.
         """
         if self.stream is None or self.start is None:
             work()

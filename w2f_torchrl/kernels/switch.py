@@ -19,10 +19,10 @@ def use_cpu_kernels(x: Tensor) -> bool:
 
 
 def on_cpu(x: Tensor) -> bool:
-    """Return whether a CPU computes with ``x`` ``[...]`` in its own precision."""
+    """Return whether ``x`` ``[...]`` is on a CPU, without autocast."""
     return x.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
 
 
 def on_gpu(x: Tensor) -> bool:
-    """Return whether the recurrence lays out ``x`` ``[...]`` as is fast on a GPU."""
+    """Return whether the recurrence uses the layout for GPUs for ``x`` ``[...]``."""
     return x.is_cuda

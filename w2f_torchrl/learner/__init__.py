@@ -1,4 +1,4 @@
-"""The learner: networks, losses, optimizer, and how an update runs."""
+"""The learner: networks, losses, optimizer, and modes of execution."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``training.execution=auto`` on CUDA: the fastest mode that works and gives eager's update."""
+"""``training.execution=auto`` on CUDA: the fastest mode that works and matches eager's update."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from w2f_torchrl.learner.graphed_update import GraphedUpdate, Update, UpdateStat
 
 logger = logging.getLogger(__name__)
 
-#: Largest difference from eager's update that is taken for rounding, by precision: of the sum of
-#: the world model's losses (relative), and of all gradients (norm of the difference over norm).
-#: A draw whose probability is rounded differently changes a slice, hence no tighter bounds.
+#: Maximum difference from eager's update that counts as rounding, by precision: of the sum of the
+#: world model's losses (relative), and of all gradients (norm of the difference over norm). A
+#: rounding difference can flip a sampled class and change a slice, so bounds cannot be tighter.
 TOLERANCES = {
     "float32": {"losses": 1e-3, "gradients": 5e-2},
     "bfloat16": {"losses": 2e-2, "gradients": 2e-1},
@@ -25,15 +25,15 @@ TOLERANCES = {
 
 
 class Trial(NamedTuple):
-    """What an update that is undone gave."""
+    """The results of an update that is undone."""
 
     losses: Tensor
-    """The world model's losses, summed."""
+    """Sum of the world model's losses."""
     gradients: list[Tensor]
 
 
 def difference(eager: Trial, other: Trial) -> dict[str, float]:
-    """How far an update is from eager's, as :data:`TOLERANCES` has it; NaN if it isn't finite."""
+    """Return the differences from eager's update, as in :data:`TOLERANCES`; NaN if not finite."""
     moved = torch.stack(torch._foreach_norm(torch._foreach_sub(other.gradients, eager.gradients)))
     norms = torch.stack(torch._foreach_norm(eager.gradients))
     losses = (other.losses - eager.losses).abs() / eager.losses.abs()
@@ -41,18 +41,18 @@ def difference(eager: Trial, other: Trial) -> dict[str, float]:
 
 
 class AutoUpdate:
-    """Decides at its first call which mode runs, and is that mode from then on.
+    """Choose a mode at the first call, and use it from then on.
 
-    Each mode makes one update from the same state, batch and random numbers as an eager one; then
-    everything is undone. A mode that fails to compile, to capture or to fit into memory, or whose
-    update differs by more than rounding, is left with a warning, on all ranks together.
+    Each mode makes one update from the same state, batch and random numbers as an eager update;
+    then everything is undone. A mode is rejected with a warning, on all ranks together, if it fails
+    to compile, to capture or to fit into memory, or if its update differs by more than rounding.
 
     Args:
-        modes: What to try, by name, the fastest first; each value makes the mode's update.
-        eager: Eager's update, and what remains where no mode works.
-        undo: Called after a mode that failed; undoes what making it changed.
-        state: What updates change.
-        parameters: Those trained.
+        modes: The modes to try by name, the fastest first; each value makes the mode's update.
+        eager: Eager's update, also used if no mode works.
+        undo: Called after a mode that failed, to undo the changes made for it.
+        state: The state that updates change.
+        parameters: The trained parameters.
         precision: ``float32`` or ``bfloat16``.
     """
 
@@ -71,7 +71,7 @@ class AutoUpdate:
         self._tolerance = TOLERANCES[precision]
         self._update: Update | None = None
         self.mode = "auto"
-        """What runs, once it is decided."""
+        """The mode in use, once it is chosen."""
 
     def __call__(self, sample: TensorDictBase) -> TensorDictBase:
         """Update on a sample ``[B, T]``."""
@@ -80,7 +80,7 @@ class AutoUpdate:
         return self._update(sample)
 
     def recapture(self, graphed: Callable[[], Update]) -> None:
-        """Let a graph be captured anew, if there is one: its optimizer has new moments."""
+        """Capture the graph again, if one is used, because the optimizer has new moments."""
         if isinstance(self._update, GraphedUpdate):
             self._update = graphed()
 
@@ -92,9 +92,9 @@ class AutoUpdate:
                 update = make()
                 found = difference(eager, self._try(update, sample))
                 figures = ", ".join(f"{name} {value:.1e}" for name, value in found.items())
-                if not all(found[name] <= most for name, most in self._tolerance.items()):
+                if not all(found[name] <= limit for name, limit in self._tolerance.items()):
                     problem = f"its update differs from eager's by more than rounding ({figures})"
-            # Compilers and drivers raise whatever they like; eager is always there.
+            # Compilers and drivers raise all kinds of errors; eager is always available.
             except Exception as error:  # noqa: BLE001
                 problem = f"{type(error).__name__}: {str(error)[:500]}"
             if _all_ranks(problem is None):
@@ -109,7 +109,7 @@ class AutoUpdate:
         return "eager", self._eager
 
     def _try(self, update: Update, sample: TensorDictBase) -> Trial:
-        """Make an update and undo it, whether or not it succeeds."""
+        """Make an update and undo it, even if it fails."""
         before = self._state.copy()
         try:
             metrics = update(sample)

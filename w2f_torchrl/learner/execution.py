@@ -1,12 +1,12 @@
-"""How an update is run: ``training.execution``.
+"""Modes of execution of an update: ``training.execution``.
 
-- ``eager``.
-- ``compile``: the pieces that do nearly all of the work (on a CPU those that gain), each on
-  its own, so that compiling takes no longer for longer sequences.
-- ``compile_all``: losses and the whole time loop as one graph.
-- ``cuda_graph``: ``compile``, and the whole update captured once and replayed: no launch is left
-  to the host.
-- ``cuda_graph_parallel``: the same with a branch for each latent of ``split``.
+- ``eager``: no compilation.
+- ``compile``: compiles the pieces that do nearly all of the work (on a CPU those that gain), each
+  separately, so that longer sequences do not take longer to compile.
+- ``compile_all``: compiles losses and the whole time loop as one graph.
+- ``cuda_graph``: ``compile``, and the whole update is captured once and replayed, so that the host
+  launches no kernels.
+- ``cuda_graph_parallel``: the same with one branch for each latent of ``split``.
 - ``auto``: eager on a CPU; on CUDA the first of ``cuda_graph_parallel`` (``split``),
   ``cuda_graph``, ``compile`` and ``eager`` that works and whose update equals eager's
   (:mod:`~w2f_torchrl.learner.auto_execution`).
@@ -24,29 +24,29 @@ from w2f_torchrl.modules import imagine_step
 from w2f_torchrl.modules.image_decoder import ImageDecoder
 from w2f_torchrl.objectives import World2FilterLoss
 
-#: What ``compile`` compiles: a step of each recurrence and a step back; an imagined step; encoders
-#: and decoders.
+#: The pieces that ``compile`` compiles: forward and backward step of each recurrence; an imagined
+#: step; encoders and decoders.
 PIECES = ("recurrence", "imagination", "pictures")
 
 
 def pieces_worth_compiling(device: torch.device) -> tuple[str, ...]:
-    """All of :data:`PIECES`; on a CPU not the pictures'.
+    """Return all of :data:`PIECES`, on a CPU without encoders and decoders.
 
-    Encoders and decoders are faster by hand there (``benchmarks/learner_parts.py``).
+    Those are faster with the hand-written kernels (``benchmarks/speed/learner_parts.py``).
     """
     return PIECES[:2] if device.type == "cpu" else PIECES
 
 
 def compile_core(loss: World2FilterLoss, pieces: Collection[str]) -> None:
-    """Compile some of :data:`PIECES`, each on its own.
+    """Compile some of :data:`PIECES`, each separately.
 
-    Acting is not touched: the policy calls the encoder itself, with batches of other sizes.
+    Acting is not compiled: the policy calls the encoder itself, with batches of other sizes.
     """
-    # Every shape is known: kernels for any size would be slower, and the two recurrences, which
-    # share their code, would otherwise be compiled for any.
+    # All shapes are known. With dynamic shapes kernels would be slower, and the two recurrences,
+    # which share their code, would be compiled for any size.
     compiled = partial(torch.compile, dynamic=False)
     if next(loss.parameters()).device.type == "cpu":
-        # What the graphs fuse is small: a team of threads costs more than it does.
+        # The fused kernels are small: starting several threads would cost more than it saves.
         compiled = partial(compiled, options={"cpp.threads": 1})
     world_model = loss.world_model
     if "pictures" in pieces:

@@ -1,4 +1,4 @@
-"""The same gradients on every rank: DistributedDataParallel, or one flat buffer."""
+"""Average gradients over ranks, with DistributedDataParallel or one flat buffer."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ Forward = Callable[[TensorDictBase], tuple[Tensor, TensorDictBase]]
 class ComposedLoss(nn.Module):
     """The sum of all losses, through which gradients flow, and the detached metrics.
 
-    What DistributedDataParallel wraps: one forward pass, one backward pass, every parameter used.
+    DistributedDataParallel wraps this module: one forward and one backward pass that use every
+    parameter.
 
     Args:
-        loss: Holds the parameters.
+        loss: The loss module, which holds the parameters.
     """
 
     def __init__(self, loss: World2FilterLoss):
@@ -29,14 +30,14 @@ class ComposedLoss(nn.Module):
         self.loss = loss
 
     def forward(self, sample: TensorDictBase) -> tuple[Tensor, TensorDictBase]:
-        """Samples ``[B, T]`` to the scalar that is minimised and the scalars that are logged."""
+        """Return the scalar to minimise and the scalars to log for a sample ``[B, T]``."""
         losses = self.loss.forward(sample)
         total: Tensor = sum(losses[name] for name in self.loss.out_keys)
         return total, losses.detach()
 
 
 class SharedGradients:
-    """How the ranks' gradients become their mean; this one is for one process, with no others.
+    """Base class of the averaging of gradients; used directly by runs with a single process.
 
     Args:
         composed: The forward pass.
@@ -46,14 +47,14 @@ class SharedGradients:
         self.composed: Forward = composed.forward
 
     def average(self) -> None:
-        """Called between the backward pass and the optimizer's step."""
+        """Average the gradients, between the backward pass and the optimizer's step."""
 
 
 class DDPGradients(SharedGradients):
-    """Averages bucket by bucket during the backward pass.
+    """Average bucket by bucket during the backward pass.
 
-    Buffers are sent once, at the start. Later they change on every rank in the same way: the
-    return statistics see all ranks' returns, the slow critic follows equal critics.
+    Buffers are sent once, at the start. Afterwards they change equally on every rank: the return
+    statistics use the returns of all ranks, and the slow critic follows equal critics.
 
     Args:
         composed: The forward pass; takes rank 0's parameters and buffers.
@@ -66,14 +67,14 @@ class DDPGradients(SharedGradients):
 
 
 class FlatGradients(SharedGradients):
-    """Averages all gradients in one all-reduce of one buffer, after the backward pass.
+    """Average all gradients in one all-reduce of one buffer, after the backward pass.
 
-    One call to the network an update, at a fixed address, with nothing of it in the backward pass:
-    what a captured CUDA graph asks for.
+    A captured CUDA graph needs this: one call to the network per update, at a fixed address, and
+    none in the backward pass.
 
     Args:
-        composed: The forward pass; takes rank 0's parameters and buffers.
-        parameters: Those trained, all of one dtype.
+        composed: The forward pass; receives rank 0's parameters and buffers.
+        parameters: The trained parameters, all of one dtype.
     """
 
     def __init__(self, composed: ComposedLoss, parameters: Sequence[nn.Parameter]):
@@ -88,14 +89,14 @@ class FlatGradients(SharedGradients):
 
     @torch.no_grad()
     def average(self) -> None:
-        """Replace every gradient by the mean over the ranks.
+        """Replace every gradient by its mean over the ranks.
 
         Raises:
-            RuntimeError: If a parameter got no gradient.
+            RuntimeError: If a parameter has no gradient.
         """
         gradients = [p.grad for p in self._parameters if p.grad is not None]
         if len(gradients) < len(self._views):
-            raise RuntimeError("a parameter got no gradient; the ranks' buffers wouldn't match.")
+            raise RuntimeError("a parameter has no gradient: the ranks' buffers would not match.")
         torch._foreach_copy_(self._views, gradients)
         dist.all_reduce(self._buffer)
         self._buffer.div_(dist.get_world_size())
@@ -106,12 +107,12 @@ class FlatGradients(SharedGradients):
 def share_gradients(
     kind: str, composed: ComposedLoss, parameters: Sequence[nn.Parameter]
 ) -> SharedGradients:
-    """Choose how gradients are shared, and share the return statistics too.
+    """Choose how gradients are averaged, and share the return statistics too.
 
     Args:
         kind: ``none`` (one process), ``ddp`` or ``flat``; the latter two need a process group.
         composed: The forward pass.
-        parameters: Those trained.
+        parameters: The trained parameters.
     """
     if kind == "none":
         return SharedGradients(composed)

@@ -1,4 +1,4 @@
-"""An update captured as one CUDA graph, with the trial that precedes its use."""
+"""An update captured as one CUDA graph, and the state that a trial restores."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from w2f_torchrl.learner.optimizer import CapturableOptimizer
 
 Update = Callable[[TensorDictBase], TensorDictBase]
 
-#: Real updates that precede the capture, undone after it: they compile, and they make the
-#: optimizer's state and the libraries' work spaces.
+#: Number of updates before the capture, undone after it: they compile, and they create the
+#: optimizer's state and the work spaces of libraries.
 CAPTURE_WARMUP = 3
 
 
 class UpdateState:
-    """Everything that an update changes, so that updates can be undone in place.
+    """The state that an update changes, so that updates can be undone in place.
 
     Args:
-        module: Holds every parameter and buffer that an update changes.
-        optimizer: Its moments and step counter.
+        module: The module with every parameter and buffer that an update changes.
+        optimizer: The optimizer, with its moments and step counter.
         device: The CUDA device whose random state an update advances.
     """
 
@@ -38,11 +38,11 @@ class UpdateState:
 
     @torch.no_grad()
     def restore(self, before: dict[str, Tensor]) -> None:
-        """Write :meth:`copy`'s values back to the same addresses, which a graph may hold."""
+        """Write the values of :meth:`copy` back to the same addresses, which a graph may use."""
         for name, tensor in self._tensors().items():
             if name in before:
                 tensor.copy_(before[name])
-            else:  # the optimizer's first moments
+            else:  # moments that the update created
                 tensor.zero_()
         torch.cuda.set_rng_state(before["random"], self._device)
 
@@ -51,7 +51,7 @@ class UpdateState:
         for i, moments in enumerate(self._optimizer.state.values()):
             tensors |= {f"optimizer.{i}.{name}": tensor for name, tensor in moments.items()}
         for i, group in enumerate(self._optimizer.param_groups):
-            if isinstance(group["step"], Tensor):  # a new optimizer's is still an int: 0
+            if isinstance(group["step"], Tensor):  # in a new optimizer it is still the int 0
                 tensors[f"optimizer.step.{i}"] = group["step"]
         return tensors
 
@@ -60,11 +60,11 @@ class GraphedUpdate:
     """An update captured as a CUDA graph at its first call.
 
     A capture that fails changes nothing: warm-up and random state are undone, and the next call
-    captures anew.
+    captures again.
 
     Args:
-        update: Samples ``[B, T]`` to metrics, all on the device, no read by the host.
-        state: What the update changes.
+        update: Maps samples ``[B, T]`` to metrics on the device, without a read by the host.
+        state: The state that the update changes.
         device: The CUDA device.
     """
 
@@ -109,8 +109,8 @@ class GraphedUpdate:
 
     def _captured(self) -> tuple[torch.cuda.CUDAGraph, TensorDictBase]:
         graph = torch.cuda.CUDAGraph()
-        # Other threads (copies of samples, videos) may use the device meanwhile; freeing a tensor
-        # of another stream from the garbage collector would break the capture.
+        # Other threads (copies of samples, videos) may use the device meanwhile. If the garbage
+        # collector freed a tensor of another stream, the capture would fail.
         with _no_garbage_collection(), torch.cuda.graph(graph, capture_error_mode="thread_local"):
             metrics = self._update(self._sample)
         return graph, metrics

@@ -1,4 +1,4 @@
-"""Updates whose gradients are not finite change nothing."""
+"""Skip updates whose gradients are not finite."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from torch import Tensor, nn
 from w2f_torchrl.objectives import World2FilterLoss
 
 FINITE = "finite"
-"""Name of the entry that says whether an update was applied: 1 or 0."""
+"""Name of the metric that is 1 if an update was applied, otherwise 0."""
 
 
 class FiniteGuard(nn.Module):
-    """Decides on the device whether an update is applied, and undoes what the losses changed.
+    """Decide on the device whether an update is applied; otherwise restore the return statistics.
 
-    The host reads nothing: it learns of a bad update with the metrics. With ``stop`` no update is
-    applied after the first bad one, so that the networks are still those of before when it does.
+    The host learns of a bad update only when it reads the metrics. With ``stop`` no update is
+    applied after the first bad one, so the networks are still unchanged at that time.
 
-    Gradients are looked at, not losses: they are what spoils weights, and all ranks of a
-    distributed run have the same.
+    The gradients are checked, not the losses, because only gradients change weights, and all ranks
+    of a distributed run have equal ones.
 
     Args:
-        loss: Its return statistics are updated in the forward pass.
+        loss: The loss, whose return statistics are updated in the forward pass.
         on_nan: ``stop`` or ``skip``.
     """
 
@@ -31,13 +31,13 @@ class FiniteGuard(nn.Module):
     def __init__(self, loss: World2FilterLoss, on_nan: str = "stop") -> None:
         super().__init__()
         self.skips = on_nan == "skip"
-        # In a tuple, so that it is no submodule of this one too. Its buffers are looked up each
-        # time: moving a module to CUDA replaces them.
+        # In a tuple, so that it does not become a submodule. Its buffers are looked up each time,
+        # because moving a module to CUDA replaces them.
         self._normalizers = (loss.return_norm,)
         self.register_buffer("halted", torch.zeros((), dtype=torch.bool))
 
     def remember(self) -> list[Tensor]:
-        """Copies of what the forward pass is about to change."""
+        """Return copies of the statistics that the forward pass is about to change."""
         return [statistic.clone() for statistic in self._statistics()]
 
     def _statistics(self) -> list[Tensor]:
@@ -47,16 +47,16 @@ class FiniteGuard(nn.Module):
     def judge(
         self, metrics: TensorDictBase, norm: Tensor, remembered: list[Tensor]
     ) -> tuple[Tensor, TensorDictBase]:
-        """Decide about an update.
+        """Decide whether an update is applied.
 
         Args:
-            metrics: The update's scalars.
-            norm: The gradients' norm, a scalar.
-            remembered: What :meth:`remember` gave.
+            metrics: Scalar metrics of the update.
+            norm: Norm of the gradients, a scalar.
+            remembered: The copies from :meth:`remember`.
 
         Returns:
             Whether the update is applied, a bool scalar on the device, and the metrics with
-            ``finite``; with ``skip`` those of a bad update are zero, so that sums stay finite.
+            ``finite``; with ``skip`` those of a bad update are zero, to keep sums finite.
         """
         good = norm.isfinite() & ~self.halted
         if self.skips:

@@ -1,4 +1,4 @@
-"""TorchRL's DreamerV3 optimizer in a form that a CUDA graph can hold."""
+"""TorchRL's DreamerV3 optimizer in a form that a CUDA graph can capture."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from w2f_torchrl.config import OptimizerConfig
 
 
 def choose_precision(precision: str, device_type: str) -> str:
-    """Return ``float32`` or ``bfloat16``: for ``auto`` the latter where CUDA computes in it."""
+    """Return ``float32`` or ``bfloat16``; ``auto`` selects ``bfloat16`` if CUDA supports it."""
     if precision != "auto":
         return precision
     mixed = device_type == "cuda" and torch.cuda.is_bf16_supported()
@@ -24,8 +24,8 @@ def choose_precision(precision: str, device_type: str) -> str:
 def make_optimizer(
     parameters: Sequence[nn.Parameter], settings: OptimizerConfig
 ) -> DreamerV3Optimizer:
-    """Make TorchRL's optimizer, on a GPU in the form that a CUDA graph can hold."""
-    # TorchRL's counts on the host, which would have to know whether an update is applied.
+    """Make TorchRL's optimizer, on a GPU in the form that a CUDA graph can capture."""
+    # TorchRL's optimizer counts on the host, which does not know whether an update is applied.
     on_host = parameters[0].device.type == "cpu"
     make = DreamerV3Optimizer if on_host else CapturableOptimizer
     return make(
@@ -42,13 +42,13 @@ def make_optimizer(
 class CapturableOptimizer(DreamerV3Optimizer):
     """TorchRL's DreamerV3 optimizer with its step counter on the device.
 
-    TorchRL counts on the host, and what the host computes from the count, the warm-up and the
-    bias corrections, would be frozen into a captured graph. The same numbers and state dict.
+    TorchRL counts on the host, and a captured graph would freeze the warm-up and the bias
+    corrections, which the host computes from the count. Numbers and state dict are the same.
     """
 
     applied: Tensor | None = None
-    """A bool scalar on the device: where False, :meth:`step` changes nothing, whatever gradients
-    there are. None: every step is applied."""
+    """A bool scalar on the device. If False, :meth:`step` changes nothing, whatever the gradients
+    are. None applies every step."""
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> None:
@@ -59,7 +59,7 @@ class CapturableOptimizer(DreamerV3Optimizer):
             RuntimeError: If no parameter has a gradient.
         """
         if closure is not None:
-            raise ValueError("closure must be None: a captured update calls none.")
+            raise ValueError("closure must be None: a captured update cannot call it.")
         trained = [
             [p for p in group["params"] if p.grad is not None] for group in self.param_groups
         ]
@@ -74,13 +74,13 @@ class CapturableOptimizer(DreamerV3Optimizer):
         """Load a state dict; the step counter follows the parameters to their device."""
         super().load_state_dict(state_dict)
         for group in self.param_groups:
-            # Torch moves the moments only, and a CPU's checkpoint holds an int, which the undoing
-            # of a capture's warm-up would not know.
+            # Torch moves only the moments, and checkpoints of a CPU hold an int, which UpdateState
+            # would not restore after the warm-up of a capture.
             step = torch.as_tensor(group["step"], dtype=torch.float32)
             group["step"] = step.to(group["params"][0].device)
 
     def _count(self, group: dict[str, Any]) -> Tensor:
-        """Count the step where it is applied; whether it is, on the device."""
+        """Count the step if it is applied; return on the device whether it is."""
         count = group["step"]
         if not isinstance(count, Tensor):  # TorchRL's checkpoints hold an int
             count = torch.tensor(float(count), device=group["params"][0].device)
@@ -101,7 +101,7 @@ class CapturableOptimizer(DreamerV3Optimizer):
         rate = torch.where(good, rate, 0.0)
         gradients = _clip(gradients, parameters, group)
         rms, momentum = self._moments(parameters)
-        # Zero gradients add nothing below: with decays of 1 and a rate of 0 nothing changes.
+        # Zero gradients add nothing below; with decays of 1 and a rate of 0 nothing changes.
         keep1, keep2 = (torch.where(good, beta, 1.0) for beta in (beta1, beta2))
         count = count.clamp(min=1)
         torch._foreach_mul_(rms, keep2)
@@ -125,16 +125,16 @@ class CapturableOptimizer(DreamerV3Optimizer):
 
 
 def _bias_correction(beta: float, count: Tensor) -> Tensor:
-    """``1 - beta ** count``, float32; in float32 the power alone would lose three digits of it."""
+    """Return ``1 - beta ** count`` in float32; the power in float32 would lose three digits."""
     if beta == 0:
         return torch.ones_like(count)
     return torch.expm1(count.double() * math.log(beta)).neg().float()
 
 
 def _zero_unless(good: Tensor, gradients: list[Tensor]) -> list[Tensor]:
-    """The gradients, or zeros where ``good`` is False: in one buffer, so that it takes two kernels.
+    """Return the gradients, or zeros if ``good`` is False; one buffer needs only two kernels.
 
-    A product with zero wouldn't do: it leaves NaN as it is.
+    A product with zero would not replace NaN.
     """
     buffer = torch.where(good, torch.cat([g.flatten() for g in gradients]), 0)
     parts = buffer.split([g.numel() for g in gradients])
@@ -142,7 +142,7 @@ def _zero_unless(good: Tensor, gradients: list[Tensor]) -> list[Tensor]:
 
 
 def _clip(gradients: list[Tensor], parameters: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
-    """Adaptive gradient clipping, tensor by tensor (Brock et al. 2021, as the reference has it)."""
+    """Clip gradients adaptively per tensor (Brock et al. 2021, as in the reference)."""
     if not group["agc"]:
         return gradients
     largest = list(torch._foreach_norm([p.detach().float() for p in parameters]))

@@ -20,23 +20,23 @@ from w2f_torchrl.objectives import World2FilterLoss
 
 @dataclass
 class UpdateModes:
-    """Makes a learner's update: eager, compiled, or captured in a CUDA graph."""
+    """Make a learner's update: eager, compiled, or captured in a CUDA graph."""
 
     loss: World2FilterLoss
     guard: FiniteGuard
     optimizer: DreamerV3Optimizer
     eager: Update
-    """One update, as the learner does it."""
+    """The learner's uncompiled update."""
     precision: str
 
     @property
     def device(self) -> torch.device:
-        """Where the networks are."""
+        """Device of the networks."""
         device: torch.device = next(self.loss.parameters()).device
         return device
 
     def choose(self, execution: str, gradients: str) -> Update:
-        """Make the update of a mode; ``auto`` finds the fastest that works at its first call.
+        """Make the update of a mode; ``auto`` chooses the fastest that works at its first call.
 
         Args:
             execution: One of :data:`~w2f_torchrl.config.EXECUTIONS`.
@@ -44,7 +44,7 @@ class UpdateModes:
         """
         if execution != "auto":
             return self.make(execution)
-        # DistributedDataParallel hooks into the backward pass, which a graph replays without it.
+        # DistributedDataParallel uses hooks in the backward pass, which a graph does not replay.
         modes = ["compile"]
         if gradients != "ddp":
             modes.insert(0, "cuda_graph")
@@ -72,7 +72,7 @@ class UpdateModes:
         return self.eager
 
     def capture_again(self, update: Update) -> Update:
-        """Return the update for new moments: a graph holds the old ones' addresses."""
+        """Return the update for new moments: a graph holds the addresses of the old ones."""
         if isinstance(update, GraphedUpdate):
             return self.graphed()
         if isinstance(update, AutoUpdate):

@@ -1,4 +1,4 @@
-"""Metrics, pictures, videos and progress of a run, and where they go."""
+"""Metrics, images, videos and progress of a run, and the loggers that receive them."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""What a run shows beside its metrics: pictures, videos, and the spread of weights and latents.
+"""Log images and videos, and the spread of weights, gradients and latents.
 
-Everything here leaves torch's random state as it was: how often a run is looked at changes none of
-its numbers.
+Nothing here changes torch's random state, so the results of a run do not depend on how often it is
+logged.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ logger = logging.getLogger(__name__)
 
 FILM_FPS = 5.0
 GRID = (4, 8)
-"""Sequences and time steps in a picture of a training batch."""
+"""Sequences and time steps in an image of a training batch."""
 SAMPLED = 100_000
-"""Most values of a module that its quantiles and histogram are taken from."""
+"""Approximate maximum number of values for the quantiles and histogram of a module."""
 
 
 class Diagnostics:
-    """Logs pictures, videos and histograms when they are due.
+    """Log images, videos and histograms when they are due.
 
     Args:
         config: The run's settings.
         learner: The learner.
-        metrics_logger: Where everything goes.
+        metrics_logger: The logger that receives them.
     """
 
     def __init__(self, config: RunConfig, learner: Learner, metrics_logger: MetricsLogger):
@@ -54,22 +54,22 @@ class Diagnostics:
         """Frames of the last evaluation that made videos."""
 
     def state_dict(self) -> dict[str, int | None]:
-        """Return when the last videos were made."""
+        """Return the frames of the last evaluation that made videos."""
         return {"videos_at": self.videos_at}
 
     def load_state_dict(self, state: dict[str, int | None]) -> None:
-        """Take over a state from :meth:`state_dict`."""
+        """Load a state from :meth:`state_dict`."""
         self.videos_at = state["videos_at"]
 
     # ---------------------------------------------------------------- after an update
 
     def after_update(self, sample: TensorDictBase, *, frames: int, updates: int) -> None:
-        """Log what is due after an update.
+        """Log the images and histograms that are due after an update.
 
         Args:
             sample: The update's records ``[B, T]``.
             frames: Environment frames so far.
-            updates: Updates so far, this one included.
+            updates: Updates so far, including this one.
         """
         histograms = _is_due(updates, self.settings.histograms_every_updates)
         images = _is_due(updates, self.settings.images_every_updates)
@@ -121,7 +121,7 @@ class Diagnostics:
     # ---------------------------------------------------------------- after an evaluation
 
     def after_evaluation(self, evaluation: Evaluation, *, frames: int, updates: int) -> None:
-        """Log the videos of an evaluation, and what the model imagines in it.
+        """Log the videos of an evaluation, and the model's imagination in it.
 
         Args:
             evaluation: The evaluation.
@@ -138,7 +138,7 @@ class Diagnostics:
                 self._log_imagination(evaluation, frames, updates)
 
     def draw_curves(self) -> None:
-        """Draw ``curves.png``, beside the training."""
+        """Draw ``curves.png`` in the background."""
         self.logger.background.submit("curves.png", partial(plot_curves, self.logger.run_dir))
 
     def _log_episode(self, evaluation: Evaluation, frames: int) -> None:
@@ -179,7 +179,7 @@ class Diagnostics:
 
 
 def parts(learner: Learner) -> dict[str, nn.Module]:
-    """The modules whose weights and gradients are logged, by name."""
+    """Return the modules whose weights and gradients are logged, by name."""
     model, loss = learner.world_model, learner.loss
     found: dict[str, nn.Module | None] = {
         "encoder": model.encoder,
@@ -196,7 +196,7 @@ def parts(learner: Learner) -> dict[str, nn.Module]:
 
 
 def summarize_values(values: Tensor) -> dict[str, Tensor]:
-    """5 %, 50 % and 95 % quantile, root mean square and largest absolute value.
+    """Return 5 %, 50 % and 95 % quantile, root mean square and largest absolute value.
 
     Args:
         values: Floating point ``[N]``.
@@ -216,7 +216,7 @@ def summarize_values(values: Tensor) -> dict[str, Tensor]:
 
 
 def _latents(inferred: TensorDictBase) -> dict[str, Tensor]:
-    """Beliefs, and the entropy in nats of every categorical of posterior and prior."""
+    """Return beliefs, and the entropy in nats of every categorical of posterior and prior."""
     out = {}
     for prefix in ("", "background_"):
         if f"{prefix}belief" not in inferred.keys():
@@ -240,7 +240,7 @@ def _thin(values: Tensor) -> Tensor:
 
 
 def _grid(pictures: Tensor) -> Tensor:
-    """``[R, K, C, H, W]`` to one picture, uint8 ``[3, R x H, K x W]``."""
+    """Arrange ``[R, K, C, H, W]`` in one image, uint8 ``[3, R x H, K x W]``."""
     rows = to_uint8(pictures.flatten(0, 1)).unflatten(0, pictures.shape[:2])
     picture: Tensor = rows.permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)
     return picture

@@ -19,14 +19,14 @@ METRICS: dict[str, Meaning] = {
     "episode/return": Meaning("reward", "return of a training episode, at the frame it ended"),
     "episode/length": Meaning("agent steps", "length of a training episode"),
     "wm/total_loss": Meaning("nats", "sum of the world model's weighted losses"),
-    "wm/image_loss": Meaning("squared colour", "picture losses, summed over pixels and channels"),
+    "wm/image_loss": Meaning("squared colour", "image losses, summed over pixels and channels"),
     "wm/fg_loss": Meaning("squared colour + nats", "foreground colours and mask"),
     "wm/bg_loss": Meaning("squared colour", "background colours, outside the mask"),
     "wm/mask_loss": Meaning("nats", "cross-entropy of the mask, summed over pixels"),
     "wm/mask_iou": Meaning("0 to 1", "IoU of predicted and true mask, evaluation episodes"),
     "wm/kl_loss": Meaning("nats", "dynamics and representation loss, free nats included"),
     "wm/kl_value": Meaning("nats", "KL of posterior and prior, without free nats"),
-    "wm/background_kl_value": Meaning("nats", "the same of the background's latent"),
+    "wm/background_kl_value": Meaning("nats", "the same for the background's latent"),
     "wm/reward_loss": Meaning("nats", "two-hot cross-entropy of the reward"),
     "wm/continue_loss": Meaning("nats", "cross-entropy of the continuation"),
     "wm/grad_norm": Meaning("", "norm of all gradients, before clipping"),
@@ -40,15 +40,15 @@ METRICS: dict[str, Meaning] = {
     "ac/imagined_reward_mean": Meaning("reward", "mean reward in imagination"),
     "train/mask_iou": Meaning("0 to 1", "IoU of predicted and given mask, training batches"),
     "train/worker_restarts": Meaning("", "how often lost worker processes were replaced so far"),
-    "train/imagination/context_error": Meaning("colour", "mean error of the frames that are seen"),
-    "train/imagination/error": Meaning("colour", "mean error of the frames that are imagined"),
+    "train/imagination/context_error": Meaning("colour", "mean error of the observed frames"),
+    "train/imagination/error": Meaning("colour", "mean error of the imagined frames"),
     "train/imagination/last_error": Meaning("colour", "mean error of the last imagined frame"),
     "train/imagination/mask_iou": Meaning("0 to 1", "IoU of the imagined mask with the true one"),
     "segmentation/iou": Meaning("0 to 1", "IoU of the segmenter's mask with the simulator's"),
-    "segmentation/milliseconds": Meaning("ms", "time a frame's mask takes"),
-    "segmentation/frames": Meaning("frames", "frames that were segmented so far"),
-    "speed/frames_per_second": Meaning("1/s", "environment frames a second, since the last row"),
-    "speed/updates_per_second": Meaning("1/s", "updates a second, since the last row"),
+    "segmentation/milliseconds": Meaning("ms", "time per mask"),
+    "segmentation/frames": Meaning("frames", "frames segmented so far"),
+    "speed/frames_per_second": Meaning("1/s", "environment frames per second, since the last row"),
+    "speed/updates_per_second": Meaning("1/s", "updates per second, since the last row"),
     "speed/seconds": Meaning("s", "time of the run so far, over all its processes"),
 }
 
@@ -57,7 +57,7 @@ PATTERNS: dict[str, Meaning] = {
     "gradients": Meaning("", "gradients of a module at the last update, before clipping"),
     "latents": Meaning("nats for an entropy", "latents of a training batch"),
 }
-"""Meaning of the metrics of a group that has many, by the group's name."""
+"""Meaning of all metrics of a group, by the group's name."""
 
 SUFFIXES = {
     "q05": "5 % quantile",

@@ -87,8 +87,8 @@ class MetricsLogger(Closing):
         """Write one line.
 
         Args:
-            metrics: Name to number or one-element tensor. All tensors of a device are copied to the
-                host in one transfer.
+            metrics: Name to number or scalar tensor. All tensors of a device are copied to the host
+                in one transfer.
             frames: Environment frames so far.
             updates: Learner updates so far.
 

@@ -105,7 +105,7 @@ class RunWandbLogger(WandbLogger):
         finishing.join(FINISH_SECONDS)
         if finishing.is_alive():
             given_up.set()
-            logger.warning("wandb's server takes nothing more. %s", kept)
+            logger.warning("wandb's server does not respond. %s", kept)
 
     def _log_payload(
         self,
@@ -185,7 +185,7 @@ def make_wandb_logger(
         if online is not None:
             return online
         logger.warning(
-            "wandb can't be reached: this run is logged offline. Upload it later: wandb sync %s",
+            "wandb cannot be reached: this run is logged offline. Upload it later: wandb sync %s",
             run_dir / "wandb" / "offline-run-*",
         )
     else:

@@ -1,1 +1,1 @@
-"""Where a run's masks come from, and how they are stored."""
+"""Sources of a run's masks, and their storage."""

@@ -19,7 +19,7 @@ from w2f_torchrl.envs.scenery.backgrounds import load_clips
 
 logger = logging.getLogger(__name__)
 
-MOST_BYTES = 2**30
+MAX_BYTES = 2**30
 """Maximum size of an array of images in a file, bytes."""
 
 
@@ -117,8 +117,8 @@ def _check_size(path: str | Path, names: tuple[str, ...]) -> None:
                 else:
                     shape, _, dtype = form.read_array_header_2_0(stream)
             size = math.prod(shape) * dtype.itemsize
-            if dtype not in (np.uint8, np.bool_) or len(shape) != 4 or size > MOST_BYTES:
+            if dtype not in (np.uint8, np.bool_) or len(shape) != 4 or size > MAX_BYTES:
                 raise ValueError(
                     f"{name} is {dtype} {shape}, {size / 2**20:,.0f} MiB; allowed are uint8 or "
-                    f"bool [N, C, H, W] of at most {MOST_BYTES / 2**20:,.0f} MiB"
+                    f"bool [N, C, H, W] of at most {MAX_BYTES / 2**20:,.0f} MiB"
                 )

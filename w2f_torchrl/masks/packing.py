@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 # Row b holds the eight bits of byte b, most significant first (numpy.packbits' order). Unpacking
-# by looking rows up is a gather of eight-byte words, far cheaper than eight shifts a byte.
+# gathers these rows as eight-byte words, which is far cheaper than eight shifts per byte.
 _BITS = ((torch.arange(256).unsqueeze(-1) >> torch.arange(7, -1, -1)) & 1).bool()  # [256, 8]
 
 
@@ -14,14 +14,14 @@ def pack_mask(mask: Tensor) -> Tensor:
     """Pack a mask, eight pixels of a row in one byte.
 
     Args:
-        mask: bool ``[..., 1, H, W]``, W a multiple of 8.
+        mask: bool ``[..., 1, H, W]``; W must be a multiple of 8.
 
     Returns:
         uint8 ``[..., 1, H, W // 8]``; the leftmost pixel is the most significant bit.
 
     Raises:
         TypeError: If the mask is not bool.
-        ValueError: If it lacks the channel dimension or W is not a multiple of 8.
+        ValueError: If it has no channel dimension or W is not a multiple of 8.
 
     Examples:
         >>> mask = torch.tensor([1, 0, 0, 0, 0, 0, 1, 1], dtype=torch.bool).view(1, 1, 8)
@@ -36,8 +36,8 @@ def pack_mask(mask: Tensor) -> Tensor:
         raise ValueError(f"pack_mask expects the shape [..., 1, H, W], got {tuple(mask.shape)}.")
     if mask.shape[-1] % 8:
         raise ValueError(
-            f"Masks are stored as one bit a pixel, so their width must be a multiple of 8: got "
-            f"W={mask.shape[-1]} in {tuple(mask.shape)}. Choose such an image size."
+            f"Masks are stored with one bit per pixel, so their width must be a multiple of 8: got "
+            f"W={mask.shape[-1]} in {tuple(mask.shape)}. Change the image size."
         )
     octets = mask.reshape(*mask.shape[:-1], mask.shape[-1] // 8, 8).byte()  # [..., 1, H, W // 8, 8]
     weights = 1 << torch.arange(7, -1, -1, dtype=torch.uint8, device=mask.device)
@@ -57,7 +57,7 @@ def unpack_mask(packed: Tensor, *, pin_memory: bool = False) -> Tensor:
 
     Raises:
         TypeError: If the packed mask is not uint8.
-        ValueError: If it lacks the channel dimension.
+        ValueError: If it has no channel dimension.
     """
     if packed.dtype != torch.uint8:
         raise TypeError(f"unpack_mask expects uint8, got {packed.dtype}.")
@@ -65,7 +65,7 @@ def unpack_mask(packed: Tensor, *, pin_memory: bool = False) -> Tensor:
         raise ValueError(
             f"unpack_mask expects the shape [..., 1, H, W // 8], got {tuple(packed.shape)}."
         )
-    words = _BITS.to(packed.device).view(torch.int64).squeeze(-1)  # [256], eight bools a word
+    words = _BITS.to(packed.device).view(torch.int64).squeeze(-1)  # [256], eight bools per word
     flat = words.new_empty(packed.numel(), pin_memory=pin_memory)
     torch.index_select(words, 0, packed.reshape(-1).int(), out=flat)
     return flat.view(torch.bool).view(*packed.shape[:-1], packed.shape[-1] * 8)

@@ -90,13 +90,12 @@ class MaskSource:
         """Load a saved state.
 
         Raises:
-            ConfigError: If it is of another source: a run's masks all come from one.
+            ConfigError: If it belongs to another source: a run has only one.
         """
         if state["name"] != self.name:
             raise ConfigError(
-                f"segmentation={self.name}: the run that is resumed has its masks from "
-                f"{state['name']}; resume it with segmentation={state['name']}, or start another "
-                "run."
+                f"segmentation={self.name}: this run has masks from {state['name']}. Resume it "
+                f"with segmentation={state['name']}, or start another run."
             )
         self.frames = state["frames"]
         self._sums, self._counts = dict(state.get("sums", {})), dict(state.get("counts", {}))

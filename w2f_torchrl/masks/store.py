@@ -20,21 +20,21 @@ RECORD_FILE = "masks.json"
 
 
 class MaskStore:
-    """A folder with the masks of N frames and a record of what made them.
+    """A folder with the masks of N frames and a record of how they were made.
 
-    ``masks.npy`` is uint8 ``[N, 1, H, W // 8]``, one bit a pixel, the leftmost the highest;
-    ``masks.json`` says how many frames are done and what made them. What is done survives a crash:
-    the count is written after the masks that it counts.
+    ``masks.npy`` is uint8 ``[N, 1, H, W // 8]``, one bit per pixel, the leftmost in the highest
+    bit; ``masks.json`` has the number of finished frames and how they were made. Finished masks
+    survive a crash, because the number is written after the masks.
 
     Args:
-        folder: Where; created if missing.
-        shape: (N, H, W), W a multiple of 8.
-        made_by: What made the masks, as JSON has it: segmenter, prompts, versions. A folder that
-            was begun with another record or shape is refused.
+        folder: The folder; created if missing.
+        shape: (N, H, W); W must be a multiple of 8.
+        made_by: How the masks are made, in JSON types: segmenter, prompts, versions. A folder with
+            another record or shape is refused.
 
     Raises:
-        ValueError: If the folder holds masks of other frames or by other means, or W is no multiple
-            of 8.
+        ValueError: If the folder holds masks of other frames or made differently, or W is not a
+            multiple of 8.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class MaskStore:
         for name, size in (("frames", count), ("height", height), ("width", width)):
             check_number(name, size, integer=True, minimum=1)
         if width % 8:
-            raise ValueError(f"masks are stored one bit a pixel: width {width} must be 8 x n.")
+            raise ValueError(f"masks have one bit per pixel: width {width} must be 8 x n.")
         self._record: dict[str, Any] = {"frames": count, "height": height, "width": width}
         self._record |= {"made_by": json.loads(json.dumps(made_by)), "done": 0}
         path = self.folder / RECORD_FILE
@@ -62,7 +62,7 @@ class MaskStore:
 
     @property
     def done(self) -> int:
-        """Frames that have masks: the first so many."""
+        """Number of finished frames, counted from the first."""
         return int(self._record["done"])
 
     def append(self, masks: Tensor) -> None:
@@ -71,7 +71,7 @@ class MaskStore:
         check_tensor("masks", masks, torch.bool, ("M", 1, record["height"], record["width"]))
         stop = self.done + len(masks)
         if stop > record["frames"]:
-            raise ValueError(f"masks of {stop} frames don't fit the store's {record['frames']}.")
+            raise ValueError(f"masks of {stop} frames exceed the store's {record['frames']}.")
         self._masks[self.done : stop] = pack_mask(masks.cpu()).numpy()
         self._masks.flush()
         self._record["done"] = stop
@@ -81,8 +81,8 @@ class MaskStore:
         for name, value in self._record.items():
             if name != "done" and saved.get(name) != value:
                 raise ValueError(
-                    f"{self.folder} holds masks with {name}={saved.get(name)}, now it would be "
-                    f"{value}: name another folder."
+                    f"{self.folder} holds masks with {name}={saved.get(name)}, not {value}: choose "
+                    "another folder."
                 )
         self._record["done"] = saved["done"]
 
@@ -91,16 +91,16 @@ class MaskStore:
 
 
 def load_masks(folder: str | Path) -> tuple[Tensor, dict[str, Any]]:
-    """Read the masks that are done.
+    """Read the finished masks.
 
     Args:
-        folder: What a :class:`MaskStore` wrote.
+        folder: Folder of a :class:`MaskStore`.
 
     Returns:
         bool ``[done, 1, H, W]`` and the record.
 
     Raises:
-        FileNotFoundError: If the folder holds none.
+        FileNotFoundError: If the folder does not contain masks.
     """
     record = json.loads((Path(folder) / RECORD_FILE).read_text())
     packed = np.load(Path(folder) / MASKS_FILE, mmap_mode="r")[: record["done"]]

@@ -25,7 +25,7 @@ class GaussianActor(nn.Module):
 
     The standard deviation lies in [0.1, 1] and starts near 0.9, the mean near 0 (output scale
     0.01; DreamerV3, hyperparameter table). Mean and deviation have separate linear
-    layers, as in the reference: adaptive gradient clipping treats them one by one.
+    layers, as in the reference: adaptive gradient clipping treats them separately.
 
     Args:
         features: S + D, features of state and belief.
@@ -49,7 +49,7 @@ class GaussianActor(nn.Module):
         return self.from_features(torch.cat((belief, state), -1))
 
     def from_features(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """:meth:`forward` of belief and state side by side ``[..., D + S]``."""
+        """Compute :meth:`forward` from belief and state joined, ``[..., D + S]``."""
         hidden = self.backbone(features)  # [..., units]
         return self.squash(self.mean(hidden), self.std(hidden))  # [..., A]
 

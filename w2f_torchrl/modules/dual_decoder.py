@@ -26,7 +26,7 @@ class DualImageDecoder(TensorDictModuleBase):
 
     The foreground's decoder makes colours, which start at about 0.5, and the logit of the mask,
     which starts at :data:`FOREGROUND_SHARE`. The background's makes colours. With
-    ``background_features=None`` there is no background.
+    ``background_features=None`` it has no background.
 
     Args:
         foreground_features: S and D, the features of the foreground's state and belief.

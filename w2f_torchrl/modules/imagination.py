@@ -1,4 +1,4 @@
-"""Imagination: the policy acts in the world model, which predicts by its prior.
+"""Imagination: the policy acts in the world model, which predicts with its prior.
 
 Shape letters: N imagined trajectories, H horizon, S = K categoricals x classes state, D belief,
 A action.
@@ -34,9 +34,9 @@ def imagine_step(
         step: The block GRU.
         prior: The prior's head.
         actor: The policy's network.
-        features: Belief and state side by side ``[N, D + S]``, in the precision of the products.
-        state: The state alone ``[N, S]``, in the same precision.
-        belief: The belief alone ``[N, D]``.
+        features: Belief and state joined ``[N, D + S]``, in the precision of the products.
+        state: The state ``[N, S]``, in the same precision.
+        belief: The belief ``[N, D]``.
         noise: Standard normal draws ``[N, A]``.
         uniform: Draws from U[0, 1) ``[N, K]``.
 
@@ -62,8 +62,8 @@ def imagine(
     """Follow the policy in the model, without gradients.
 
     REINFORCE scores stopped actions in stopped states (DreamerV3, "Actor learning", eq. 6), so
-    nothing here needs a graph. Time comes first: every step is then one block of memory, and so are
-    all steps but the last.
+    nothing here needs a graph. Time comes first, so that every step is one block of memory, and so
+    are all steps except the last.
 
     Args:
         prior: The block-GRU prior.
@@ -71,11 +71,11 @@ def imagine(
         state: Start states ``[N, S]``.
         belief: Start beliefs ``[N, D]``.
         horizon: H, imagined steps.
-        one_step: :func:`imagine_step`, or the same compiled.
+        one_step: :func:`imagine_step`, plain or compiled.
 
     Returns:
-        Features of the latents, belief and state side by side ``[H + 1, N, D + S]``, the start
-        included and under autocast in its precision, and the actions taken in the first H of them
+        Features of the latents, belief and state joined ``[H + 1, N, D + S]``, including the start
+        and in autocast's precision under autocast, and the actions taken in the first H of them
         ``[H, N, A]``.
     """
     check_number("horizon", horizon, integer=True, minimum=1)
@@ -85,7 +85,7 @@ def imagine(
         uniforms = torch.rand(horizon, rows, prior.num_categoricals, device=state.device)  # [H,N,K]
         noise = torch.randn_like(belief.new_empty(horizon, rows, *prior.action_shape))  # [H, N, A]
         size = belief.shape[-1] + state.shape[-1]
-        # Their readers only multiply by weights, so the precision of the products is enough.
+        # Features are only multiplied by weights, so the precision of the products suffices.
         features = belief.new_empty(horizon + 1, rows, size, dtype=dtype)  # [H + 1, N, D + S]
         state = state.to(dtype)
         torch.cat((belief, state), -1, out=features[0])

@@ -19,7 +19,7 @@ MAX_UINT8_CLASSES = 255
 
 
 def initial_keys(sample: TensorDictBase) -> tuple[str, ...]:
-    """Return the key of the latents that slices start from, if the sample has them."""
+    """Return the key of the initial latents of slices, if the sample has them."""
     return (INITIAL,) if INITIAL in sample.keys() else ()
 
 
@@ -37,7 +37,7 @@ def pack_state(state: Tensor, classes: int) -> Tensor:
         classes: Classes of each categorical.
 
     Returns:
-        uint8 or int16 ``[..., K]``; 0 where there is no state.
+        uint8 or int16 ``[..., K]``; 0 for "no state".
     """
     grouped = state.detach().unflatten(-1, (-1, classes))  # [..., K, classes]
     numbers = torch.where(grouped.amax(-1) > 0, grouped.argmax(-1) + 1, 0)  # [..., K]

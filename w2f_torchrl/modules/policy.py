@@ -1,4 +1,4 @@
-"""The acting policy: encoder, posterior and actor, one observation after the other."""
+"""The acting policy: encoder, posterior and actor, one observation at a time."""
 
 from __future__ import annotations
 
@@ -21,12 +21,11 @@ def _carry(state: Tensor, belief: Tensor, action: Tensor) -> tuple[Tensor, Tenso
 def build_policy(
     world_model: WorldModel, actor: ProbabilisticTensorDictSequential
 ) -> TensorDictSequential:
-    """Compose the acting policy from the trained parts, shared and not copied.
+    """Compose the acting policy from the trained parts, which are shared, not copied.
 
     It reads ``pixels``, ``is_init`` and the carried ``state``, ``belief`` and ``previous_action``
     (a TensorDictPrimer makes the first ones, with the sizes of :func:`latent_sizes`), and writes
-    ``action`` and the carried entries of the next step. Neither a mask nor the background is
-    computed.
+    ``action`` and the carried entries for the next step. It computes neither mask nor background.
     """
     rollout = world_model.rollout
     carried = ["state", "belief", "previous_action"]

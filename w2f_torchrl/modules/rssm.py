@@ -4,7 +4,7 @@ DreamerV3 (arXiv:2301.04104v2), eq. 1, with this package's names::
 
     belief     h_t = f(h_{t-1}, z_{t-1}, a_{t-1})   [D], deterministic: a block GRU
     prior      p(z_t | h_t)                         before the observation is seen
-    posterior  q(z_t | h_t, x_t)                    after it; x_t is its embedding, [E]
+    posterior  q(z_t | h_t, x_t)                    after that; x_t is its embedding, [E]
     state      z_t                                  [S], a draw: K one-hot categoricals of C classes
 
 The block GRU f has G blocks of width w = D / G, which share their inputs. It is TorchRL's cell; a
@@ -79,11 +79,11 @@ def sample_one_hot(logits: Tensor, unimix: float, uniform: Tensor) -> Tensor:
 class RSSMRollout(RSSMRolloutV3):
     """The posterior over sequences: TorchRL's :class:`~torchrl.modules.RSSMRolloutV3`, faster.
 
-    The same parameters, state dict, random stream and results (tested in float64). Only the
+    Parameters, state dict, random stream and results are the same (tested in float64). Only the
     recurrence itself is computed step by step: the prior's logits, the action's share of the GRU
     and the embedding's share of the posterior are computed for all steps at once, and no prior
-    state is drawn. The keys are free, so that a second RSSM can write ``background_state`` and
-    ``background_belief``. ``benchmarks/learner.py`` measures both.
+    state is drawn. The keys can be chosen, so that a second RSSM can write ``background_state`` and
+    ``background_belief``. ``benchmarks/speed/learner.py`` measures both.
 
     Args:
         rssm_prior: A TensorDictModule around a block-GRU ``RSSMPriorV3`` with the in_keys
@@ -91,8 +91,8 @@ class RSSMRollout(RSSMRolloutV3):
         rssm_posterior: A TensorDictModule around an ``RSSMPosteriorV3`` with the in_keys
             ``[belief, embedding]`` and out_keys ``[posterior_logits, state]``.
         reset_key: bool ``[B, T, 1]``; where true, state, belief and action are zeroed first.
-        action_key: The action's key ``[B, T, A]``; ``None``: no action (the background's RSSM).
-            TorchRL's cell needs an input, so it gets one constant zero.
+        action_key: The action's key ``[B, T, A]``; ``None`` for no action (the background's RSSM).
+            TorchRL's cell needs an input, so it receives a constant zero.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class RSSMRollout(RSSMRolloutV3):
         if not isinstance(posterior, RSSMPosteriorV3):
             raise ValueError("rssm_posterior must hold an RSSMPosteriorV3.")
         self.step_functions: StepFunctions = STEP_FUNCTIONS
-        """A step of the recurrence and a step back; the learner may compile them."""
+        """Forward and backward step of the recurrence; the learner may compile them."""
         self.has_action = action_key is not None
         self.state_key, self.belief_key = rssm_prior.in_keys[:2]
         self.embedding_key = rssm_posterior.in_keys[1]
@@ -167,20 +167,20 @@ class RSSMRollout(RSSMRolloutV3):
         batch, time = embedding.shape[:2]
         categoricals = prior.num_categoricals
         step = BlockGRUStep(prior)  # f
-        # In the precision of the parameters: under autocast the embedding has another.
+        # In the precision of the parameters, which differs from the embedding's under autocast.
         zeros = partial(step.bias.new_zeros, batch)
         state = zeros(categoricals * prior.num_classes) if state is None else state  # [B, S]
         belief = zeros(prior.rnn_hidden_dim) if belief is None else belief  # [B, D]
         if action is None:
             action = embedding.new_zeros(batch, time, 1)
 
-        # For all steps at once: the share of the action, and that of the embedding.
+        # The shares of the action and of the embedding, for all steps at once.
         action_input = step.action_input(torch.where(reset, 0, action))  # [B, T, D]
         first = posterior.obs_rnn_to_post_projector[0]
         embedded = linear(embedding, first.weight[:, prior.rnn_hidden_dim :], first.bias)  # [B,T,H]
         keep = (~reset).to(step.bias.dtype)  # [B, T, 1]
-        # TorchRL also draws uniform numbers for the prior. Drawing them in the same call costs
-        # nothing and keeps the random stream equal to that of its rollout.
+        # TorchRL also draws uniform numbers for the prior. Drawing them in the same call is free
+        # and keeps the random stream equal to that of its rollout.
         uniform = torch.rand(time, 2, batch, categoricals, device=embedding.device)[:, 1]  # [T,B,K]
 
         inputs = (step, posterior, state, belief, keep, action_input, embedded, uniform)
@@ -214,8 +214,8 @@ def roll(
     Args:
         step: The block GRU.
         posterior: The posterior.
-        state: Before the first step ``[B, S]``.
-        belief: Before the first step ``[B, D]``.
+        state: State before the first step ``[B, S]``.
+        belief: Belief before the first step ``[B, D]``.
         keep: 0 where an episode starts, else 1 ``[B, T, 1]``.
         action_input: The action's share of the block GRU ``[B, T, D]``.
         embedded: The embedding's share of the posterior's first layer ``[B, T, H]``.
@@ -232,7 +232,7 @@ def roll(
         belief = step(state * keep_t, belief * keep_t, action_t)  # [B, D]
         logit = torch.addmm(embedded_t, belief, belief_weight)  # [B, H]
         for layer in rest:
-            logit = layer(logit)  # at last [B, S]
+            logit = layer(logit)  # finally [B, S]
         grouped = logit.unflatten(-1, (posterior.num_categoricals, -1))  # [B, K, C]
         state = sample_one_hot(grouped, posterior.unimix, uniform_t).flatten(-2)  # [B, S]
         states.append(state)

@@ -118,7 +118,7 @@ class WorldModel(TensorDictModuleBase):
 
         Raises:
             TypeError: If an entry has another dtype; the range of a picture is never guessed.
-            ValueError: If an entry has another shape, or there are no records.
+            ValueError: If an entry has another shape, or the batch is empty.
         """
         if records.ndim != 2 or 0 in records.shape:
             raise ValueError(f"records must be [B, T], 1 or more, got {list(records.shape)}.")

@@ -34,7 +34,7 @@ class Sam3Segmenter:
 
     Args:
         prompts: Names of the foreground, such as ``["robot"]``; at least one. Choose them with
-            ``benchmarks/masks.py --prompts``.
+            ``benchmarks/evidence/masks.py --prompts``.
         checkpoint: Path of the weights; None loads them from Hugging Face (gated).
         resolution: Side of the square image that SAM3 receives, pixels, a multiple of 336 for the
             published weights; None for the one that the weights were trained with (1008).

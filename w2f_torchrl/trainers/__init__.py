@@ -1,4 +1,4 @@
-"""The learner, the run around it, its evaluation and its checkpoints."""
+"""The training loop of a run; also exports the learner, the evaluation and the settings."""
 
 from __future__ import annotations
 

@@ -41,21 +41,21 @@ T = TypeVar("T")
 AnyCollector: TypeAlias = Collector | MultiSyncCollector | OverlappedCollector
 
 LATENT_KEYS = (("next", "state"), ("next", "belief"))
-"""What batches keep of the acting policy's latents for the replay."""
+"""Latents of the acting policy that batches keep for the replay."""
 
 
 class Collection:
-    """A rank's workers, which :meth:`start` starts, and the replay that they fill.
+    """The workers of a rank, started by :meth:`start`, and the replay that they fill.
 
-    Its state is that of the envs between two batches.
+    Its state is the state of the envs between two batches.
 
     Args:
         config: The run's settings.
         ranks: The run's processes.
         policy: The acting policy, shared with the learner.
         action_size: A.
-        replay: The replay, not open yet.
-        leftovers: What the rank's processes put outside of the run's directory.
+        replay: The replay, not yet open.
+        leftovers: Files that the rank's processes create outside of the run's directory.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class Collection:
             "ranks": ranks.size,
             "overlap": config.collection.overlap,
         }
-        """All that must stay as it is for envs to continue in the middle of an episode."""
+        """Settings that must be unchanged for envs to continue in the middle of an episode."""
         envs = config.environment.num_envs
         self.make: Callable[..., AnyCollector] = partial(
             make_collector,
@@ -94,13 +94,13 @@ class Collection:
         """Makes the collector from a seed and a folder for temporary files."""
         self.seed = config.seed
         self.restarts = 0
-        """How often workers were replaced, in the whole run."""
+        """How often workers have been replaced in the whole run."""
         self.complete = True
-        """Whether the replay holds all that the collector gave: else its state is of no use."""
+        """Whether the replay holds every batch of the collector; otherwise its state is useless."""
         self.held: TensorDictBase | None = None
-        """A batch ``[N, T]`` that was collected and comes before any that is requested."""
+        """A collected batch ``[N, T]`` that is returned before a new one is requested."""
         self.lost: WorkerError | None = None
-        """The failure of the workers that have to be replaced."""
+        """The failure of the workers, while they wait to be replaced."""
         self._saved: dict[str, Any] | None = None
         self._collector: AnyCollector | None = None
         self._in_a_row = 0
@@ -108,24 +108,24 @@ class Collection:
 
     @property
     def collector(self) -> AnyCollector:
-        """What steps the environments; a new one after its workers were lost."""
+        """The collector, which steps the environments; replaced when its workers are lost."""
         assert self._collector is not None, "the workers have started"
         return self._collector
 
     @property
     def replay(self) -> StreamReplayBuffer:
-        """The replay that the batches go to."""
+        """The replay that stores the batches."""
         return self.run_replay.buffer
 
     def start(self, steps: int, *, resumed: bool) -> None:
-        """Open the replay and start the workers; envs continue where a loaded state has them.
+        """Open the replay and start the workers; envs continue from a loaded state.
 
         Args:
             steps: Agent steps of the run so far.
             resumed: Whether the run resumes from a checkpoint.
 
         Raises:
-            CheckpointError: If settings that must stay have changed.
+            CheckpointError: If settings that must stay the same have changed.
         """
         resume_envs = resumed and self._envs_can_resume(steps)
         if resumed and not resume_envs:  # the workers' noise must not repeat the run's beginning
@@ -141,7 +141,7 @@ class Collection:
         self._saved = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the envs' state and a batch that is not stored yet."""
+        """Return the envs' state, and the batch that is not yet stored, if any."""
         return {
             "collector": self._envs_state(),
             "held": None if self.held is None else self.held.to_dict(),
@@ -155,10 +155,10 @@ class Collection:
         self.restarts = state.get("worker_restarts") or 0
 
     def next_batch(self) -> TensorDictBase:
-        """Take the next batch ``[N, T]``; workers that are lost meanwhile are replaced.
+        """Return the next batch ``[N, T]``; replace workers that are lost meanwhile.
 
         Raises:
-            WorkerError: If they were replaced too often in a row, or a stop signal came.
+            WorkerError: If they were replaced too often in a row, or a stop signal arrived.
         """
         if self.held is not None:
             batch, self.held = self.held, None
@@ -168,22 +168,22 @@ class Collection:
         return batch
 
     def send_weights(self, policy: TensorDictModuleBase) -> None:
-        """Copy the policy's weights to the workers; lost ones are replaced.
+        """Copy the policy's weights to the workers; replace lost ones.
 
         Raises:
-            WorkerError: As :meth:`next_batch` does.
+            WorkerError: As in :meth:`next_batch`.
         """
         self._with_workers(lambda: sync_policy_weights(self.collector, policy))
 
     @contextmanager
     def taking_a_batch(self) -> Iterator[None]:
-        """From the moment that a batch is asked for until the replay holds it."""
+        """Mark the time from the request of a batch until the replay holds it."""
         self.complete = False
-        yield  # what is raised here leaves it so
+        yield  # after an exception it stays False
         self.complete = True
 
     def put_back(self, batch: TensorDictBase) -> None:
-        """Keep a batch that could not be stored yet; a checkpoint holds it."""
+        """Keep a batch that could not be stored yet; checkpoints include it."""
         self.held, self.complete = batch, True
 
     def store(
@@ -193,14 +193,14 @@ class Collection:
 
         Args:
             batch: From :meth:`next_batch`.
-            label: Gives records ``[M]`` their masks.
+            label: Adds masks to records ``[M]``.
 
         Returns:
             The episodes that ended in it.
 
         Raises:
             FloatingPointError: If a reward or an action is not finite; nothing is stored then.
-            StopRequested: If a stop signal came; the batch is held then.
+            StopRequested: If a stop signal arrived; the batch is kept for later.
         """
         check_finite(batch)
         keeps_latents = self.config.replay.latents and LATENT_KEYS[0] in batch.keys(True)
@@ -216,10 +216,10 @@ class Collection:
         return ended_episodes(batch)
 
     def close(self) -> None:
-        """End the workers; at once if they are lost, or if a signal says that time is short."""
+        """Stop the workers; kill them if some are lost, or if a stop signal leaves little time."""
         if self._collector is None:
             return
-        self._batches = None  # a generator that is left to the interpreter's end complains
+        self._batches = None  # a generator that lives until the interpreter exits prints an error
         short = self.lost is not None or stop_is_wanted()
         if short and not isinstance(self.collector, Collector):
             self.collector.kill()
@@ -242,12 +242,12 @@ class Collection:
                     raise
 
     def _replace(self, error: WorkerError) -> None:
-        """Make the collector anew; its envs begin new episodes."""
+        """Make a new collector; its envs begin new episodes."""
         self._in_a_row += 1
         self.restarts += 1
         logger.warning(
-            "%s\nAll workers of this rank are replaced (%d of at most %d times in a row); their "
-            "episodes begin anew.",
+            "%s\nAll workers of this rank are replaced (%d of at most %d times in a row); they "
+            "begin new episodes.",
             error,
             self._in_a_row,
             self.config.collection.max_restarts,
@@ -261,7 +261,7 @@ class Collection:
         self.replay.end_episodes()
         if self.leftovers is not None:
             self.leftovers.free()
-        # No other rank waits for this one while a signal ends the replacing.
+        # A signal may interrupt this only if no other rank waits for this one.
         with may_be_cut(at_once=True) if self.ranks.size == 1 else nullcontext():
             self._collector = self._make(derive_seed(self.seed, "replaced", self.restarts))
         self.lost = None
@@ -293,10 +293,10 @@ class Collection:
 
 
 class EndedEpisode(NamedTuple):
-    """A training episode that a batch holds the end of."""
+    """A training episode that ended in a batch."""
 
     column: int
-    """Where in the batch, in steps of its envs."""
+    """Index in the batch of the step that ended it."""
     episode_return: float
     length: float
     """Agent steps."""
@@ -305,20 +305,20 @@ class EndedEpisode(NamedTuple):
 def reason_to_reset_envs(
     saved: dict[str, Any] | None, environment: dict[str, Any], *, replay_empty: bool
 ) -> str | None:
-    """Say why the envs cannot continue from a saved state; None if they can.
+    """Return why the envs cannot continue from a saved state; None if they can.
 
     Args:
         saved: A state of :meth:`Collection.state_dict`; None if this rank saved none.
-        environment: The settings that must be those of the saved state.
-        replay_empty: Whether the replay has lost records that it had.
+        environment: The settings that must equal those of the saved state.
+        replay_empty: Whether the replay lost its records.
     """
     if replay_empty:
         return "the replay is empty"
     if saved is None:
-        return "their state is in no checkpoint of this rank"
+        return "no checkpoint of this rank contains their state"
     if saved["collector"] is None:
         return "their state was not saved (an exception, or envs without resume_state)"
-    # What a checkpoint of an older version does not name had its default.
+    # Settings that an older checkpoint does not contain had their default.
     then = vars(EnvironmentConfig()) | saved["environment"]
     for name in sorted(then.keys() | environment.keys()):
         if then.get(name) != environment.get(name):
@@ -327,9 +327,9 @@ def reason_to_reset_envs(
 
 
 def count_workers(config: RunConfig, local_ranks: int) -> int:
-    """How many worker processes a rank has.
+    """Return the number of worker processes of a rank.
 
-    By default one for each of its cores, at most one per env, and a divisor of their number.
+    By default one per core of the rank, at most one per env, and a divisor of the number of envs.
 
     Args:
         config: The run's settings.
@@ -342,7 +342,7 @@ def count_workers(config: RunConfig, local_ranks: int) -> int:
 
 
 def check_finite(batch: TensorDictBase) -> None:
-    """Refuse transitions that would poison the replay: every update that draws one is lost.
+    """Refuse transitions that are not finite: every update that samples one would fail.
 
     Args:
         batch: Transitions ``[N, T]``.
@@ -355,7 +355,7 @@ def check_finite(batch: TensorDictBase) -> None:
         bad = ~values.flatten(2).isfinite().all(-1)  # [N, T]
         if bad.any():
             row, column = bad.nonzero()[0].tolist()
-            blame = "environment gave it" if name == "reward" else "policy's weights are spoiled"
+            blame = "environment returned it" if name == "reward" else "policy's weights are bad"
             raise FloatingPointError(
                 f"{name} is {values[row, column].tolist()} in env {row}, step {column} of the "
                 f"batch: the {blame}. The batch is not stored; a resume begins new episodes."
@@ -363,7 +363,7 @@ def check_finite(batch: TensorDictBase) -> None:
 
 
 def ended_episodes(batch: TensorDictBase) -> list[EndedEpisode]:
-    """The episodes that ended in a batch of transitions ``[N, T]``, env by env."""
+    """Return the episodes that ended in a batch of transitions ``[N, T]``, env by env."""
     following = batch["next"]
     return [
         EndedEpisode(

@@ -1,4 +1,4 @@
-"""What a run has done so far, and the updates that are due for it."""
+"""Steps, frames and updates of a run so far, and the updates that are due."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class RunCounters:
         """Return of the last training episode."""
         self._ranks = config.distributed.ranks
         self._counted = (0, 0)
-        """Steps and frames of the checkpoint that this run goes on from."""
+        """Steps and frames of the checkpoint that this run resumed from."""
         self.schedule = UpdateSchedule(
             config.training.train_ratio,
             config.effective_batch_size,
@@ -32,7 +32,7 @@ class RunCounters:
             start=config.prefill_steps,
         )
         self.first_steps = config.prefill_steps
-        """Agent steps before which there are no updates."""
+        """Agent steps before the first update."""
         self._prefill = config.prefill_steps
         self._action_repeat = config.environment.action_repeat
 
@@ -40,42 +40,41 @@ class RunCounters:
     def frames(self) -> int:
         """Environment frames (control steps) so far.
 
-        Those of a checkpoint are as it counted them, whatever an action lasts now.
+        Frames of a checkpoint keep their count, even if the action repeat has changed since.
         """
         steps, frames = self._counted
         return frames + (self.steps - steps) * self._action_repeat
 
     def updates_due(self) -> int:
-        """How many updates are due; they stay so until :meth:`add_update`."""
+        """Return how many updates are due; each stays due until :meth:`add_update`."""
         if self.steps < self.first_steps:
             return 0
         due = self.schedule(self.steps)
-        # Counted one by one: what isn't done is due again after a resume.
+        # Counted one by one: an update that was not done is due again after a resume.
         self.schedule.updates -= due
         return due
 
     def add_update(self) -> None:
-        """Count an update that was done."""
+        """Count a completed update."""
         self.updates += 1
         self.schedule.updates += 1
 
     def take_back(self, updates: int) -> None:
-        """Count updates as not done: they changed nothing."""
+        """Subtract updates that changed nothing."""
         self.updates -= updates
         self.schedule.updates -= updates
 
     def fill_again(self) -> None:
-        """Without a replay: it fills before the next update, and those steps owe no updates.
+        """Fill an empty replay before the next update; those steps require no updates.
 
-        A run that ended while it filled has been spared a whole filling already, of which only a
-        part was used.
+        If the run ended during an earlier filling, its unused steps are not exempted twice.
         """
         unused = max(self.first_steps - self.steps, 0)
         self.schedule.start += self._prefill - min(unused, self._prefill)
         self.first_steps = self.steps + self._prefill
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the counters, and the number of ranks that they are of."""
+        """Return the counters, and the number of ranks that they belong to."""
         return {
             "steps": self.steps,
             "frames": self.frames,
@@ -87,14 +86,14 @@ class RunCounters:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a state; with another number of ranks steps count with another ratio.
+        """Continue from a state; with another number of ranks, steps count at another ratio.
 
         Raises:
-            CheckpointError: If settings that must stay have changed.
+            CheckpointError: If settings that must stay the same have changed.
         """
         self.steps, self.updates = state["steps"], state["updates"]
         self.last_return = state["last_return"]
-        # Checkpoints before this entry are of runs that count with one action repeat.
+        # Older checkpoints lack this entry; their runs had a single action repeat.
         self._counted = (self.steps, state.get("frames", self.steps * self._action_repeat))
         self.first_steps = state["first_steps"]
         if state["ranks"] != self._ranks:

@@ -1,4 +1,4 @@
-"""What ends a run before its time: signals and exceptions."""
+"""Signals and exceptions that end a run early."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ def stop_on_signal() -> AbstractContextManager[list[int]]:
 
 
 def save_batch(path: Path, replay: StreamReplayBuffer, slots: Tensor) -> Path:
-    """Save the batch that an update failed on.
+    """Save the batch of a failed update.
 
     Args:
-        path: Where to.
-        replay: Still holds the records.
-        slots: Where, int64 ``[B, T]``.
+        path: The file to write.
+        replay: The replay, which must still hold the records.
+        slots: Their slots, int64 ``[B, T]``.
 
     Returns:
-        A file for ``torch.load(weights_only=True)``: the entries ``[B, T, ...]`` by their key.
+        ``path``, for ``torch.load(weights_only=True)``: the entries ``[B, T, ...]`` by key.
     """
     records = replay.gather(slots)
     torch.save({"/".join(_path(key)): leaf for key, leaf in records.items(True, True)}, path)
@@ -57,6 +57,6 @@ def keep_exception(run_dir: Path, error: BaseException, *, frames: int, updates:
     try:
         with (run_dir / EXCEPTIONS_NAME).open("a") as stream:
             stream.write(f"{when}, frame {frames}, update {updates}\n{text}\n")
-    except OSError as full:  # of the exceptions to keep, a full disk is one
+    except OSError as full:  # the exception itself may be a full disk
         logger.error("%s can't be written: %s", run_dir / EXCEPTIONS_NAME, full)
     return text

@@ -1,9 +1,9 @@
-"""A scheduler takes the machine away: checkpoint, hand the job back, go on where it starts again.
+"""Preemption by a scheduler: write a checkpoint, requeue the job, resume when it starts again.
 
-The signals come before the end: submitit's own (SIGUSR2) when the time is up or the job is
-preempted, SIGTERM for ``scontrol requeue``. submitit's handlers would requeue at once, in the
-middle of an update; the trainer takes the signals instead, ends at an update's end with a
-checkpoint, and then lets submitit do its part.
+The signals arrive before the job is killed: submitit's SIGUSR2 when the time is up or the job is
+preempted, SIGTERM for ``scontrol requeue``. submitit's handlers would requeue immediately, in the
+middle of an update. Instead the trainer handles the signals, finishes the update, writes a
+checkpoint, and only then calls submitit's handler.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ _RESTART_COUNTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
 
 
 def stop_signals() -> tuple[signal.Signals, ...]:
-    """Signals at which a run ends with a checkpoint.
+    """Return the signals at which a run ends with a checkpoint.
 
-    Ctrl+C; a cluster's end of a job; those that clusters can be told to send before it; and a
-    terminal that is closed, unless nohup or a shell has this process ignore that.
+    They are Ctrl+C; the signal with which clusters end a job; those that clusters can be configured
+    to send before it; and the hangup of a terminal, unless nohup or a shell ignores it.
     """
     usual = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2]
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
@@ -31,10 +31,10 @@ def stop_signals() -> tuple[signal.Signals, ...]:
 
 
 def is_restart(run_dir: Path) -> bool:
-    """Whether a launcher starts this run again, and so means to go on with it.
+    """Return whether a launcher has restarted this run, so that it must resume.
 
-    torchrun does after a failure, SLURM after a requeue (both count), submitit on one machine after
-    its signal (then the run has left a mark).
+    torchrun restarts after a failure and SLURM after a requeue (both count restarts); submitit on
+    one machine restarts after its signal (the run then left a mark).
     """
     if any(int(os.environ.get(name) or 0) > 0 for name in _RESTART_COUNTS):
         return True
@@ -43,7 +43,7 @@ def is_restart(run_dir: Path) -> bool:
 
 
 def hand_over(received: Sequence[int], run_dir: Path, *, is_first: bool) -> None:
-    """Give an unfinished submitit job back, its checkpoint being written. Elsewhere do nothing.
+    """Requeue an unfinished submitit job, after its checkpoint. Do nothing outside submitit.
 
     Args:
         received: The signals that ended the run.
@@ -59,8 +59,8 @@ def hand_over(received: Sequence[int], run_dir: Path, *, is_first: bool) -> None
     if is_first and asked:
         (run_dir / _MARK).write_text(_job_id())
         signal.raise_signal(asked[0])  # submitit's handler: requeues, and exits
-    # After SIGTERM it is the scheduler that starts the job again, or doesn't. Ranks that exit with
-    # an error could take rank 0 with them before it has requeued.
+    # After SIGTERM the scheduler decides whether to restart the job. Ranks that exit with an error
+    # could end rank 0 before it has requeued.
     raise SystemExit(128 + signal.SIGTERM if is_first else 0)
 
 

@@ -1,4 +1,4 @@
-"""The loggers that a run's settings ask for, and what it says of itself at its end."""
+"""The loggers that a run's settings select, and the summary at its end."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def build_loggers(config: RunConfig) -> list[Logger]:
         config: The run's settings.
 
     Raises:
-        ModuleNotFoundError: If a package is missing; gives the command.
+        ModuleNotFoundError: If a package is missing; names the command that installs it.
     """
     settings, run_dir = config.logging, Path(config.run_dir)
     loggers: list[Logger] = []
@@ -54,10 +54,10 @@ def build_loggers(config: RunConfig) -> list[Logger]:
 
 
 class RunClock:
-    """Seconds of training, resumes included, and what they were spent on since the start.
+    """Count the seconds of training, including earlier processes, and the rates since the start.
 
     Args:
-        run_dir: A run directory; an earlier process left its seconds in the metrics.
+        run_dir: A run directory; its metrics contain the seconds of earlier processes.
     """
 
     def __init__(self, run_dir: Path) -> None:
@@ -66,10 +66,10 @@ class RunClock:
         self._frames, self._updates = 0, 0
         self._stopped: float | None = None
         self._row: tuple[float, int, int] | None = None
-        """When the last row of metrics was made, and the counters then."""
+        """Time and counters of the last row of metrics."""
 
     def start(self, frames: int, updates: int) -> None:
-        """Start counting, when the metrics end where this process continues.
+        """Start counting; the metrics must end where this process continues.
 
         Args:
             frames: Environment frames so far.
@@ -80,15 +80,15 @@ class RunClock:
         self._start, self._frames, self._updates = time.monotonic(), frames, updates
 
     def stop(self) -> None:
-        """Stop counting: training is over."""
+        """Stop counting at the end of training."""
         self._stopped = time.monotonic()
 
     def seconds(self) -> float:
-        """Seconds since the run's beginning, without the time between its processes."""
+        """Return the seconds of training so far, without the time between processes."""
         return self._before + (self._stopped or time.monotonic()) - self._start
 
     def metrics(self, frames: int, updates: int) -> dict[str, float]:
-        """Return a row's ``speed/*``; the rates are those since the row before."""
+        """Return the ``speed/*`` metrics of a row; rates are since the previous row."""
         now, row = time.monotonic(), {}
         if self._row is not None:
             then, frames_then, updates_then = self._row
@@ -98,7 +98,7 @@ class RunClock:
         return row | {"speed/seconds": self.seconds()}
 
     def rates(self, frames: int, updates: int) -> tuple[float, float]:
-        """Frames and updates a second since this process began."""
+        """Return frames and updates per second since this process started."""
         seconds = max(self.seconds() - self._before, 1e-9)
         return (frames - self._frames) / seconds, (updates - self._updates) / seconds
 
@@ -112,9 +112,9 @@ def finish_run(
     updates: int,
     draw: bool = True,
 ) -> None:
-    """Finish the videos, draw the curves and the report, say what the run came to, and close.
+    """Finish the videos, draw the curves, write the report, log the summary, and close.
 
-    Arguments as of :func:`summarize_run`, and whether to draw, which takes seconds.
+    Arguments as in :func:`summarize_run`, and ``draw``: whether to draw, which takes seconds.
     """
     run_dir = metrics_logger.run_dir
     clock.stop()
@@ -139,14 +139,14 @@ def summarize_run(
     frames: int,
     updates: int,
 ) -> list[str]:
-    """Say what a run came to, line by line.
+    """Return the lines that summarize a run.
 
     Args:
         config: The run's settings.
-        metrics_logger: The run's logger, whose file is complete.
+        metrics_logger: The run's logger; its file must be complete.
         clock: The run's clock.
-        frames: Environment frames in all.
-        updates: Updates in all.
+        frames: Total environment frames.
+        updates: Total updates.
     """
     run_dir, rows = Path(config.run_dir), read_metrics(Path(config.run_dir))
     frame_rate, update_rate = clock.rates(frames, updates)

@@ -1,4 +1,4 @@
-"""The replay of one rank of a run: new, or as a checkpoint has it."""
+"""The replay of one rank of a run, empty or with the records of a checkpoint."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from w2f_torchrl.data.replay.replay_files import Manifest, ReplayFiles, new_gene
 
 
 class RunReplay:
-    """A replay buffer and its files, which :meth:`open` makes.
+    """A replay buffer and its files, made by :meth:`open`.
 
-    Its state is where sampling continues; the records are in files of their own.
+    Its state is that of the sampler; the records are in separate files.
 
     Args:
         config: The run's settings.
-        folder: Where its records are kept.
+        folder: Folder of its records.
         records: Records of a checkpoint to start from; None for an empty replay.
 
     Raises:
@@ -46,7 +46,7 @@ class RunReplay:
 
     @property
     def files(self) -> ReplayFiles:
-        """What checkpoints keep of the records."""
+        """The files of the records, which checkpoints refer to."""
         assert self._files is not None, "the replay is open"
         return self._files
 
@@ -58,7 +58,7 @@ class RunReplay:
             resume_episodes: Whether the envs continue the episodes of the last records.
 
         Raises:
-            CheckpointError: If the slices' length has changed.
+            CheckpointError: If the length of the slices has changed.
         """
         config, replay = self.config, self.config.replay
         ring, generation = self._ring_and_generation()
@@ -89,7 +89,7 @@ class RunReplay:
             self._buffer.end_episodes()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return where sampling continues."""
+        """Return the state of the sampler."""
         return self.buffer.sampling_state()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -97,9 +97,9 @@ class RunReplay:
         self._sampling = state
 
     def _ring_and_generation(self) -> tuple[int, str]:
-        """Return the rows of a stream's files, and the name of their folder.
+        """Return the number of rows of a stream's files, and the name of their folder.
 
-        Both are the checkpoint's if its files can be written on.
+        Both are those of the checkpoint if its files can be continued.
         """
         capacity = self.config.replay.capacity // self.config.environment.num_envs
         if self.records is not None:
@@ -112,7 +112,7 @@ class RunReplay:
 
 
 def checkpoint_slack(config: RunConfig) -> int:
-    """Return how many records a stream writes while a checkpoint is kept, rounded up."""
+    """Return an upper bound of the records that a stream writes while a checkpoint is kept."""
     envs, keep = config.environment.num_envs, config.checkpoint.keep
     capacity = config.replay.capacity // envs
     training, ranks = config.training, config.distributed.ranks
@@ -127,10 +127,10 @@ def checkpoint_slack(config: RunConfig) -> int:
 
 
 def check_layout(config: RunConfig, manifest: Manifest) -> None:
-    """Refuse records that the run's settings do not fit.
+    """Refuse records that do not fit the run's settings.
 
     Raises:
-        CheckpointError: Naming the setting.
+        CheckpointError: If they do not fit; names the setting.
     """
     streams, envs = len(manifest["written"]), config.environment.num_envs
     if streams != envs:

@@ -1,4 +1,4 @@
-"""Work whose failures a run tolerates: they are written down, and training continues."""
+"""Tolerate failures of some work: they are logged, and training continues."""
 
 from __future__ import annotations
 
@@ -15,40 +15,40 @@ T = TypeVar("T")
 
 
 class Tolerance:
-    """Counts how often each kind of work has failed in a row.
+    """Count how often each kind of work has failed in a row.
 
     Args:
         run_dir: The run's directory: errors are appended to its ``exceptions.txt``.
-        most: Consecutive failures of a kind at which the error ends the run.
+        max_failures: Consecutive failures of one kind after which the error ends the run.
     """
 
-    def __init__(self, run_dir: Path, most: int) -> None:
-        self.run_dir, self.most = run_dir, most
+    def __init__(self, run_dir: Path, max_failures: int) -> None:
+        self.run_dir, self.max_failures = run_dir, max_failures
         self.in_a_row: dict[str, int] = {}
-        """By the work's name; a success makes it 0."""
+        """Failures in a row by name of the work; a success resets it to 0."""
 
     def attempt(self, work: str, action: Callable[[], T], *, frames: int, updates: int) -> T | None:
-        """Do something that may fail, but not too often in a row.
+        """Call ``action``, which may fail, but not too often in a row.
 
         Args:
-            work: What a message calls it.
-            action: Does it.
+            work: Name of the work in messages.
+            action: The function to call.
             frames: Environment frames so far.
             updates: Updates so far.
 
         Returns:
-            What the action returned; None if it failed.
+            The result of ``action``; None if it failed.
 
         Raises:
-            Exception: The action's, if it is the last straw.
+            Exception: The exception of ``action``, if it has failed too often in a row.
         """
         try:
             result = action()
         except Exception as error:
             self.in_a_row[work] = failures = self.in_a_row.get(work, 0) + 1
-            if failures >= self.most:
+            if failures >= self.max_failures:
                 logger.error("%s failed %d times in a row: the run ends", work, failures)
-                self.in_a_row[work] = 0  # a resume may fail as often
+                self.in_a_row[work] = 0  # after a resume it may fail as often again
                 raise
             keep_exception(self.run_dir, error, frames=frames, updates=updates)
             logger.error(
@@ -58,7 +58,7 @@ class Tolerance:
                 frames,
                 repr(error)[:500],
                 self.run_dir / EXCEPTIONS_NAME,
-                self.most,
+                self.max_failures,
             )
             return None
         self.in_a_row[work] = 0
@@ -69,5 +69,5 @@ class Tolerance:
         return dict(self.in_a_row)
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Take over a state from :meth:`state_dict`."""
+        """Load a state from :meth:`state_dict`."""
         self.in_a_row = dict(state)

@@ -1,4 +1,4 @@
-"""The loop of a run: collect, replay, learn, evaluate, write down."""
+"""The loop of a run: collect, replay, learn, evaluate, log."""
 
 from __future__ import annotations
 
@@ -40,23 +40,23 @@ T = TypeVar("T")
 
 
 class Trainer:
-    """Trains one agent, with worker processes that step the environments.
+    """Train one agent, with worker processes that step the environments.
 
-    One process, or several that torchrun or submitit started: then every rank builds a Trainer and
-    calls :meth:`train`, rank 0 logs, evaluates and writes checkpoints, and ``steps``, ``frames``
-    and ``updates`` count the work of all ranks together.
+    With several processes, started by torchrun or submitit, every rank builds a Trainer and calls
+    :meth:`train`; rank 0 logs, evaluates and writes checkpoints, and ``steps``, ``frames`` and
+    ``updates`` count the work of all ranks together.
 
     Args:
-        run: An open run; or its settings, with which the run is opened and every part built.
-        parts: All that the run consists of; None builds the usual ones.
+        run: An open run, or the settings with which to open one.
+        parts: The parts of the run; None builds the usual ones.
 
     Raises:
         ConfigError: If a setting is out of range.
-        CheckpointError: If the run directory holds a run already and ``resume`` is null, or is in
-            use by another process, or the checkpoint to resume from is missing, damaged or of
+        CheckpointError: If the run directory already holds a run and ``resume`` is null, if another
+            process uses it, or if the checkpoint to resume from is missing, damaged or of
             another model.
-        RuntimeError: If a script builds it outside ``if __name__ == "__main__":``, and it would
-            start worker processes.
+        RuntimeError: If it would start worker processes and a script builds it outside
+            ``if __name__ == "__main__":``.
     """
 
     def __init__(self, run: Run | RunConfig, parts: Parts | None = None):
@@ -79,7 +79,7 @@ class Trainer:
         self.random = parts.progress.random
         self.bar: Bar = Silent()
         self.started = False
-        """Whether workers, writer and progress bar run."""
+        """Whether workers, writer and progress bar are running."""
         self._updates = Updates(run, parts)
         self._restarts_logged = self.collection.restarts
         run.built()
@@ -101,7 +101,7 @@ class Trainer:
 
     @property
     def collector(self) -> AnyCollector:
-        """What steps the environments; a new one after its workers were lost."""
+        """The collector, which steps the environments; replaced when its workers are lost."""
         return self.collection.collector
 
     @property
@@ -111,17 +111,17 @@ class Trainer:
 
     @property
     def schedule(self) -> UpdateSchedule:
-        """How many updates are due after how many agent steps."""
+        """The schedule of updates per agent step."""
         return self.counters.schedule
 
     @property
     def writer(self) -> CheckpointWriter:
-        """What writes checkpoints in the background."""
+        """The writer of checkpoints in the background."""
         assert self.checkpoints.writer is not None, "the run has started"
         return self.checkpoints.writer
 
     def start(self) -> None:
-        """Start what takes processes, threads and memory; :meth:`train` calls it."""
+        """Start processes and threads and allocate memory; :meth:`train` calls it."""
         resumed = self.run.resumption is not None
         self.run.leftovers.take()
         if self.evaluator is not None:
@@ -138,13 +138,13 @@ class Trainer:
     # ---------------------------------------------------------------- the loop
 
     def train(self) -> None:
-        """Run to the last frame, or until a stop signal; ends with a checkpoint either way.
+        """Run to the last frame or until a stop signal; write a checkpoint in both cases.
 
         The signals are SIGINT (Ctrl+C), SIGTERM, SIGUSR1, SIGUSR2, and SIGHUP unless it is ignored.
 
         Raises:
-            SystemExit: If the scheduler has asked for the machine, in a job that submitit started;
-                or if a signal comes before the first step, when there is nothing to save.
+            SystemExit: If the scheduler preempts a job that submitit started, or if a signal
+                arrives before the first step, when nothing needs to be saved.
         """
         with stop_on_signal() as stopped:
             stop = self._train(stopped)
@@ -156,7 +156,7 @@ class Trainer:
             raise StopRequested(stopped[0])
 
     def _train(self, stopped: list[int]) -> bool:
-        """All of :meth:`train` that a signal may come in; returns whether one ended it."""
+        """Train, and return whether a signal ended the run."""
         try:
             with may_be_cut(at_once=True):
                 self.start()
@@ -170,14 +170,14 @@ class Trainer:
             self._fail(error)
             self._close()
             raise
-        # Who sends another signal than Ctrl+C takes the machine away, in seconds maybe.
+        # Signals other than Ctrl+C announce that the machine is lost, perhaps within seconds.
         drawn = not stop or stopped[:1] == [signal.SIGINT]
         if errors := self._close(report=drawn):
             raise errors[0]
         return stop
 
     def _run(self, stopped: list[int]) -> bool:
-        """Continue from wherever the counters are: learn what is due, then collect.
+        """Alternate between the updates that are due and collecting, from the current counters.
 
         Returns:
             Whether a signal ended the run.
@@ -202,10 +202,10 @@ class Trainer:
             return True
 
     def _finish(self) -> bool:
-        """Evaluate after the last frame, and write the last row of metrics.
+        """Evaluate after the last frame, and log the last row of metrics.
 
         Returns:
-            Whether a signal cut that short; a resume does it again.
+            Whether a signal interrupted that; a resume repeats it.
         """
         cut = False
         if self.evaluations.final_is_due(self.frames):
@@ -219,7 +219,7 @@ class Trainer:
         return False
 
     def _collect(self) -> None:
-        """Take a batch of transitions from the workers."""
+        """Collect a batch of transitions and store it."""
         with self.collection.taking_a_batch():
             batch = self.collection.next_batch()
             if self.collection.restarts > self._restarts_logged:
@@ -232,7 +232,7 @@ class Trainer:
         """Store a batch of transitions ``[N, T]`` and log the episodes that ended in it."""
         episodes = self.collection.store(batch, self.masks.label)
         before, ranks = self.steps, self.ranks.size
-        # In the order of time, with the frames of the step that ended the episode.
+        # In chronological order, each with the frames of the step that ended the episode.
         for episode in sorted(self.ranks.gather(episodes), key=attrgetter("column")):
             self.counters.last_return = episode.episode_return
             self.counters.steps = before + (episode.column + 1) * len(batch) * ranks
@@ -255,7 +255,7 @@ class Trainer:
             self.bar.update(frames=self.frames, updates=self.updates)
 
     def _attempt(self, work: str, action: Callable[[], T]) -> T | None:
-        """Do what may fail without ending the run; None if it does."""
+        """Call a function that may fail without ending the run; return None if it fails."""
         return self.tolerance.attempt(work, action, frames=self.frames, updates=self.updates)
 
     def _evaluate_if_due(self) -> None:
@@ -266,23 +266,23 @@ class Trainer:
         except StopRequested:
             if self.ranks.size == 1:
                 raise
-            return  # the others collect meanwhile: all stop together, at the next update
+            return  # the other ranks are collecting: all stop together, at the next update
         self.diagnostics.draw_curves()
 
     def evaluate(self) -> dict[str, float]:
-        """Play evaluation episodes; log returns and videos. Only rank 0 does.
+        """Play evaluation episodes on rank 0; log returns and videos.
 
-        What fails is written to ``exceptions.txt``; in a row it may do so
-        ``evaluation.max_failures`` times.
+        Failures are written to ``exceptions.txt``; ``evaluation.max_failures`` of them in a row end
+        the run.
 
         Returns:
-            The metrics; none where the evaluation failed.
+            The metrics; empty if the evaluation failed, and on other ranks.
 
         Raises:
-            StopRequested: If a stop signal cut it short. It is due as before then.
+            StopRequested: If a stop signal interrupted it. It then stays due.
         """
         evaluations = self.evaluations
-        if (evaluator := self.evaluator) is None:  # this rank collects meanwhile
+        if (evaluator := self.evaluator) is None:  # only rank 0 evaluates
             evaluations.last = self.frames
             return {}
         random = random_state()
@@ -313,24 +313,24 @@ class Trainer:
     # ---------------------------------------------------------------- the end
 
     def _fail(self, error: BaseException) -> None:
-        """Keep an exception, and save what can be saved; nothing is raised."""
-        if is_lost_rank(self.ranks, error):  # said at once: torchrun ends this rank soon
+        """Record an exception, and write an emergency checkpoint if possible; raise nothing."""
+        if is_lost_rank(self.ranks, error):  # logged first: torchrun ends this rank soon
             logger.error("%s", describe_lost_rank(self.ranks, error))
         counters = {"frames": self.frames, "updates": self.updates}
         text = keep_exception(self.run_dir, error, **counters)
         logger.error("%s at frame %d, update %d", repr(error)[:500], self.frames, self.updates)
-        # The other ranks may be elsewhere, or gone; gradients are the same on all of them.
+        # Other ranks may be elsewhere or dead, but all see the same gradients.
         together = self.ranks.size == 1 or isinstance(error, FloatingPointError)
         if not (together and self.started and self.learner.intact and self.learner.is_finite()):
-            logger.error("no emergency checkpoint: the last one stays the newest")
+            logger.error("no emergency checkpoint is written: the previous one stays the newest")
             return
         try:
             logger.info("emergency checkpoint: %s", self.save(exception=text))
-        except Exception:  # whatever it is, the first exception is what the caller must see
-            logger.exception("the emergency checkpoint failed; the last one stays the newest")
+        except Exception:  # the caller must see the first exception, not this one
+            logger.exception("the emergency checkpoint failed; the previous one stays the newest")
 
     def _close(self, *, report: bool = True) -> list[Exception]:
-        """End processes, threads and files; errors are logged.
+        """End processes and threads and close files; log the errors and return them.
 
         Args:
             report: Whether to draw curves and write the report.
@@ -350,26 +350,26 @@ class Trainer:
     def _checkpoint_if_due(self) -> None:
         due = self.checkpoints.are_due(self.updates)
         if self.config.replay.storage == "disk":
-            # A batch brings a stream at most two records a step.
+            # A batch adds at most two records per step to a stream.
             full = self.writer.make_room(2 * self.config.collection.steps_per_batch)
             due |= any(self.ranks.gather([full]))
         if due:
             self._save(wait=False)
 
     def save(self, exception: str | None = None) -> Path:
-        """Write a checkpoint of all that the run needs to continue, and wait until it is on disk.
+        """Write a checkpoint from which the run can continue, and wait until it is on disk.
 
-        All ranks call it. Rank 0 writes what is equal on all of them; each its own replay and envs.
+        All ranks call it. Rank 0 writes the shared state; each rank writes its replay and envs.
 
         Args:
-            exception: The traceback of what ended the run.
+            exception: Traceback of the exception that ended the run.
 
         Returns:
-            The checkpoint's path.
+            The path of the checkpoint.
 
         Raises:
-            FloatingPointError: If the networks or the optimizer hold a number that is not finite:
-                they must not take the place of a good checkpoint.
+            FloatingPointError: If a number in the networks or the optimizer is not finite: they
+                must not replace a good checkpoint.
         """
         return self._save(wait=True, exception=exception)
 
@@ -377,8 +377,8 @@ class Trainer:
         if not self.learner.is_finite():
             raise FloatingPointError(
                 f"the weights are not finite at update {self.updates}: no checkpoint is "
-                "written, the last one stays the newest. optimizer.lr and the loss scales are the "
-                "first places to look."
+                "written, the previous one stays the newest. Check optimizer.lr and the loss "
+                "scales first."
             )
         self.ranks.copy_from_first(self.masks.learned())
         if self.ranks.is_first:
@@ -387,9 +387,9 @@ class Trainer:
         return self.checkpoints.save(**counts, wait=wait, exception=exception)
 
     def _save_best(self) -> None:
-        """Keep the networks as those that evaluated best, unless they are not finite.
+        """Save the networks with the best evaluation so far, unless they are not finite.
 
-        The run's next checkpoint says so then.
+        In that case the next checkpoint raises an error.
         """
         if self.learner.is_finite():
             self.checkpoints.save_best(updates=self.updates, frames=self.frames)

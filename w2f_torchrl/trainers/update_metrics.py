@@ -18,14 +18,14 @@ class Sums(NamedTuple):
     """Sums over updates, on the host."""
 
     values: TensorDictBase
-    """Scalars by name."""
+    """Scalar sums by name."""
     applied: int
-    """Updates whose gradients were finite."""
+    """Number of updates with finite gradients."""
     missed: int
-    """The others."""
+    """Number of the other updates."""
 
     def means(self) -> dict[str, float]:
-        """Means over the updates that were applied, of which there must be some."""
+        """Return means over the applied updates, of which at least one is required."""
         means = {name: float(value) for name, value in (self.values / self.applied).items()}
         if self.missed:
             means["train/skipped_updates"] = float(self.missed)
@@ -33,15 +33,15 @@ class Sums(NamedTuple):
         return means
 
     def not_finite(self) -> list[str]:
-        """Names of the sums that are not finite."""
+        """Return the names of the sums that are not finite."""
         return sorted(name for name, value in self.values.items() if not torch.isfinite(value))
 
 
 class UpdateMetrics:
-    """Adds up on the device, so that the host waits for it at :meth:`read` only.
+    """Sum metrics on the device, so that the host waits for it only in :meth:`read`.
 
     Args:
-        device: Where the learner's metrics are.
+        device: Device of the learner's metrics.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -49,23 +49,23 @@ class UpdateMetrics:
         self.count = 0
         """Updates since the last row."""
         self.slots: list[Tensor] = []
-        """Slots of the replay ``[B, T]`` that each of them learned from."""
+        """Replay slots ``[B, T]`` of the sample of each of these updates."""
         self._sums: TensorDictBase | None = None
 
     def add(self, metrics: TensorDictBase, slots: Tensor) -> None:
-        """Add an update's.
+        """Add the metrics of an update.
 
         Args:
-            metrics: Scalars on the device, among them ``finite``.
-            slots: Of its sample, ``[B, T]``.
+            metrics: Scalars on the device, including ``finite``.
+            slots: Replay slots of its sample, ``[B, T]``.
         """
         self._sums = metrics if self._sums is None else self._sums + metrics
         self.count += 1
         self.slots.append(slots)
 
     def read(self) -> Sums:
-        """Bring the sums to the host; they stay until :meth:`clear`."""
-        assert self._sums is not None, "there are updates to read the metrics of"
+        """Copy the sums to the host; they are kept until :meth:`clear`."""
+        assert self._sums is not None, "read() needs at least one update"
         sums = self._sums.to("cpu")
         applied = round(float(sums[FINITE]))
         return Sums(sums.exclude(FINITE), applied, self.count - applied)
@@ -75,26 +75,26 @@ class UpdateMetrics:
         self._sums, self.count, self.slots = None, 0, []
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint holds of a row that isn't written yet."""
+        """Return the state of the row that is not yet written."""
         sums = None if self._sums is None else self._sums.to_dict()
         return {"sums": sums, "summed": self.count, "window": self.slots}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what :meth:`state_dict` gave, and more entries that are not read."""
+        """Load a state from :meth:`state_dict`; other entries are ignored."""
         sums = state["sums"]
         self._sums = None if sums is None else TensorDict(sums).to(self.device)
         self.count, self.slots = state["summed"], state["window"]
 
 
 def shown_row(row: dict[str, float], ranks: int) -> dict[str, float]:
-    """A row of metrics under the names that it is written with.
+    """Return a row of metrics with the names under which it is logged.
 
     Args:
-        row: Means over updates, and over ranks.
-        ranks: How many.
+        row: Means over updates and ranks.
+        ranks: Number of ranks.
     """
     row = {name: value for name, value in row.items() if not name.startswith("loss_")}
-    # The evaluation's IoU has the plain name; this one is of the training batches.
+    # The evaluation logs its IoU under the plain name; this is the one of training batches.
     if "wm/mask_iou" in row:
         row["train/mask_iou"] = row.pop("wm/mask_iou")
     if "segmentation/frames" in row:

@@ -1,4 +1,4 @@
-"""The updates of a run: drawn, applied, and written down in rows of means."""
+"""The updates of a run: sample, learn, and log rows of mean metrics."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from w2f_torchrl.utils.stopping import StopRequested, may_be_cut
 
 
 class Updates:
-    """Does the updates of a run, one after the other.
+    """Do the updates of a run, one at a time.
 
     Args:
         run: The run.
-        parts: What it consists of.
+        parts: The parts of the run.
     """
 
     def __init__(self, run: Run, parts: Parts) -> None:
@@ -33,7 +33,7 @@ class Updates:
         self._compiled = False
 
     def update(self) -> TensorDictBase:
-        """Do an update, count it, and write a row of metrics when one is due.
+        """Do an update, count it, and log a row of metrics when one is due.
 
         Returns:
             The sample ``[B, T]`` on the learner's device.
@@ -56,10 +56,11 @@ class Updates:
         return sample
 
     def _learn_first(self) -> TensorDictBase:
-        """Do a process's first update, which may compile for minutes: a signal ends it at once.
+        """Do the first update of a process; a signal interrupts it, as it may compile for minutes.
 
         Raises:
-            StopRequested: After putting everything back, so that the update is due as before.
+            StopRequested: If a signal arrived. The state before the update is restored, so that it
+                stays due.
         """
         if self.learner.execution == "eager" or self.ranks.size > 1:
             self._compiled = True
@@ -79,7 +80,7 @@ class Updates:
         return sample
 
     def flush(self) -> None:
-        """Write the mean of the metrics since the last call; the only read of the device."""
+        """Log the mean of the metrics since the last call; the only read from the device."""
         if not self.metrics.count:
             return
         frames, updates = self.counters.frames, self.counters.updates
@@ -97,7 +98,7 @@ class Updates:
             raise FloatingPointError(f"not finite at update {updates}: {', '.join(bad)}.")
 
     def _not_finite(self, sums: Sums) -> FloatingPointError:
-        """Save the batch of the first bad update, and go back to the counters before it."""
+        """Save the batch of the first bad update, and restore the counters before it."""
         if self.config.training.on_nan == "stop":
             self.counters.take_back(sums.missed)
         updates = self.counters.updates

@@ -28,15 +28,15 @@ class Closing(ABC):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Close, also after an exception."""
+        """Close, even after an exception."""
         self.close()
 
 
 def end_all(ends: Iterable[Callable[[], None]]) -> list[Exception]:
-    """Call what ends the parts of a run, all of it whatever happens.
+    """Call all functions, which end the parts of a run, even if some of them fail.
 
     Returns:
-        What was raised; it is logged.
+        The exceptions, which are also logged.
     """
     errors = []
     for end in ends:

@@ -41,11 +41,11 @@ class RandomStreams:
         return random_state()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Keep a state for :meth:`resume`: building the rest of a run draws numbers."""
+        """Keep a state for :meth:`resume`, since building the rest of a run draws numbers."""
         self._saved = state
 
     def resume(self) -> None:
-        """Put a loaded state back, if there is one."""
+        """Restore the loaded state, if any."""
         if self._saved is not None:
             restore_random_state(self._saved)
             self._saved = None

@@ -1,7 +1,7 @@
-"""The processes of one run: who they are, and what they tell each other beside gradients.
+"""The processes of one run, and their communication apart from gradients.
 
-torchrun, or submitit with several tasks, starts the same program once for each rank. A run of one
-process is the same code with one rank: nothing below then communicates.
+torchrun, or submitit with several tasks, starts the same program once per rank. A run with a single
+process runs the same code with one rank, without communication.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ T = TypeVar("T")
 
 
 class RankError(RuntimeError):
-    """Another rank of the run has stopped, or can't be reached."""
+    """Another rank of the run has stopped, or cannot be reached."""
 
 
 class Ranks:
-    """This process's place among the run's processes.
+    """The place of this process among the processes of a run.
 
     Every method must be called by all ranks, in the same order, from the main thread. Messages are
     small and travel between the hosts (gloo), so that none of them waits for a device.
 
     Args:
-        rank: This process, in [0, size).
-        size: Processes of the run.
-        local_rank: This process among those of its machine.
-        local_size: Processes of its machine.
+        rank: Index of this process, in [0, size).
+        size: Number of processes of the run.
+        local_rank: Index of this process on its machine.
+        local_size: Number of processes on its machine.
     """
 
     def __init__(self, rank: int = 0, size: int = 1, local_rank: int = 0, local_size: int = 1):
@@ -53,7 +53,7 @@ class Ranks:
 
     @classmethod
     def from_environment(cls) -> Ranks:
-        """Read what torchrun (or submitit) exported; one process if there is nothing.
+        """Read the variables of torchrun or submitit; one process if they are not set.
 
         Raises:
             ValueError: If the variables contradict each other.
@@ -73,15 +73,15 @@ class Ranks:
         return self.rank == 0
 
     def connect(self, device: torch.device, timeout_seconds: float) -> None:
-        """Join the process group, once in a process: gloo between hosts, NCCL between GPUs.
+        """Join the process group, once per process: gloo between hosts, NCCL between GPUs.
 
         Args:
-            device: Where this rank learns.
-            timeout_seconds: How long one rank waits for another that is alive: it covers
+            device: Device of this rank.
+            timeout_seconds: How long a rank waits for another that is alive, which includes
                 compilation, and rank 0's evaluations and checkpoints. A rank that dies is noticed
-                at once, since its connections close.
+                immediately, since its connections close.
         """
-        # Random state, streams and graphs are those of the current device.
+        # Random state, streams and graphs belong to the current device.
         if device.type == "cuda" and device.index is not None:
             torch.cuda.set_device(device)
         if self.size == 1:
@@ -101,10 +101,10 @@ class Ranks:
         atexit.register(_leave)
 
     def on_first(self, function: Callable[[], T]) -> T:
-        """Call a function on rank 0 only, and give every rank its result.
+        """Call a function on rank 0 only, and return its result on every rank.
 
         Raises:
-            Exception: What the function raised, on every rank.
+            Exception: The exception of the function, on every rank.
         """
         if self.size == 1:
             return function()
@@ -122,11 +122,11 @@ class Ranks:
         return message[0]  # type: ignore[no-any-return]
 
     def on_first_or_silent(self, make: Callable[[], T]) -> T:
-        """Make a logger, a progress bar or the like on rank 0; the other ranks get a silent one."""
+        """Make a logger or a progress bar on rank 0; return a silent one on the other ranks."""
         return make() if self.is_first else cast(T, Silent())
 
     def gather(self, items: Sequence[T]) -> list[T]:
-        """All ranks' items, on every rank; rank 0's first."""
+        """Return the items of all ranks on every rank, starting with rank 0."""
         if self.size == 1:
             return list(items)
         everyone: list[Any] = [None] * self.size
@@ -143,10 +143,10 @@ class Ranks:
         return {name: sum(found) / len(found) for name, found in values.items()}
 
     def agree(self, wish: bool) -> bool:
-        """Whether any rank wished it at the call before; once true it stays so.
+        """Return whether any rank passed True at the previous call or earlier.
 
-        The answer is one call late, so that no rank waits for another: the message goes round while
-        the ranks compute.
+        The answer is one call late, so that no rank waits for another: the message is exchanged
+        while the ranks compute.
         """
         if self.size == 1:
             return wish
@@ -168,19 +168,19 @@ class Ranks:
 
 
 class Silent:
-    """Stands for a logger or a progress bar on the ranks that show nothing."""
+    """Replacement for a logger or a progress bar on ranks that show nothing."""
 
     def __getattr__(self, name: str) -> Callable[..., None]:
-        """Any method; it does nothing."""
+        """Return a method that does nothing."""
         return _do_nothing
 
 
 @contextmanager
 def lost_ranks_explained(ranks: Ranks) -> Iterator[None]:
-    """Say what has happened when a collective fails because a rank has gone.
+    """Explain the failure of a collective because of a lost rank.
 
     Raises:
-        RankError: In place of what the communication library raised, which is its cause.
+        RankError: Instead of the exception of the communication library, which is its cause.
     """
     try:
         yield
@@ -191,16 +191,16 @@ def lost_ranks_explained(ranks: Ranks) -> Iterator[None]:
 
 
 def describe_lost_rank(ranks: Ranks, error: BaseException) -> str:
-    """What has happened, and what to do, when :func:`is_lost_rank`."""
+    """Describe the loss of a rank, and what to do, for errors that :func:`is_lost_rank` accepts."""
     return (
-        f"rank {ranks.rank}: another of the {ranks.size} ranks has stopped or can't be reached, so "
-        f"this one ends too ({str(error).splitlines()[0]}). The launcher names the rank that "
-        "failed first; resume=auto goes on from the last checkpoint."
+        f"rank {ranks.rank}: another of the {ranks.size} ranks has stopped or cannot be reached, "
+        f"so this one ends too ({str(error).splitlines()[0]}). The launcher names the rank that "
+        "failed first; resume=auto continues from the last checkpoint."
     )
 
 
 def is_lost_rank(ranks: Ranks, error: BaseException) -> bool:
-    """Whether an exception says that a rank was lost, and not what is wrong with this one."""
+    """Return whether an exception was caused by the loss of another rank."""
     if ranks.size == 1 or not isinstance(error, (RuntimeError, dist.DistError)):
         return False
     return isinstance(error, dist.DistError) or "gloo" in str(error).lower() or "NCCL" in str(error)
@@ -220,14 +220,14 @@ def _export_submitit_tasks() -> None:
 
 
 def _fresh_store(store: Store, rank: int, size: int, timeout: timedelta) -> Store:
-    """The part of a store that this attempt's ranks share, and no others ever did.
+    """Return a part of the store that only the ranks of this attempt share.
 
-    torchrun starts ranks again with the store of those before them, where a rank that is early
-    finds addresses at which nobody listens any more. So rank 0 draws a name for the attempt, and
-    tells it to each rank under an identity that the rank has drawn, until the rank has answered.
+    torchrun restarts ranks with the store of the previous attempt, where an early rank may find
+    addresses that nobody listens to any more. Therefore rank 0 draws a name for the attempt, and
+    sends it to each rank under an identity drawn by that rank, until the rank has answered.
 
     Raises:
-        RankError: If ranks are missing when the time is up.
+        RankError: If ranks are still missing after the timeout.
     """
     own, end = uuid.uuid4().hex, time.monotonic() + timeout.total_seconds()
     if rank > 0:
@@ -239,12 +239,12 @@ def _fresh_store(store: Store, rank: int, size: int, timeout: timedelta) -> Stor
     missing = set(range(1, size))
     while missing:
         for other in sorted(missing):
-            if store.check([f"hello/{other}"]):  # by this attempt's rank, or by an earlier one's
+            if store.check([f"hello/{other}"]):  # set in this attempt or in an earlier one
                 store.set(f"welcome/{store.get(f'hello/{other}').decode()}", own)
             if store.check([f"{own}/{other}"]):
                 missing.discard(other)
         if missing and time.monotonic() > end:
-            raise RankError(f"ranks {sorted(missing)} of {size} did not come within {timeout}.")
+            raise RankError(f"ranks {sorted(missing)} of {size} did not arrive within {timeout}.")
         time.sleep(0.02)
     return PrefixStore(own, store)
 

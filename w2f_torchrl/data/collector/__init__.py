@@ -1,1 +1,1 @@
-"""TorchRL's collectors, set up for a recurrent policy, and resumable between two batches."""
+"""TorchRL's collectors for a recurrent policy, resumable between two batches."""

@@ -1,4 +1,4 @@
-"""Collection of the next batch while the learner learns from the last one."""
+"""Collect the next batch while the learner trains on the last one."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from torchrl.collectors import MultiSyncCollector
 
 
 class OverlappedCollector:
-    """Keep a synchronous collector's workers busy: as a batch is taken, the next is asked for.
+    """Keep the workers of a synchronous collector busy: request the next batch in advance.
 
-    TorchRL's workers stop after each batch until the next is asked for, so all wait while the
-    learner computes. Here a thread asks and waits. New weights are sent when the batch under way
-    is complete, so each batch is of one policy, the one before the last updates, and a seed gives
-    the same batches at any speed. At the end one batch is collected in vain.
+    TorchRL's workers stop after each batch until the next one is requested, so they are idle while
+    the learner computes. Here a thread requests it and waits. New weights are sent when the pending
+    batch is complete, so each batch comes from a single policy, the one before the last updates,
+    and a seed gives the same batches at any speed. The last requested batch is discarded.
 
     Args:
-        collector: A collector with worker processes; not to be used by itself any more.
+        collector: A collector with worker processes; do not use it directly afterwards.
     """
 
     def __init__(self, collector: MultiSyncCollector):
@@ -29,7 +29,7 @@ class OverlappedCollector:
         self._under_way: Future[TensorDictBase | None] | None = None
 
     def __iter__(self) -> Iterator[TensorDictBase]:
-        """Give batches ``[N, T]``, each after asking for the one that follows it."""
+        """Yield batches ``[N, T]``; request the next batch before each of them."""
         self._batches = iter(self.collector)
         if self._under_way is None:
             self._ask()
@@ -38,15 +38,15 @@ class OverlappedCollector:
             yield batch
 
     def under_way(self) -> TensorDictBase | None:
-        """Wait for the batch ``[N, T]`` under way, which stays to be taken; None if there is none.
+        """Wait for the pending batch ``[N, T]`` and return it without taking it; None if none is.
 
         Raises:
-            Exception: What it failed with.
+            Exception: The exception with which its collection failed.
         """
         return None if self._under_way is None else self._under_way.result()
 
     def hold(self, batch: TensorDictBase) -> None:
-        """Have a batch ``[N, T]`` taken before any is asked for, as the one that was under way."""
+        """Make ``batch`` ``[N, T]`` the pending one, which is taken before any is requested."""
         self._under_way = Future()
         self._under_way.set_result(batch)
 
@@ -54,7 +54,7 @@ class OverlappedCollector:
         """Send weights to all workers, between two batches.
 
         Raises:
-            Exception: What the batch under way failed with.
+            Exception: The exception with which the pending batch failed.
         """
         under_way = self._under_way
         if under_way is not None:
@@ -62,11 +62,11 @@ class OverlappedCollector:
         self.collector.update_policy_weights_(weights)
 
     def kill(self) -> None:
-        """End the workers at once; :meth:`shutdown` has to follow."""
+        """Kill the workers; call :meth:`shutdown` afterwards."""
         self.collector.kill()
 
     def shutdown(self, **options: Any) -> None:
-        """Wait for the batch under way, then end the workers."""
+        """Wait for the pending batch, then end the workers."""
         self._thread.shutdown(wait=True)
         self.collector.shutdown(**options)
 

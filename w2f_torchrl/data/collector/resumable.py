@@ -17,16 +17,16 @@ from w2f_torchrl.utils.random_state import random_state, restore_random_state
 
 
 class ResumableCollector(Collector):
-    """A Collector that can stop between two batches and go on in another process.
+    """A Collector that can stop between two batches and continue in another process.
 
-    Made over a SerialEnv. Envs take part that have ``resume_state`` and ``load_resume_state``, as
+    It needs a SerialEnv whose envs have ``resume_state`` and ``load_resume_state``, as
     :class:`~w2f_torchrl.envs.PixelDMControlEnv` does.
     """
 
     _carrier: TensorDictBase
 
     def rollout(self) -> TensorDictBase:
-        """Collect a batch; what goes wrong is left where the main process finds it."""
+        """Collect a batch; write the traceback of a failure to a file for the main process."""
         try:
             return super().rollout()
         except Exception:
@@ -36,10 +36,10 @@ class ResumableCollector(Collector):
             raise
 
     def resume_state(self) -> bytes | None:
-        """All that the coming batches depend on, but for the policy's weights.
+        """Return everything that the next batches depend on, except the policy's weights.
 
         Returns:
-            What ``torch.load(weights_only=True)`` reads, or None if an env can't say its state.
+            Bytes for ``torch.load(weights_only=True)``; None if an env cannot save its state.
         """
         envs = [_innermost(env) for env in self._envs()]
         if not all(hasattr(env, "resume_state") for env in envs):
@@ -54,15 +54,15 @@ class ResumableCollector(Collector):
         return stream.getvalue()
 
     def load_resume_state(self, saved: bytes) -> None:
-        """Go on from what :meth:`resume_state` gave.
+        """Continue from a state of :meth:`resume_state`.
 
         Raises:
-            ValueError: If it is of another number of envs, or of other envs.
+            ValueError: If it belongs to another number of envs, or to other envs.
         """
         state = torch.load(io.BytesIO(saved), weights_only=True)
         envs = self._envs()
         if len(envs) != len(state["envs"]):
-            raise ValueError(f"the state is of {len(state['envs'])} envs, here are {len(envs)}.")
+            raise ValueError(f"the state has {len(state['envs'])} envs, the worker {len(envs)}.")
         for env, env_state in zip(envs, state["envs"], strict=True):
             _innermost(env).load_resume_state(env_state)
         device = self._carrier.device
@@ -85,11 +85,11 @@ def _innermost(env: EnvBase) -> Any:
 def collector_state(
     collector: Collector | MultiSyncCollector | OverlappedCollector,
 ) -> dict[str, Any] | None:
-    """The state of a collector from :func:`~w2f_torchrl.data.make_collector`, between two batches.
+    """Return the state between two batches of a collector from ``make_collector``.
 
     Returns:
-        One entry a worker, and the batch that is under way beside the learner, if there is one.
-        None if an env can't say its state.
+        One entry per worker, and the batch that is being collected in the background, if any.
+        None if an env cannot save its state.
 
     Raises:
         WorkerError: If a worker died.
@@ -109,26 +109,26 @@ def collector_state(
 def load_collector_state(
     collector: Collector | MultiSyncCollector | OverlappedCollector, state: dict[str, Any]
 ) -> None:
-    """Let a new collector go on from a saved state. The policy's weights are not part of it.
+    """Let a new collector continue from a saved state, which excludes the policy's weights.
 
     Args:
-        collector: Made with the same arguments, before its first batch.
-        state: What :func:`collector_state` gave.
+        collector: A collector made with the same arguments, before its first batch.
+        state: A state from :func:`collector_state`.
 
     Raises:
-        ValueError: If it is of another number of workers or of other envs.
+        ValueError: If it belongs to another number of workers or to other envs.
         WorkerError: If a worker died.
     """
     inner = collector.collector if isinstance(collector, OverlappedCollector) else collector
     states, batch = state["workers"], state["batch"]
     workers = inner.num_workers if isinstance(inner, MultiSyncCollector) else 1
     if len(states) != workers:
-        raise ValueError(f"the state is of {len(states)} workers, and there are {workers}.")
+        raise ValueError(f"the state has {len(states)} workers, this collector {workers}.")
     if isinstance(inner, MultiSyncCollector):
         inner.map_fn("load_resume_state", [(worker,) for worker in states])
     else:
         assert isinstance(inner, ResumableCollector)
         inner.load_resume_state(states[0])
     if batch is not None:
-        assert isinstance(collector, OverlappedCollector), "only an overlapped one has a batch"
+        assert isinstance(collector, OverlappedCollector), "only these have a pending batch"
         collector.hold(TensorDict(batch, batch["action"].shape[:2]))

@@ -1,4 +1,4 @@
-"""A MultiSyncCollector that always ends, and that says how a worker died or that it hangs."""
+"""A MultiSyncCollector that always ends, and reports workers that died or hang."""
 
 from __future__ import annotations
 
@@ -22,34 +22,34 @@ from torchrl.collectors import MultiSyncCollector
 
 from w2f_torchrl.utils.stopping import stop_is_wanted
 
-# Signals that a terminal or a cluster sends to all processes: the main one decides what to do.
+# Signals that a terminal or a cluster sends to all processes; the main process handles them.
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 TIMEOUT_SECONDS = 300.0
 START_SECONDS = 120.0
-"""A worker that is being started has this long at least: it imports, and builds its envs."""
+"""Minimum time that a worker has to start, to import and to build its envs."""
 STOP_SECONDS = 10.0
-"""How long a batch may take to complete after a stop signal; then it is given up."""
+"""How long to wait for a batch after a stop signal before giving up."""
 
-_LOOK_EVERY = 0.5
-"""Seconds between two looks whether the workers live, while waiting for them."""
+_POLL_SECONDS = 0.5
+"""How often to check that workers are alive, while waiting for them."""
 _PR_SET_PDEATHSIG = 1
 
 
 class WorkerError(RuntimeError):
-    """A worker process died or hangs; the message says which, and what went wrong in it."""
+    """A worker process died or hangs; the message names the worker and the reason."""
 
 
 class SyncCollector(MultiSyncCollector):
     """A MultiSyncCollector whose process always ends, and that never waits for a lost worker.
 
-    TorchRL leaves the weight scheme to the garbage collector. When that comes at the interpreter's
-    end, after an exception above all, the scheme starts a thread that never runs and hangs; workers
-    that nobody shut down are waited for without end as well. It also waits without end for a dead
-    worker to acknowledge new weights.
+    TorchRL leaves the weight scheme to the garbage collector. If that runs at the interpreter's
+    exit, especially after an exception, the scheme starts a thread that never runs, and hangs.
+    TorchRL also waits forever for workers that were not shut down, and for a dead worker to
+    acknowledge new weights.
 
     Args:
-        failures: Folder where workers leave what went wrong, in files named after their index.
-        timeout_seconds: How long a worker may give no sign while it is waited for.
+        failures: Folder where workers write their tracebacks, in files named after their index.
+        timeout_seconds: How long to wait for a worker that does not respond.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class SyncCollector(MultiSyncCollector):
         """Yield batches.
 
         Raises:
-            WorkerError: If a worker died, or gives no sign.
+            WorkerError: If a worker died or does not respond.
         """
         with self.watched():
             yield from super().iterator()
@@ -80,7 +80,7 @@ class SyncCollector(MultiSyncCollector):
         """Call a method in every worker.
 
         Raises:
-            WorkerError: If a worker died, or gives no sign.
+            WorkerError: If a worker died or does not respond.
         """
         with self.watched():
             results: list[Any] = super().map_fn(*args, **kwargs)
@@ -91,13 +91,13 @@ class SyncCollector(MultiSyncCollector):
         pipe: Any,
         *,
         timeout: float | None = None,
-        check_interval: float = _LOOK_EVERY,
+        check_interval: float = _POLL_SECONDS,
         worker_idx: int | None = None,
     ) -> Any:
-        """Receive what a worker answers; TorchRL's own waits without end for one that hangs."""
+        """Receive a worker's answer; TorchRL's method waits forever for one that hangs."""
         del timeout
         patience = Patience(self.timeout_seconds)
-        while not pipe.poll(min(check_interval, _LOOK_EVERY)):
+        while not pipe.poll(min(check_interval, _POLL_SECONDS)):
             self.check_workers()
             if patience.is_over():
                 raise self.hangs([] if worker_idx is None else [worker_idx], patience)
@@ -105,7 +105,7 @@ class SyncCollector(MultiSyncCollector):
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """Turn what a worker's death leads to into a WorkerError, after which none is left."""
+        """Turn errors caused by a worker's death into a WorkerError; kill the other workers."""
         try:
             try:
                 yield
@@ -115,32 +115,32 @@ class SyncCollector(MultiSyncCollector):
                 self.check_workers(patience=1.0, cause=error)
                 raise
         except WorkerError:
-            self.kill()  # TorchRL would ask a hung one to end, for ten seconds
+            self.kill()  # TorchRL would wait ten seconds for a hung worker to end
             raise
 
     def check_workers(self, patience: float = 0.0, cause: BaseException | None = None) -> None:
         """Raise a WorkerError if a worker is dead.
 
         Args:
-            patience: Seconds to wait for one to die whose connection is closed already.
-            cause: What was noticed first.
+            patience: Seconds to wait for a worker to die whose connection is already closed.
+            cause: The exception that was raised first.
         """
         for index, process in enumerate(self.procs):
-            if process._closed:  # by TorchRL, which ends the others as it finds a dead one
+            if process._closed:  # by TorchRL, which ends the others when it finds a dead one
                 continue
             process.join(timeout=patience)
             if not process.is_alive():
                 raise WorkerError(self._describe(index, process.exitcode)) from cause
 
     def hangs(self, workers: Iterable[int], patience: Patience) -> WorkerError:
-        """The error that says which of the workers hang."""
+        """Return the error that names the workers that hang."""
         names = ", ".join(map(str, sorted(workers))) or "?"
         return WorkerError(
-            f"collector worker {names} of {len(self.procs)} hangs: no sign of it {patience.why()}."
+            f"collector worker {names} of {len(self.procs)} hangs: no response {patience.why()}."
         )
 
     def kill(self) -> None:
-        """End the workers at once, hung ones too; :meth:`shutdown` has to follow."""
+        """Kill the workers, even hung ones; call :meth:`shutdown` afterwards."""
         _kill(getattr(self, "procs", ()))
 
     def _describe(self, index: int, code: int | None) -> str:
@@ -148,7 +148,7 @@ class SyncCollector(MultiSyncCollector):
         if code is not None and code < 0:
             return (
                 f"{worker} was killed by {signal.Signals(-code).name}. The kernel does that when "
-                "memory runs out; then lower environment.num_envs or replay.capacity."
+                "memory runs out; in that case lower environment.num_envs or replay.capacity."
             )
         report = Path(self._failures.name) / str(index)
         reason = report.read_text() if report.exists() else "no Python exception was reported"
@@ -157,23 +157,23 @@ class SyncCollector(MultiSyncCollector):
     def shutdown(
         self, timeout: float | None = None, close_env: bool = True, raise_on_error: bool = True
     ) -> None:
-        """End the workers, then the weight scheme's queues."""
+        """End the workers, then close the queues of the weight scheme."""
         try:
             super().shutdown(timeout, close_env, raise_on_error)
         finally:
-            self.kill()  # on a busy machine TorchRL's ten seconds may not do
+            self.kill()  # on a busy machine TorchRL's ten seconds may not suffice
             for scheme in (getattr(self, "_weight_sync_schemes", None) or {}).values():
                 scheme.shutdown()
             self._failures.cleanup()
 
 
 class Patience:
-    """Counts the seconds of a wait, looked at twice a second.
+    """Count the seconds of a wait; poll it twice per second.
 
-    Time in which this process itself stood still (Ctrl+Z, a machine that sleeps) isn't counted.
+    Time in which this process itself was suspended (Ctrl+Z, a sleeping machine) is not counted.
 
     Args:
-        seconds: How long it lasts.
+        seconds: Maximum length of the wait.
     """
 
     def __init__(self, seconds: float) -> None:
@@ -181,37 +181,37 @@ class Patience:
         self._looked_at = time.monotonic()
 
     def is_over(self) -> bool:
-        """Count the time since the last look, and say whether it was enough."""
+        """Count the time since the last call, and return whether the wait is over."""
         now = time.monotonic()
-        passed = min(now - self._looked_at, 4 * _LOOK_EVERY)
+        passed = min(now - self._looked_at, 4 * _POLL_SECONDS)
         self._looked_at = now
         self._waited += passed
         self._since_stop += passed if stop_is_wanted() else 0.0
         return self._waited > self._seconds or self._since_stop > STOP_SECONDS
 
     def why(self) -> str:
-        """How long it lasted, for a message."""
+        """Return how long the wait lasted, for a message."""
         if self._waited > self._seconds:
             return f"for {self._seconds:g} seconds (collection.timeout_seconds)"
         return f"for {STOP_SECONDS:g} seconds after the stop signal"
 
 
 class _WatchedQueue:
-    """The queue that batches come through; it looks whether the workers live and get on."""
+    """The queue of batches, which checks that workers are alive and make progress."""
 
     def __init__(self, collector: SyncCollector, queue: Any) -> None:
         self._collector, self._queue = weakref.ref(collector), queue
         self._missing = set(range(len(collector.procs)))
 
     def get(self, timeout: float | None = None) -> Any:
-        """Take a worker's part of a batch, and what TorchRL sends with it."""
+        """Return a worker's part of a batch, and the data that TorchRL sends with it."""
         del timeout
         collector = self._collector()
-        assert collector is not None, "who asks is the collector"
+        assert collector is not None, "called by the collector"
         patience = Patience(collector.timeout_seconds)
         while True:
             try:
-                item = self._queue.get(timeout=_LOOK_EVERY)
+                item = self._queue.get(timeout=_POLL_SECONDS)
                 break
             except Empty:
                 collector.check_workers()
@@ -228,7 +228,7 @@ class _WatchedQueue:
 
 
 class _AckWaiter:
-    """Waits until workers have taken new weights, and looks whether they live."""
+    """Wait until workers have received new weights, and check that they are alive."""
 
     def __init__(self, collector: SyncCollector, scheme: Any) -> None:
         self._collector, self._queues = weakref.ref(collector), scheme._ack_queues
@@ -242,7 +242,7 @@ class _AckWaiter:
         patience: Patience | None = None
         while True:
             try:
-                self._queues[worker].get(timeout=_LOOK_EVERY)
+                self._queues[worker].get(timeout=_POLL_SECONDS)
                 return
             except Empty:
                 collector = self._collector()
@@ -256,7 +256,7 @@ class _AckWaiter:
 
 @contextmanager
 def _ended_unless_started(seconds: float) -> Iterator[None]:
-    """End the processes that are started in the block if it fails, or takes longer than that.
+    """Kill processes started in the block if it fails or takes longer than ``seconds``.
 
     Raises:
         WorkerError: If one of them was killed.
@@ -279,7 +279,7 @@ def _ended_unless_started(seconds: float) -> Iterator[None]:
         _kill(children)
         if gone and isinstance(error, Exception):
             raise WorkerError(
-                f"a collector's worker ended while it was started, or took longer than {seconds:g} "
+                f"a collector's worker ended while starting, or took longer than {seconds:g} "
                 f"seconds: {error}"
             ) from error
         raise
@@ -296,11 +296,11 @@ def _kill(processes: Iterable[Any]) -> None:
 
 
 def begin_worker(dies_with_parent: bool) -> None:
-    """Prepare a worker process: stop signals are for the main one, which no worker outlives.
+    """Prepare a worker process: ignore stop signals, and end with the main process.
 
     Args:
-        dies_with_parent: Whether the kernel is to end this process when the thread ends that
-            started it; on Linux. A worker that hangs would stay after a SIGKILL of the main one.
+        dies_with_parent: Whether the kernel kills this process when the thread that started it
+            ends (Linux only). Otherwise a hung worker survives a SIGKILL of the main process.
     """
     ignore_stop_signals()
     if dies_with_parent and sys.platform == "linux":
@@ -308,7 +308,7 @@ def begin_worker(dies_with_parent: bool) -> None:
 
 
 def ignore_stop_signals() -> None:
-    """Leave Ctrl+C, and what a cluster sends to all processes, to the main one."""
+    """Ignore Ctrl+C and the signals of clusters, which the main process handles."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 

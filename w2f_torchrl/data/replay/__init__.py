@@ -1,4 +1,4 @@
-"""The replay: a ring of records per env, its sampler, its files, and the latents it keeps."""
+"""The replay: a ring of records per env, its sampler, its files, and stored latents."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The replay: TorchRL's buffer with one ring of records for each env."""
+"""The replay: TorchRL's buffer with one ring of records per env."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ from w2f_torchrl.modules.packed_latents import INITIAL
 
 LATENTS_FILE = "latents.pt"
 ALLOCATED_ROWS = 1024
-"""Rows that disk space is set aside for at a time."""
+"""Number of rows for which disk space is reserved at a time."""
 
 
 class StreamReplayBuffer(TensorDictReplayBuffer):
     """A replay of records, written by S env streams and sampled in slices ``[B, T]``.
 
     Made by :func:`make_replay`. A record (see :func:`~w2f_torchrl.data.records_from_rollout`) is
-    one observation with the action that led to it; each is stored once, its mask with one bit a
-    pixel. Samples carry ``index`` int64 ``[B, T]``, the storage slots.
+    one observation with the action that led to it. It is stored once, its mask with one bit per
+    pixel. Samples contain ``index`` int64 ``[B, T]``, the storage slots.
 
     Writing and sampling are safe from several threads of one process. Samples are drawn when they
-    are requested: what is drawn ahead would have to be in a checkpoint.
+    are requested: samples drawn ahead would have to be part of checkpoints.
 
-    With ``latents`` each record has a latent beside it, packed: that of the observation before,
-    as the acting policy computed it or, once replayed, the last update. Samples then carry, under
-    ``initial``, the latent before each slice's first record, and :meth:`write_back` takes what an
-    update has computed instead.
+    With ``latents`` each record is stored with the packed latent of the previous observation, as
+    computed by the acting policy or, after it was replayed, by the last update. Samples then
+    contain, under ``initial``, the latent before each slice's first record, and :meth:`write_back`
+    replaces latents with those that an update has computed.
 
     Args:
         storage: Storage of ``num_streams * capacity`` records.
@@ -48,8 +48,8 @@ class StreamReplayBuffer(TensorDictReplayBuffer):
         newest_first: Whether each new chunk of T records is sampled once before older ones.
         pin_memory: Whether samples lie in page-locked memory.
         generator: Random generator of the samples; by default torch's own.
-        folder: Where the storage's memory-mapped files are; None in memory.
-        latents: Storage of the records' preceding latents, one row a slot.
+        folder: Folder of the storage's memory-mapped files; None if it is in memory.
+        latents: Storage of the records' preceding latents, one row per slot.
     """
 
     def __init__(
@@ -84,23 +84,23 @@ class StreamReplayBuffer(TensorDictReplayBuffer):
         self._cuts: list[tuple[int, int]] = []
 
     def __len__(self) -> int:
-        """The number of records that can be sampled."""
+        """Return the number of records that can be sampled."""
         return int(self.heads.stored.sum())
 
     def extend(self, records: TensorDictBase, *, update_priority: bool | None = None) -> Tensor:
-        """Append records ``[M]``, in each stream's order of time.
+        """Append records ``[M]``, in chronological order within each stream.
 
         Args:
-            records: What :func:`~w2f_torchrl.data.records_from_rollout` returns, with masks as
+            records: Records from :func:`~w2f_torchrl.data.records_from_rollout`, with masks as
                 bool ``[M, 1, H, W]`` or without masks.
-            update_priority: Unused; there are no priorities.
+            update_priority: Unused, because this replay has no priorities.
 
         Returns:
             The slots written, int64.
 
         Raises:
-            ValueError: If the keys, shapes or dtypes differ from the records before, a stream's
-                index is out of range, or a mask's width is not a multiple of 8.
+            ValueError: If keys, shapes or dtypes differ from earlier records, the index of a stream
+                is out of range, or a mask's width is not a multiple of 8.
         """
         del update_priority
         records = self._transform.inv(records)
@@ -115,17 +115,18 @@ class StreamReplayBuffer(TensorDictReplayBuffer):
         return slots
 
     def add(self, data: TensorDictBase) -> int:
-        """Append one record, without batch size: ``pixels`` ``[3, H, W]`` and so on."""
+        """Append one record with an empty batch size: ``pixels`` is ``[3, H, W]``."""
         return int(self.extend(data.unsqueeze(0)))
 
     def write_back(self, index: Tensor, latents: TensorDictBase, applied: Tensor) -> None:
-        """Keep an update's latents for the slices that will start where it has been.
+        """Store the latents of an update as initial latents of later slices.
 
-        They are written at the next call, those of the last call now: see
+        They are written at the next call, and those of the previous call now: see
         :class:`~w2f_torchrl.data.replay.write_back.LatentWriteBack`.
 
         Args:
-            index: The sample's, int64 ``[B, T]``; nothing was written since it was drawn.
+            index: ``index`` of the sample, int64 ``[B, T]``; nothing may have been written since
+                it was drawn.
             latents: The update's packed posterior latents ``[B, T]``.
             applied: Whether the update was applied: a scalar, 0 or 1, on the latents' device.
 
@@ -133,28 +134,28 @@ class StreamReplayBuffer(TensorDictReplayBuffer):
             RuntimeError: If the replay was made without latents.
         """
         if self._write_back is None:
-            raise RuntimeError("This replay keeps no latents: pass latents= to make_replay.")
+            raise RuntimeError("This replay does not store latents: pass latents= to make_replay.")
         with self._replay_lock, self._write_lock:
             self._write_back.add(index, dict(latents.items()), applied)
 
     def dumps(self, path: str | Path) -> None:
-        """Save everything in a folder."""
+        """Save the whole replay in a folder."""
         super().dumps(path)
         if self.latents is not None:
             torch.save(self._all_latents(), Path(path) / LATENTS_FILE)
 
     def loads(self, path: str | Path) -> None:
-        """Load what :meth:`dumps` saved; without saved latents they become zero."""
+        """Load a folder from :meth:`dumps`; latents that were not saved become zero."""
         super().loads(path)
         file = Path(path) / LATENTS_FILE
         self._load_latents(torch.load(file, weights_only=True) if file.exists() else None)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return everything."""
+        """Return the whole replay."""
         return {**super().state_dict(), "latents": self._all_latents()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over what :meth:`state_dict` returned; without saved latents they become zero."""
+        """Load a state from :meth:`state_dict`; latents that were not saved become zero."""
         state = dict(state_dict)
         latents = state.pop("latents", None)
         super().load_state_dict(state)
@@ -173,7 +174,7 @@ class StreamReplayBuffer(TensorDictReplayBuffer):
         self._write_back.load_state_dict(state["pending"])
 
     def empty(self, empty_write_count: bool = True) -> None:
-        """Forget all records."""
+        """Remove all records."""
         if self._write_back is not None:
             self._write_back.clear()
         super().empty(empty_write_count)
@@ -182,42 +183,42 @@ class StreamReplayBuffer(TensorDictReplayBuffer):
 
     @property
     def initialized(self) -> bool:
-        """Whether there have been records, so that their entries are known."""
+        """Whether records have been written, so that their entries are known."""
         return bool(self._storage.initialized)
 
     @property
     def rows(self) -> TensorDictBase:
-        """The storage: ``[S * ring]``, with one bit a mask pixel."""
+        """The storage ``[S * ring]``, with one bit per mask pixel."""
         rows: TensorDictBase = self._storage._storage
         return rows
 
     def initialize(self, record: TensorDictBase) -> None:
-        """Make the storage ``[S * ring]`` for records like this one, if there is none."""
+        """Allocate the storage ``[S * ring]`` for records like this one, unless it exists."""
         if not self.initialized:
             self._storage._init(record.to(self._storage.device))
 
     def place(self, stream: int, start: int, rows: Mapping[str, Tensor]) -> None:
-        """Put consecutive records back where they were; the heads are the caller's affair.
+        """Restore consecutive records to their slots; the caller sets the heads.
 
         Args:
-            stream: Of which stream.
-            start: Position of the first.
+            stream: Their stream.
+            start: Position of the first record.
             rows: Entries ``[M, ...]`` as stored, by the path of their key.
         """
         count, ring = len(next(iter(rows.values()))), self.heads.ring
         slots = self.heads.slots(torch.tensor(stream), torch.arange(start, start + count))
         if self.folder is not None:
             self._allocate_slots(slots)
-        # Where a block is longer than the ring, its last records remain.
+        # If a block is longer than the ring, its last records remain.
         kept = slice(max(count - ring, 0), None)
         for name, entry in rows.items():
             self.rows[tuple(name.split("/"))][slots[kept]] = entry[kept].to(self._storage.device)
         self._storage._len = max(self._storage._len, int(slots.max()) + 1)
 
     def end_episodes(self) -> None:
-        """Have the last record of every stream sampled as its episode's last: another follows.
+        """Mark the last record of every stream as the last of its episode in samples.
 
-        Records are never changed, since checkpoints share them: the places are kept beside them.
+        Checkpoints share records, so records never change: the marks are stored separately.
         """
         written = self.heads.written.tolist()
         oldest = (self.heads.written - self.heads.stored).tolist()
@@ -226,13 +227,13 @@ class StreamReplayBuffer(TensorDictReplayBuffer):
 
     def _mark_cuts(self, data: TensorDictBase, index: Tensor) -> None:
         stream, position = torch.tensor(self._cuts).unbind(-1)
-        # Slots of positions that were overwritten since belong to other records.
+        # Slots of positions that have been overwritten belong to other records.
         kept = position >= (self.heads.written - self.heads.stored)[stream]
         slots = self.heads.slots(stream, position)[kept]
         data["next", "done"][torch.isin(index, slots)] = True
 
     def gather(self, slots: Tensor) -> TensorDictBase:
-        """Read records again by their ``index``, int64 ``[B, T]``, as a sample has them."""
+        """Return the records at ``slots``, int64 ``[B, T]``, in the form of a sample."""
         data = self._gather(slots.cpu())
         if self._cuts:
             self._mark_cuts(data, slots.cpu())
@@ -243,7 +244,7 @@ class StreamReplayBuffer(TensorDictReplayBuffer):
         return data
 
     def sampling_state(self) -> dict[str, Any]:
-        """What the coming samples depend on, but for the records and the heads."""
+        """Return the state of sampling, without the records and the heads."""
         return {
             "sampler": self._sampler.state_dict(),
             "generator": self._rng.get_state(),
@@ -253,10 +254,10 @@ class StreamReplayBuffer(TensorDictReplayBuffer):
         }
 
     def load_sampling_state(self, state: dict[str, Any]) -> None:
-        """Go on sampling from where :meth:`sampling_state` was called.
+        """Continue sampling from a state of :meth:`sampling_state`.
 
         Raises:
-            ValueError: If slices had another length.
+            ValueError: If its slices have another length.
         """
         self._sampler.load_state_dict(state["sampler"])
         self._rng.set_state(state["generator"].cpu())
@@ -268,7 +269,7 @@ class StreamReplayBuffer(TensorDictReplayBuffer):
             self._write_back.load_state_dict(state.get("latents"))
 
     def _allocate(self, records: TensorDictBase) -> None:
-        """Have disk space set aside for what is about to be written."""
+        """Reserve disk space for the records that are about to be written."""
         if not self.initialized:
             self.initialize(records.exclude("stream", PREVIOUS)[0])
         new = torch.bincount(records["stream"].cpu(), minlength=self.heads.num_streams)
@@ -279,7 +280,7 @@ class StreamReplayBuffer(TensorDictReplayBuffer):
     def _allocate_slots(self, slots: Tensor) -> None:
         new = {slot // ALLOCATED_ROWS for slot in slots.tolist()} - self._allocated
         if new:
-            assert self.folder is not None, "only memory-mapped files need it"
+            assert self.folder is not None, "only memory-mapped files need allocation"
             with RecordFiles(self.folder, fields_of(self.rows), create=True) as files:
                 for block in new:
                     rows = min(ALLOCATED_ROWS, len(self.rows) - block * ALLOCATED_ROWS)
@@ -303,8 +304,8 @@ class StreamReplayBuffer(TensorDictReplayBuffer):
         for key in sorted(new.keys() | stored.keys(), key=str):
             if new.get(key) != stored.get(key):
                 raise ValueError(
-                    f"The replay stores {key} as {stored.get(key)}, got {new.get(key)} (shape of a "
-                    "record and dtype; None: no such key)."
+                    f"The replay stores {key} as {stored.get(key)}, got {new.get(key)} (shape per "
+                    "record and dtype; None if the key is missing)."
                 )
 
     def _sample(self, batch_size: int) -> tuple[TensorDictBase, dict[str, Any]]:
@@ -328,14 +329,14 @@ class StreamReplayBuffer(TensorDictReplayBuffer):
     def _gather(self, index: Tensor) -> TensorDict:
         """Read slots ``[B, T]``.
 
-        ``index_select`` copies whole records; indexing with a tensor, TorchRL's way, goes byte by
-        byte and takes nine times as long. It writes into page-locked memory without another copy.
+        ``index_select`` copies whole records; indexing with a tensor, as TorchRL does, copies byte
+        by byte and takes nine times as long. It writes directly into page-locked memory.
         """
         rows = self._storage._storage
         flat = index.reshape(-1).to(self._storage.device)  # [B * T]
 
         def read(leaf: Tensor) -> Tensor:
-            leaf = leaf.as_subclass(torch.Tensor)  # a memory-mapped tensor's methods are slower
+            leaf = leaf.as_subclass(torch.Tensor)  # methods of memory-mapped tensors are slower
             shape = (len(flat), *leaf.shape[1:])
             out = leaf.new_empty(shape, pin_memory=self._pin_memory)
             return torch.index_select(leaf, 0, flat, out=out).view(*index.shape, *leaf.shape[1:])

@@ -1,9 +1,9 @@
-"""Snapshots of a replay's latents: one folder of files for each checkpoint.
+"""Snapshots of a replay's latents: one folder of files per checkpoint.
 
-Latents change from update to update, so checkpoints cannot share them as they share records. A
-snapshot is written while updates continue (:meth:`LatentStore.begin_snapshot`), and a checkpoint
-holds its name and a SHA-256 digest of each block of its rows. Without it, or if it is damaged, a
-run resumes with zero latents: weights and records do not depend on them.
+Latents change with every update, so checkpoints cannot share them as they share records. A snapshot
+is written while updates continue (:meth:`LatentStore.begin_snapshot`). The checkpoint contains its
+name and a SHA-256 digest of each block of its rows. If the snapshot is missing or damaged, the run
+resumes with zero latents: weights and records do not depend on them.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 FOLDER = "latents"
-"""In the folder of a replay's records."""
+"""Name of the subfolder in the folder of a replay's records."""
 BLOCK = 1024
-"""Rows under one digest."""
+"""Number of rows per digest."""
 
 _NAME = re.compile(r"\d+", re.ASCII)
 
@@ -39,22 +39,22 @@ class Run(NamedTuple):
 
     stream: int
     start: int
-    """Position of the first."""
+    """Position of the first record."""
     slot: int
-    """Slot of the first."""
+    """Slot of the first record."""
     length: int
 
 
 def write_snapshot(store: LatentStore, heads: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Write the latents as they were when the snapshot began, and force them to disk.
+    """Write the latents at the time when the snapshot began, and force them to disk.
 
     Args:
         store: The latents.
         heads: ``written``, ``first``, ``capacity`` and ``ring`` of the streams at that time.
-        folder: Of the replay's records.
+        folder: Folder of the replay's records.
 
     Returns:
-        What the checkpoint holds of it.
+        The entry for the checkpoint.
 
     Raises:
         OSError: If the disk is full.
@@ -77,14 +77,14 @@ def write_snapshot(store: LatentStore, heads: dict[str, Any], folder: Path) -> d
 
 
 def load_snapshot(replay: StreamReplayBuffer, manifest: dict[str, Any], folder: Path) -> None:
-    """Give the records of a replay that was loaded the latents of the same checkpoint.
+    """Load the latents of a checkpoint, after its records.
 
-    Where that is impossible they become zero, with a line in the log.
+    If that is impossible, latents become zero, and a line is logged.
 
     Args:
-        replay: The replay, its heads loaded.
-        manifest: What the checkpoint holds of the replay.
-        folder: Of the records that it belongs to.
+        replay: The replay, with its heads already loaded.
+        manifest: The checkpoint's entry for the replay.
+        folder: Folder of the records to which it belongs.
     """
     store = replay.latents
     if store is None:
@@ -95,7 +95,7 @@ def load_snapshot(replay: StreamReplayBuffer, manifest: dict[str, Any], folder: 
     saved = manifest.get(FOLDER)
     try:
         if saved is None:
-            logger.info("the checkpoint holds no latents: slices start from zero until replayed")
+            logger.info("the checkpoint has no latents: slices start from zero until replayed")
         else:
             _place_all(store, replay.heads, manifest, saved, folder)
             return
@@ -106,7 +106,7 @@ def load_snapshot(replay: StreamReplayBuffer, manifest: dict[str, Any], folder: 
 
 
 def remove_unused(manifests: Iterable[dict[str, Any]], folder: Path) -> None:
-    """Delete the snapshots that none of these checkpoints needs."""
+    """Delete the snapshots that none of the given checkpoints needs."""
     saved = [manifest.get(FOLDER) for manifest in manifests]
     used = {snapshot["name"] for snapshot in saved if snapshot}
     for path in (folder / FOLDER).glob("[0-9]*"):
@@ -115,7 +115,7 @@ def remove_unused(manifests: Iterable[dict[str, Any]], folder: Path) -> None:
 
 
 def _correct(files: RecordFiles, store: LatentStore) -> None:
-    """Undo in the copy what updates changed while it was made."""
+    """Undo in the copy the changes of updates during the copying."""
     for slots, values in store.end_snapshot():
         for row, slot in enumerate(slots.tolist()):
             files.write(slot, {name: value[row : row + 1] for name, value in values.items()})
@@ -130,11 +130,11 @@ def _place_all(
 ) -> None:
     fields = {name: list(field) for name, field in store.fields.items()}
     if not _NAME.fullmatch(str(saved["name"])):
-        raise RecordsError(f"{saved['name']!r} in a checkpoint is no name of latents.")
+        raise RecordsError(f"{saved['name']!r} in a checkpoint is not a valid name of latents.")
     if {name: [dtype, list(shape)] for name, (dtype, shape) in saved["fields"].items()} != {
         name: [dtype, list(shape)] for name, (dtype, shape) in fields.items()
     }:
-        raise RecordsError("The checkpoint's latents are of another form.")
+        raise RecordsError("The checkpoint's latents have other shapes or dtypes.")
     runs = list(_runs({**manifest, "ring": saved["ring"]}))
     oldest = (heads.written - heads.stored).tolist()
     with RecordFiles(folder / FOLDER / str(saved["name"]), store.fields) as files:
@@ -153,7 +153,7 @@ def _place_all(
 
 
 def _runs(heads: dict[str, Any]) -> Iterator[Run]:
-    """Cut what can be sampled into blocks that do not cross a ring's end."""
+    """Split the records that can be sampled into blocks that do not cross a ring's end."""
     ring, capacity = heads["ring"], heads["capacity"]
     for stream, (end, first) in enumerate(zip(heads["written"], heads["first"], strict=True)):
         start = max(end - capacity, first, 0)

@@ -1,7 +1,7 @@
-"""The latent that precedes each record of a replay, kept beside the records.
+"""The latent that precedes each record of a replay, in a separate storage.
 
 Records are written once and shared by checkpoints; latents change with every update that replays
-them. So they have a storage of their own, row for row as the records'.
+them. Their storage has one row per row of the records' storage.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from w2f_torchrl.data.replay.record_files import Field, Fields, RecordFiles
 from w2f_torchrl.modules.packed_latents import packed_state_dtype
 
 PREVIOUS = "previous"
-"""Key of the packed latents in records: of the observation before the record's."""
+"""Key in records of the packed latent of the previous observation."""
 
 Snapshot = list[tuple[Tensor, dict[str, Tensor]]]
-"""Slots, and what they held when a snapshot began."""
+"""Slots, and their contents when a snapshot began."""
 
 
 def latent_fields(config: ModelConfig, latent: str) -> Fields:
@@ -46,15 +46,15 @@ def latent_fields(config: ModelConfig, latent: str) -> Fields:
 class LatentStore:
     """Rows of packed latents: the latent of the observation before each record.
 
-    Row i belongs to the record in slot i. A zero row means that there is none: slices that begin
-    there start from zero. Every record that is written gets its row in the same call.
+    Row i belongs to the record in slot i. A zero row means that it has none: slices that begin
+    there start from zero. Each record and its row are written in the same call.
 
     Args:
         fields: Entries of a row, from :func:`latent_fields`.
-        rows: Slots of the replay.
-        device: Where the rows lie, without a folder.
-        folder: Where their memory-mapped files lie; None keeps them in memory, which is taken as
-            rows are written.
+        rows: Number of slots of the replay.
+        device: Device of the rows, without a folder.
+        folder: Folder of their memory-mapped files; None keeps them in memory, which is allocated
+            as rows are written.
     """
 
     def __init__(
@@ -84,21 +84,21 @@ class LatentStore:
         )
 
     def allocate(self, row: int, count: int) -> None:
-        """Have disk space set aside for rows of a memory-mapped store.
+        """Reserve disk space for rows of a memory-mapped store.
 
         Raises:
             OSError: If the disk is full.
         """
-        assert self.folder is not None, "only memory-mapped files need it"
+        assert self.folder is not None, "only memory-mapped files need allocation"
         with RecordFiles(self.folder, self.fields, create=True) as files:
             files.allocate(row, count)
 
     def check(self, values: Mapping[str, Tensor], rows: int) -> None:
-        """Check values that are about to be written.
+        """Check values before they are written.
 
         Raises:
-            ValueError: If an entry is missing or has another shape or dtype. The background's may
-                be missing: acting does not compute it.
+            ValueError: If an entry is missing or has another shape or dtype. The background's
+                entries may be missing: acting does not compute them.
         """
         for name, field in self.fields.items():
             value = values.get(name)
@@ -107,7 +107,7 @@ class LatentStore:
             found = None if value is None else (value.dtype, tuple(value.shape))
             if found != (field.torch_dtype, (rows, *field.shape)):
                 raise ValueError(
-                    f"The replay keeps ({PREVIOUS!r}, {name!r}) as {field.torch_dtype} "
+                    f"The replay stores ({PREVIOUS!r}, {name!r}) as {field.torch_dtype} "
                     f"{(rows, *field.shape)}, got {found}."
                 )
 
@@ -129,14 +129,14 @@ class LatentStore:
         return read
 
     def before(self, index: Tensor, *, pin_memory: bool = False) -> TensorDict:
-        """Read what slices start from.
+        """Read the initial latents of slices.
 
         Args:
             index: Slots of the slices, int64 ``[B, T]``.
             pin_memory: Whether the result lies in page-locked memory.
 
         Returns:
-            Entries ``[B, T, ...]``: each slice's one row, shown T times without a copy.
+            Entries ``[B, T, ...]``: one row per slice, expanded to T without a copy.
         """
         first = self.read(index[:, 0], pin_memory=pin_memory)
         shown = {
@@ -150,7 +150,7 @@ class LatentStore:
 
         Args:
             slots: int64 ``[N]``, each at most once.
-            values: Entries ``[N, ...]`` by name; those that are missing become zero.
+            values: Entries ``[N, ...]`` by name; missing ones become zero.
         """
         if not slots.numel():
             return
@@ -165,7 +165,7 @@ class LatentStore:
                     entry.index_copy_(0, slots, value.to(self.device))
 
     def rows(self, start: int, stop: int) -> dict[str, Tensor]:
-        """Return consecutive rows as they are, without a copy."""
+        """Return consecutive rows without a copy."""
         return {name: entry[start:stop] for name, entry in self._entries.items()}
 
     # ---------------------------------------------------------------- for checkpoints
@@ -175,21 +175,21 @@ class LatentStore:
         return {name: entry.clone() for name, entry in self._entries.items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take over what :meth:`state_dict` returned; entries that are missing become zero."""
+        """Load a state from :meth:`state_dict`; missing entries become zero."""
         self.write(torch.arange(self.num_rows), state)
 
     def begin_snapshot(self) -> None:
-        """Remember from now on what rows held before they are overwritten.
+        """Keep from now on a copy of each row that is overwritten.
 
-        So a thread can copy the whole store while updates change it, and correct its copy with what
-        :meth:`end_snapshot` returns. A snapshot that was begun and not ended is given up.
+        A thread can then copy the whole store while updates change it, and correct its copy with
+        the rows from :meth:`end_snapshot`. A snapshot that was begun and not ended is discarded.
         """
         with self._lock:
             self._snapshot = []
             self._kept = torch.zeros(self.num_rows, dtype=torch.bool)
 
     def end_snapshot(self) -> Snapshot:
-        """Return the rows that were overwritten since, as they were; each slot once."""
+        """Return the original values of the rows overwritten since, each slot once."""
         with self._lock:
             snapshot, self._snapshot = self._snapshot, None
             self._kept = torch.zeros(0, dtype=torch.bool)

@@ -30,26 +30,26 @@ def make_replay(
 ) -> StreamReplayBuffer:
     """Make a replay in memory or on disk.
 
-    Memory is taken as it fills: 13 kB a record at 64 x 64 with masks, and its latent.
+    Memory is used as it fills: per record, 13 kB at 64 x 64 with masks, plus its latent.
 
     Args:
-        capacity: Records in all; each of the streams keeps ``capacity // num_streams``.
+        capacity: Total records; each stream keeps ``capacity // num_streams``.
         num_streams: Envs that write to it (S).
         batch_size: Slices in a sample (B).
         batch_length: Records in a slice (T).
         path: A folder for memory-mapped files; None keeps the records in memory.
-        ring: Slots of a stream, at least what it keeps; None for just that. What is in the others
-            is not sampled: checkpoints may need it.
+        ring: Slots of a stream, at least the records that it keeps; None for as many. Records in
+            the other slots are not sampled, but checkpoints may need them.
         exist_ok: Whether files of an earlier replay in that folder may be overwritten.
         newest_first: Whether each new chunk of T records is sampled once before older ones.
         pin_memory: Whether samples lie in page-locked memory, for asynchronous copies to CUDA.
         seed: Seed of the samples; None uses torch's global generator.
-        latents: Entries of the latent that is kept beside each record, from
-            :func:`~w2f_torchrl.data.latent_fields`; None keeps none.
+        latents: Entries of the latent that is stored with each record, from
+            :func:`~w2f_torchrl.data.latent_fields`; None stores none.
 
     Raises:
-        ValueError: If a size is not positive, a stream can't hold a slice, or options exclude each
-            other.
+        ValueError: If a size is not positive, a stream cannot hold a slice, or options exclude
+            each other.
         FileExistsError: If the folder isn't empty and ``exist_ok`` is False.
     """
     _check_sizes(
@@ -99,7 +99,7 @@ def _make_storage(size: int, path: str | Path | None, exist_ok: bool) -> LazyTen
         return LazyTensorStorage(size)
     folder = Path(path)
     if not exist_ok and folder.exists() and any(folder.iterdir()):
-        raise FileExistsError(f"The replay's folder {folder} isn't empty: name another one.")
+        raise FileExistsError(f"The replay's folder {folder} is not empty: choose another one.")
     folder.mkdir(parents=True, exist_ok=True)
-    # Without auto_cleanup=False TorchRL may take over the signals of Ctrl+C and SIGTERM.
+    # Without auto_cleanup=False TorchRL may install handlers for SIGINT and SIGTERM.
     return LazyMemmapStorage(size, scratch_dir=str(folder), existsok=exist_ok, auto_cleanup=False)

@@ -1,4 +1,4 @@
-"""Rows of records in raw files, one file a key, as TensorDict lays out memory-mapped tensors."""
+"""Rows of records in raw files, one per key, in the layout of memory-mapped TensorDicts."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from w2f_torchrl.utils.closing import Closing
 
 
 class RecordsError(RuntimeError):
-    """Records on disk are damaged; the message names where."""
+    """Records on disk are damaged; the message names the place."""
 
 
 class MissingRecordsError(RecordsError):
-    """There are no files of records where a checkpoint has them."""
+    """The files of a checkpoint's records do not exist."""
 
 
 class Field(NamedTuple):
     """One entry of a record.
 
     Attributes:
-        dtype: Name of the torch dtype, ``"uint8"`` say.
+        dtype: Name of the torch dtype, such as ``"uint8"``.
         shape: Shape of one record's entry.
     """
 
@@ -36,7 +36,7 @@ class Field(NamedTuple):
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """The dtype."""
+        """The torch dtype."""
         dtype: torch.dtype = getattr(torch, self.dtype)
         return dtype
 
@@ -50,7 +50,7 @@ Fields = dict[str, Field]
 
 
 def fields_of(rows: TensorDictBase) -> Fields:
-    """The entries of records ``[M]``, by the path of their file without its suffix."""
+    """Return the entries of records ``[M]``, by the path of their file without its suffix."""
     return {
         "/".join(key if isinstance(key, tuple) else (key,)): Field(
             str(leaf.dtype).removeprefix("torch."), tuple(leaf.shape[1:])
@@ -60,7 +60,7 @@ def fields_of(rows: TensorDictBase) -> Fields:
 
 
 def zero_record(fields: Fields) -> TensorDict:
-    """One record of zeros, batch size ``[]``."""
+    """Return a record of zeros with batch size ``[]``."""
     out = TensorDict({}, [])
     for name, field in fields.items():
         out[tuple(name.split("/"))] = torch.zeros(field.shape, dtype=field.torch_dtype)
@@ -71,11 +71,11 @@ class RecordFiles(Closing):
     """The open files of one folder.
 
     Args:
-        folder: Where.
+        folder: The folder.
         fields: The entries of a record.
-        create: Whether to make what is missing.
-        write: Whether to write to what is there; it is only read otherwise.
-        rows: Rows of the files that are made; what was never written takes no space.
+        create: Whether to create missing files.
+        write: Whether existing files can be written; otherwise they are read-only.
+        rows: Rows of created files; rows that were never written use no disk space.
 
     Raises:
         MissingRecordsError: If a file is missing and ``create`` is False.
@@ -99,16 +99,16 @@ class RecordFiles(Closing):
                 if create:
                     path.parent.mkdir(parents=True, exist_ok=True)
                 flags = os.O_RDWR | (os.O_CREAT if create else 0) if write else os.O_RDONLY
-                # A folder may come from anywhere: a link would have its target overwritten.
+                # Folders are not trusted: with a link, its target would be overwritten.
                 self._descriptors[name] = os.open(path, flags | os.O_NOFOLLOW, 0o644)
                 if create and os.fstat(self._descriptors[name]).st_size < rows * field.size:
                     os.ftruncate(self._descriptors[name], rows * field.size)
         except FileNotFoundError as error:
             self.close()
-            raise MissingRecordsError(f"The replay's records {error.filename} are gone.") from error
+            raise MissingRecordsError(f"Replay records {error.filename} are missing.") from error
 
     def write(self, row: int, entries: Mapping[str, Tensor]) -> None:
-        """Write consecutive rows from ``row`` on.
+        """Write consecutive rows, starting at ``row``.
 
         Raises:
             OSError: If the disk is full.
@@ -121,7 +121,7 @@ class RecordFiles(Closing):
                 data, offset = data[count:], offset + count
 
     def read(self, row: int, count: int) -> dict[str, Tensor]:
-        """Read ``count`` rows from ``row`` on."""
+        """Read ``count`` rows, starting at ``row``."""
         return {
             name: torch.frombuffer(
                 bytearray(self._read(name, field, row, count)), dtype=field.torch_dtype
@@ -130,16 +130,16 @@ class RecordFiles(Closing):
         }
 
     def digest(self, row: int, count: int) -> bytes:
-        """SHA-256 of ``count`` rows from ``row`` on, entry after entry."""
+        """Return the SHA-256 of ``count`` rows starting at ``row``, entry by entry."""
         digest = hashlib.sha256()
         for name, field in self.fields.items():
             digest.update(self._read(name, field, row, count))
         return digest.digest()
 
     def allocate(self, row: int, count: int) -> None:
-        """Have the file system set space aside for rows, which mapped files need before a write.
+        """Reserve disk space for rows; mapped files need it before a write.
 
-        A write to a mapped page that the disk has no room for ends the process.
+        Writing to a mapped page when the disk is full kills the process.
 
         Raises:
             OSError: If the disk is full.
@@ -158,7 +158,7 @@ class RecordFiles(Closing):
         while len(data) < size:
             more = os.pread(self._descriptors[name], size - len(data), row * field.size + len(data))
             if not more:
-                raise RecordsError(f"{self.folder / name}.memmap is cut short.")
+                raise RecordsError(f"{self.folder / name}.memmap is truncated.")
             data += more
         return data
 

@@ -1,9 +1,9 @@
-"""A replay's records on disk beside the checkpoints: each record is written once.
+"""A replay's records on disk, shared by checkpoints: each record is written once.
 
-Every stream owns a ring of rows. The ring has more rows than the replay's capacity, so that what an
-older checkpoint needs is still there when newer records have come. A checkpoint holds the streams'
+Every stream owns a ring of rows. The ring has more rows than the replay's capacity, so that newer
+records do not overwrite those that an older checkpoint needs. A checkpoint contains the streams'
 heads and a SHA-256 digest of each block of rows, but no records. Latents, which updates change, are
-in files that belong to one checkpoint each (``latent_files``).
+in files that belong to a single checkpoint (``latent_files``).
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ from w2f_torchrl.data.replay.record_files import (
 logger = logging.getLogger(__name__)
 
 BLOCK = 256
-"""Rows of a stream under one digest."""
+"""Number of rows of a stream per digest."""
 COPY_LIMIT = 2**28
-"""Bytes that are copied for a write in the background; more are written at once."""
+"""Maximum bytes to copy for a write in the background; more are written immediately."""
 
 _NAME = re.compile(r"\w+(/\w+)*", re.ASCII)
 
 Manifest = dict[str, Any]
-"""What a checkpoint holds of the replay, in plain values."""
+"""The entry of a checkpoint for the replay, in plain values."""
 
 
 class Piece(NamedTuple):
@@ -52,7 +52,7 @@ class Piece(NamedTuple):
 
 
 class Pending(NamedTuple):
-    """What :meth:`ReplayFiles.prepare` hands to :meth:`ReplayFiles.commit`."""
+    """The result of :meth:`ReplayFiles.prepare`, for :meth:`ReplayFiles.commit`."""
 
     written: list[int]
     first: list[int]
@@ -60,26 +60,25 @@ class Pending(NamedTuple):
 
 
 def ring_rows(capacity: int, slack: int) -> int:
-    """Rows of a stream's ring: its capacity, room for newer records, in whole blocks."""
+    """Return the rows of a stream's ring: capacity plus slack, in whole blocks."""
     return (-(-(capacity + slack) // BLOCK) + 1) * BLOCK
 
 
 def new_generation(folder: Path) -> str:
-    """A name for a folder of records that ``folder`` doesn't hold yet."""
+    """Return an unused name for a subfolder of records in ``folder``."""
     used = [int(path.name) for path in folder.glob("[0-9]*") if path.name.isdigit()]
     return f"{max(used, default=-1) + 1:04d}"
 
 
 class ReplayFiles:
-    """Writes a replay's new records, and reads them all back.
+    """Write a replay's new records, and read all of them back.
 
-    The files of a replay on disk are these files already: nothing is written but what the kernel
-    has not written yet.
+    A replay on disk uses the same files: its new records only have to be flushed.
 
     Args:
-        replay: The replay, as empty as it was made.
-        folder: Where; a folder in it holds a generation of records.
-        generation: The name of that folder.
+        replay: The replay, still empty.
+        folder: The folder; each of its subfolders holds a generation of records.
+        generation: The name of the current subfolder.
         ring: Rows of a stream's ring, from :func:`ring_rows`.
     """
 
@@ -94,11 +93,11 @@ class ReplayFiles:
         self._digests: list[dict[int, tuple[int, bytes]]] = [{} for _ in streams]
 
     def prepare(self, newest: Manifest | None) -> Pending:
-        """Take what is new, so that the replay may go on; then call :meth:`commit`.
+        """Copy the new records, so that the replay can continue; call :meth:`commit` afterwards.
 
         Args:
-            newest: Of the newest checkpoint. If its records would be overwritten, everything is
-                written anew to other files.
+            newest: Manifest of the newest checkpoint. If its records would be overwritten, all
+                records are written to new files.
         """
         heads = self.replay.heads
         if self.replay.latents is not None:
@@ -108,7 +107,7 @@ class ReplayFiles:
         if self.mapped or not self.replay.initialized:
             return pending
         if any(self._saved) and not self._files_exist():
-            logger.warning("%s is gone: all records are written again", self.folder)
+            logger.warning("%s is missing: all records are written again", self.folder)
             self._begin_generation()
         if self.overwrites(written, newest):
             self._begin_generation()
@@ -129,7 +128,7 @@ class ReplayFiles:
         return pending
 
     def commit(self, pending: Pending) -> Manifest | None:
-        """Write what was taken, force it to disk, and return what the checkpoint holds of it.
+        """Write the copied records, force them to disk, and return the checkpoint's manifest.
 
         Raises:
             OSError: If the disk is full.
@@ -161,7 +160,7 @@ class ReplayFiles:
         return manifest
 
     def overwrites(self, written: list[int], manifest: Manifest | None) -> bool:
-        """Whether records up to ``written`` take the place of some that a checkpoint needs."""
+        """Return whether records up to ``written`` overwrite some that a checkpoint needs."""
         if not manifest or manifest["generation"] != self.generation:
             return False
         return any(
@@ -172,12 +171,12 @@ class ReplayFiles:
     def load(
         self, manifest: Manifest, folder: Path, damage: Collection[tuple[int, int]] = ()
     ) -> None:
-        """Fill the replay with the records of a checkpoint, verified before.
+        """Fill the replay with the records of a checkpoint; they must have been verified.
 
         Args:
-            manifest: What :meth:`commit` gave.
-            folder: The folder of records that it belongs to.
-            damage: Streams and blocks that are left out, from :func:`find_damage`.
+            manifest: The manifest, from :meth:`commit`.
+            folder: The folder of records to which it belongs.
+            damage: Streams and blocks to leave out, from :func:`find_damage`.
         """
         heads = self.replay.heads
         here = folder.resolve() == self.folder.resolve()
@@ -205,7 +204,7 @@ class ReplayFiles:
         latent_files.load_snapshot(self.replay, manifest, folder)
 
     def remove_unused(self, manifests: Iterable[Manifest | None]) -> None:
-        """Delete the files that none of these checkpoints needs."""
+        """Delete the files that none of the given checkpoints needs."""
         needed = [manifest for manifest in manifests if manifest]
         latent_files.remove_unused(needed, self.folder)
         used = {manifest["generation"] for manifest in needed} | {self.generation}
@@ -214,14 +213,14 @@ class ReplayFiles:
                 shutil.rmtree(path)
 
     def _begin_generation(self) -> None:
-        # Another name than before, also where its folder is gone: checkpoints still have it.
+        # A new name even if its folder is missing: checkpoints still refer to the old one.
         after = f"{int(self.generation) + 1:04d}"
         self.generation = max(new_generation(self.folder), after, key=int)
         self._saved = [0 for _ in self._saved]
         self._digests = [{} for _ in self._digests]
 
     def _digest(self, files: RecordFiles, stream: int, end: int, begin: int) -> None:
-        """Digest the blocks that are new or have grown, and forget those that left the window."""
+        """Digest the blocks that are new or have grown, and drop those outside the window."""
         known = self._digests[stream]
         blocks = _window(end, self.replay.heads.capacity, begin)
         for block in blocks:
@@ -253,7 +252,7 @@ class ReplayFiles:
 
     def _write(self, piece: Piece) -> None:
         count = len(next(iter(piece.rows.values())))
-        # What was written before must still be there: new files would hold zeros in its place.
+        # Do not create files again after the first write: they would hold zeros for earlier rows.
         with self._open(create=not any(self._saved), write=True) as files:
             for begin, stop in _runs(piece.start, piece.start + count, self.ring):
                 part = slice(begin - piece.start, stop - piece.start)
@@ -265,15 +264,15 @@ def find_damage(manifest: Manifest, folder: Path) -> list[tuple[int, int]]:
     """Compare a checkpoint's records with their digests.
 
     Args:
-        manifest: What the checkpoint holds of the replay.
-        folder: The folder of records that it belongs to.
+        manifest: The checkpoint's entry for the replay.
+        folder: The folder of records to which it belongs.
 
     Returns:
-        Stream and block of what was altered or cut off.
+        Stream and block of altered or truncated records.
 
     Raises:
-        MissingRecordsError: If the files are gone.
-        RecordsError: If a name is none of a generation or of an entry.
+        MissingRecordsError: If the files do not exist.
+        RecordsError: If the name of a generation or of an entry is invalid.
     """
     found = []
     with open_records(manifest, folder) as files:
@@ -282,7 +281,7 @@ def find_damage(manifest: Manifest, folder: Path) -> list[tuple[int, int]]:
                 row, count = _row(manifest, stream, block), _count(manifest, stream, block)
                 try:
                     whole = files.digest(row, count) == _digest_of(manifest, stream, block)
-                except RecordsError:  # cut short
+                except RecordsError:  # truncated
                     whole = False
                 if not whole:
                     found.append((stream, block))
@@ -290,27 +289,27 @@ def find_damage(manifest: Manifest, folder: Path) -> list[tuple[int, int]]:
 
 
 def describe_damage(place: tuple[int, int], manifest: Manifest, folder: Path) -> str:
-    """Say which records are damaged, one of what :func:`find_damage` found."""
+    """Describe the damaged records at a place from :func:`find_damage`."""
     stream, block = place
     return (
         f"{folder / str(manifest['generation'])} is damaged: records {block * BLOCK} and following "
-        f"of stream {stream} don't match their SHA-256 digest."
+        f"of stream {stream} do not match their SHA-256 digest."
     )
 
 
 def open_records(manifest: Manifest, folder: Path) -> RecordFiles:
     """Open the files of a checkpoint's records for reading.
 
-    A checkpoint may come from anywhere: its names must not lead out of the folder.
+    Checkpoints are not trusted: their names must not lead out of the folder.
 
     Raises:
-        MissingRecordsError: If they are gone.
-        RecordsError: If a name is none of a generation or of an entry.
+        MissingRecordsError: If the files do not exist.
+        RecordsError: If the name of a generation or of an entry is invalid.
     """
     names = [*manifest["fields"], str(manifest["generation"])]
     for name in names:
         if not _NAME.fullmatch(name):
-            raise RecordsError(f"{name!r} in a checkpoint's replay is no name of records.")
+            raise RecordsError(f"{name!r} in a checkpoint's replay is not a valid name of records.")
     fields = {
         name: Field(dtype, tuple(shape)) for name, (dtype, shape) in manifest["fields"].items()
     }
@@ -318,7 +317,7 @@ def open_records(manifest: Manifest, folder: Path) -> RecordFiles:
 
 
 def windows(manifest: Manifest) -> list[range]:
-    """For each stream the blocks that hold the records that can be sampled."""
+    """Return for each stream the blocks of the records that can be sampled."""
     return [
         _window(end, manifest["capacity"], begin)
         for end, begin in zip(manifest["written"], manifest["first"], strict=True)
@@ -344,7 +343,7 @@ def _digest_of(manifest: Manifest, stream: int, block: int) -> bytes:
 
 
 def _runs(start: int, stop: int, ring: int) -> Iterator[tuple[int, int]]:
-    """Cut positions where a ring begins anew."""
+    """Split a range of positions at the ends of the ring."""
     while start < stop:
         end = min(stop, (start // ring + 1) * ring)
         yield start, end

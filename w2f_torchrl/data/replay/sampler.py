@@ -1,4 +1,4 @@
-"""Which slices to replay: the newest records first, then uniformly."""
+"""Draw the slices to replay: the newest records first, then uniformly."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from torchrl.data.replay_buffers.storages import TensorStorage
 
 from w2f_torchrl.data.replay.streams import StreamHeads, read_state, write_state
 
-MOST_DRAWS = 1000
-"""How often slices are drawn anew that would reach into damaged records."""
+MAX_DRAWS = 1000
+"""Maximum draws of slices that reach into damaged records."""
 
 
 class StreamSampler(Sampler):
     """Draw slices of consecutive records, newest first, then uniformly over all valid starts.
 
-    A slice lies in one stream and doesn't cross the ring's write head; it may run over an episode's
-    end, which ``is_init`` marks. Newest first (DreamerV3's online queue): the chunks
-    ``[k T, (k + 1) T)`` of a stream are queued as soon as they are complete, and each is drawn once
-    before anything is drawn at random. A chunk that was overwritten meanwhile is dropped.
+    A slice lies in one stream and does not cross the ring's write head; it may span the end of an
+    episode, which ``is_init`` marks. Newest first (DreamerV3's online queue): the chunks
+    ``[k T, (k + 1) T)`` of a stream are queued when they are complete, and each is drawn once
+    before anything is drawn at random. Chunks that have been overwritten are dropped.
 
     Args:
         heads: The write heads.
@@ -36,7 +36,7 @@ class StreamSampler(Sampler):
         self.batch_length = batch_length
         self.newest_first = newest_first
         self._queue: deque[tuple[int, int]] = deque()  # (stream, position of the chunk's start)
-        self._queued = [0] * heads.num_streams  # chunks ever queued, for each stream
+        self._queued = [0] * heads.num_streams  # chunks queued so far, per stream
 
     def extend(self, index: Tensor) -> None:
         """Queue the chunks that the last write completed."""
@@ -47,7 +47,7 @@ class StreamSampler(Sampler):
                 chunks = range(self._queued[stream], complete)
                 self._queue.extend((stream, chunk * self.batch_length) for chunk in chunks)
             self._queued[stream] = complete
-        # The queue would grow for as long as nothing is sampled.
+        # Otherwise the queue would grow while nothing is sampled.
         while self._queue and self._is_overwritten(*self._queue[0]):
             self._queue.popleft()
 
@@ -74,22 +74,22 @@ class StreamSampler(Sampler):
         return chunks
 
     def _num_starts(self) -> Tensor:
-        """Valid slice starts in each stream: int64 ``[S]``."""
+        """Return the number of valid slice starts per stream: int64 ``[S]``."""
         return (self.heads.stored - self.batch_length + 1).clamp(min=0)
 
     def _uniform(self, num: int) -> tuple[Tensor, Tensor]:
-        """Draw streams and start positions, each int64 ``[num]``, clear of holes."""
+        """Draw streams and start positions, each int64 ``[num]``, that avoid holes."""
         stream, start = self._draw(num)
         if not self.heads.holes:
             return stream, start
-        for _ in range(MOST_DRAWS):
+        for _ in range(MAX_DRAWS):
             bad = self.heads.reach_holes(stream, start, self.batch_length)
             if not bad.any():
                 return stream, start
             stream[bad], start[bad] = self._draw(int(bad.sum()))
         raise RuntimeError(
-            f"No slice of batch_length={self.batch_length} is clear of the records that were "
-            "damaged on disk. Delete the run's replay folder: it fills again then."
+            f"Every slice of batch_length={self.batch_length} has records that were damaged on "
+            "disk. Delete the run's replay folder, so that it fills again."
         )
 
     def _draw(self, num: int) -> tuple[Tensor, Tensor]:
@@ -101,7 +101,7 @@ class StreamSampler(Sampler):
             raise RuntimeError(
                 f"A slice of batch_length={self.batch_length} needs a stream with at least "
                 f"{self.batch_length} records: the fullest of {self.heads.num_streams} streams "
-                f"holds {int(stored.max())} ({int(stored.sum())} records in all). Collect more "
+                f"holds {int(stored.max())} ({int(stored.sum())} records in total). Collect more "
                 "before sampling."
             )
         draw = torch.randint(total, (num,), generator=self._rng)
@@ -125,7 +125,7 @@ class StreamSampler(Sampler):
         position = start.unsqueeze(-1) + torch.arange(self.batch_length)  # [B, T]
         return self.heads.slots(stream.unsqueeze(-1), position), {}
 
-    # TorchRL's can_sample() asks this.
+    # TorchRL's can_sample() calls this.
     def _sampleable_count(self, storage: TensorStorage, batch_size: int) -> int:
         del storage, batch_size
         return int(self._num_starts().sum())
@@ -143,15 +143,15 @@ class StreamSampler(Sampler):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over a saved queue.
+        """Load a saved queue.
 
         Raises:
-            ValueError: If it holds chunks of another length.
+            ValueError: If its chunks have another length.
         """
         if state_dict["batch_length"] != self.batch_length:
             raise ValueError(
                 f"The saved replay queued chunks of batch_length={state_dict['batch_length']}, "
-                f"this one has batch_length={self.batch_length}: it must stay."
+                f"this one has batch_length={self.batch_length}: it must not change."
             )
         queue = state_dict["queue"] if self.newest_first else []
         self._queue = deque((stream, start) for stream, start in queue)

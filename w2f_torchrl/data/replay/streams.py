@@ -1,8 +1,8 @@
-"""One ring of records for each env stream, in one flat storage.
+"""One ring of records per env stream, in one flat storage.
 
-TorchRL's slice samplers find trajectories by reading keys of the whole storage at every change,
-and in a flat storage that several envs write to they join unrelated records. Here each stream owns
-a segment of the storage and a counter; that is all that is needed to draw contiguous slices.
+TorchRL's slice samplers find trajectories by reading keys of the whole storage after every change,
+and they join unrelated records if several envs write to a flat storage. Here each stream owns a
+segment of the storage and a counter, which suffices to draw contiguous slices.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ class StreamHeads:
     Args:
         num_streams: Streams S.
         capacity: Records that one stream keeps (C).
-        ring: Slots of a stream, at least C; None for C. The rest holds records that are no longer
-            sampled and that a checkpoint may need.
+        ring: Slots of a stream, at least C; None for C. The additional slots hold records that are
+            no longer sampled, but that a checkpoint may need.
 
     Attributes:
-        written: int64 ``[S]``, the records ever written to each stream.
-        first: int64 ``[S]``, the position that each stream begins at, after a checkpoint of a
-            smaller replay was loaded.
-        holes: Stream, first and last position + 1 of records that were damaged on disk; no slice
-            has one of them.
+        written: int64 ``[S]``, the number of records written so far to each stream.
+        first: int64 ``[S]``, the position of each stream's first record; not 0 if a checkpoint of
+            a smaller replay was loaded.
+        holes: Stream, first position and last position + 1 of records that were damaged on disk;
+            slices do not contain them.
     """
 
     def __init__(self, num_streams: int, capacity: int, ring: int | None = None) -> None:
@@ -52,7 +52,7 @@ class StreamHeads:
         self.holes: list[tuple[int, int, int]] = []
 
     def reach_holes(self, stream: Tensor, start: Tensor, length: int) -> Tensor:
-        """Whether slices of ``length`` from ``start`` of ``stream`` reach into a hole: bool."""
+        """Return as bool which slices of ``length`` at ``start`` of ``stream`` overlap a hole."""
         found = torch.zeros_like(start, dtype=torch.bool)
         for hole, begin, end in self.holes:
             found |= (stream == hole) & (start < end) & (start + length > begin)
@@ -60,21 +60,21 @@ class StreamHeads:
 
     @property
     def stored(self) -> Tensor:
-        """Records that each stream holds now: int64 ``[S]``."""
+        """Number of records currently in each stream: int64 ``[S]``."""
         return (self.written - self.first).clamp(max=self.capacity)
 
     def slots(self, stream: Tensor, position: Tensor) -> Tensor:
-        """Storage slots of the records at ``position`` of ``stream`` (broadcast)."""
+        """Return the slots of the records at ``position`` of ``stream`` (broadcast)."""
         return stream * self.ring + position % self.ring
 
     def places(self, slots: Tensor) -> tuple[Tensor, Tensor]:
-        """Streams and positions of the records that storage slots hold now: the newest there."""
+        """Return streams and positions of the records that are currently in ``slots``."""
         stream = slots // self.ring
         newest = self.written[stream] - 1
         return stream, newest - (newest - slots) % self.ring
 
     def slot(self, stream: int, position: int) -> int:
-        """The storage slot of one record."""
+        """Return the storage slot of one record."""
         return stream * self.ring + position % self.ring
 
     def state_dict(self) -> dict[str, Any]:
@@ -88,7 +88,7 @@ class StreamHeads:
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over saved heads.
+        """Load saved heads.
 
         Raises:
             ValueError: If they belong to another layout.
@@ -98,13 +98,13 @@ class StreamHeads:
         self.first.copy_(torch.tensor(state_dict["first"], dtype=torch.int64))
 
     def check_layout(self, state_dict: dict[str, Any]) -> None:
-        """Raise a ValueError unless the saved layout is this one."""
+        """Raise a ValueError if the saved layout differs from this one."""
         saved = (state_dict["num_streams"], state_dict["capacity"], state_dict["ring"])
         if saved != (self.num_streams, self.capacity, self.ring):
             raise ValueError(
                 f"The saved replay has {saved[0]} streams of {saved[1]} records, this one has "
                 f"{self.num_streams} of {self.capacity}: the number of envs and the replay's "
-                "capacity must stay."
+                "capacity must not change."
             )
 
 
@@ -113,7 +113,7 @@ class StreamWriter(Writer):
 
     Args:
         heads: The write heads, advanced by each write.
-        latents: The storage of the records' preceding latents, if they are kept.
+        latents: The storage of the records' preceding latents, if they are stored.
     """
 
     def __init__(self, heads: StreamHeads, latents: LatentStore | None = None) -> None:
@@ -122,11 +122,11 @@ class StreamWriter(Writer):
         self.latents = latents
 
     def extend(self, data: TensorDictBase) -> Tensor:
-        """Write records ``[M]`` in their order; ``stream`` int64 ``[M]`` says where each belongs.
+        """Write records ``[M]`` in order; ``stream`` int64 ``[M]`` is the stream of each.
 
         Returns:
-            The slots written, int64. Where one call brings a stream more records than its ring
-            holds, only the last ones are written.
+            The slots written, int64. If one call adds more records to a stream than it keeps, only
+            the last ones are written.
 
         Raises:
             ValueError: If a stream's index is out of range.
@@ -152,8 +152,8 @@ class StreamWriter(Writer):
                 self.latents.write(slots, {} if previous is None else dict(previous.items()))
                 rows = rows.exclude(PREVIOUS)
             self._storage.set(slots, rows, set_cursor=False)
-            # TorchRL refuses to read at and above the storage's length. Segments fill up side by
-            # side, so this is the highest slot in use, not the number of records.
+            # TorchRL refuses to read at and above the storage's length. Segments fill in
+            # parallel, so this is the highest slot in use, not the number of records.
             self._storage._len = max(self._storage._len, int(slots.max()) + 1)
         heads.written += new
         return slots
@@ -175,7 +175,7 @@ class StreamWriter(Writer):
         return self.heads.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over saved heads."""
+        """Load saved heads."""
         self.heads.load_state_dict(state_dict)
 
     def dumps(self, path: str | Path) -> None:
@@ -188,7 +188,7 @@ class StreamWriter(Writer):
 
 
 class StreamCheckpointer(StorageCheckpointerBase):
-    """Save the stored records only: TorchRL's checkpointer would write unused segments too.
+    """Save only the stored records; TorchRL's checkpointer also writes unused segments.
 
     Args:
         heads: The write heads.
@@ -199,9 +199,9 @@ class StreamCheckpointer(StorageCheckpointerBase):
         self.heads = heads
 
     def dumps(self, storage: TensorStorage, path: str | Path) -> None:
-        """Write the streams' records, stream after stream, as a memory-mapped tensordict."""
+        """Write the records stream by stream as a memory-mapped tensordict."""
         if not storage.initialized:
-            raise RuntimeError("An empty replay can't be saved: nothing was ever written to it.")
+            raise RuntimeError("An empty replay cannot be saved: nothing has been written to it.")
         rows = storage._storage
         used = self.heads.written.clamp(max=self.heads.ring)
         saved = rows[:1].cpu().expand(int(used.sum())).memmap_like(str(path))
@@ -210,7 +210,7 @@ class StreamCheckpointer(StorageCheckpointerBase):
         write_state(path, self.heads.state_dict())
 
     def loads(self, storage: TensorStorage, path: str | Path) -> None:
-        """Read what :meth:`dumps` wrote into the rings."""
+        """Read the records of :meth:`dumps` into the rings."""
         state = read_state(path)
         self.heads.check_layout(state)
         saved = TensorDict.load_memmap(str(path))
@@ -222,7 +222,7 @@ class StreamCheckpointer(StorageCheckpointerBase):
             storage._len = max(storage._len, ring.stop)
 
     def _segments(self, used: Tensor) -> list[tuple[slice, slice]]:
-        """For each stream that isn't empty: its rows in the file, and in the storage."""
+        """Return for each non-empty stream its rows in the file and in the storage."""
         starts = (used.cumsum(0) - used).tolist()
         return [
             (
@@ -241,6 +241,6 @@ def write_state(path: str | Path, state: dict[str, Any]) -> None:
 
 
 def read_state(path: str | Path) -> dict[str, Any]:
-    """Read what :func:`write_state` wrote."""
+    """Read the values that :func:`write_state` wrote."""
     state: dict[str, Any] = json.loads((Path(path) / STATE_FILE).read_text())
     return state

@@ -1,4 +1,4 @@
-"""New latents on their way from an update back into the replay."""
+"""Writes the latents of updates back into the replay."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 
 class PendingLatents(NamedTuple):
-    """An update's posterior latents before they are written."""
+    """Posterior latents of an update that are not yet written."""
 
     stream: Tensor
-    """Of each slice: int64 ``[B]``."""
+    """Stream of each slice: int64 ``[B]``."""
     start: Tensor
     """Position of each slice's first record: int64 ``[B]``."""
     values: dict[str, Tensor]
@@ -31,16 +31,17 @@ class PendingLatents(NamedTuple):
 
 
 class LatentWriteBack:
-    """Writes each update's posterior latents into the replay when the next update is given.
+    """Write the posterior latents of each update into the replay when the next update is added.
 
-    One update late, so that on CUDA the host waits only for an update behind which another one is
-    queued already. The same on a CPU: results depend neither on the device nor on timing.
+    They are written one update late, so that on CUDA the host waits only for an update behind which
+    another one is already queued. CPUs do the same: results depend neither on the device nor on
+    timing.
 
-    The latent of step t of a slice goes to the record of step t + 1, whose preceding latent it is,
-    and that of the last step to the record that follows the slice. Left out are records that were
-    overwritten since the slice was sampled, a follower that has not been written yet, and first
-    observations of an episode, before which there is nothing. Where slices of a sample overlap, the
-    later slice wins. An update that was not applied (its gradients were not finite) writes nothing.
+    The latent of step t of a slice is stored with the record of step t + 1, which it precedes, and
+    that of the last step with the record after the slice. Skipped are records that were overwritten
+    since the slice was sampled, a record after the slice that does not exist yet, and the first
+    observations of episodes, which nothing precedes. If slices of a sample overlap, the later slice
+    wins. An update that was not applied (its gradients were not finite) writes nothing.
 
     Args:
         store: The replay's latents.
@@ -56,7 +57,7 @@ class LatentWriteBack:
         self._side_stream: torch.cuda.Stream | None = None
 
     def add(self, index: Tensor, latents: Mapping[str, Tensor], applied: Tensor) -> None:
-        """Take an update's latents, and write those of the update before.
+        """Take the latents of an update, and write those of the previous one.
 
         Args:
             index: The sample's slots, int64 ``[B, T]``. Nothing may have been written to the
@@ -65,18 +66,18 @@ class LatentWriteBack:
             applied: Whether the update was applied: a scalar on the same device.
         """
         stream, start = self._heads.places(index[:, 0].cpu())
-        # Its copy is queued before the host waits for the one before.
+        # The copy is queued before the host waits for the previous one.
         values, ready = self._to_store({**latents, "": applied})
         pending = PendingLatents(stream, start, values, values.pop(""), ready)
         self._write(self._pending)
         self._pending = pending
 
     def clear(self) -> None:
-        """Forget the latents that are not written yet."""
+        """Discard the latents that are not yet written."""
         self._pending = None
 
     def state_dict(self) -> dict[str, Any] | None:
-        """Return the latents that are not written yet; None if there are none."""
+        """Return the latents that are not yet written; None without any."""
         pending = self._pending
         if pending is None or not _was_applied(pending):
             return None
@@ -87,7 +88,7 @@ class LatentWriteBack:
         }
 
     def load_state_dict(self, state: dict[str, Any] | None) -> None:
-        """Take over what :meth:`state_dict` returned."""
+        """Load a state from :meth:`state_dict`."""
         self._pending = None
         if state is not None:
             applied = torch.ones(())
@@ -96,7 +97,7 @@ class LatentWriteBack:
             )
 
     def _to_store(self, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], Any]:
-        """Copy tensors to the store's device; on CUDA without waiting, beside what it computes."""
+        """Copy tensors to the store's device; on CUDA asynchronously, during computation."""
         device = next(iter(tensors.values())).device
         if device.type != "cuda" or self._store.device.type != "cpu":
             return {k: v.detach().clone() for k, v in tensors.items()}, None
@@ -133,14 +134,14 @@ class LatentWriteBack:
 
 
 def _was_applied(pending: PendingLatents) -> bool:
-    """Return whether the update was applied; waits until its latents have been copied."""
+    """Return whether the update was applied; wait until its latents have been copied."""
     if pending.ready is not None:
         pending.ready.synchronize()
     return bool(pending.applied)
 
 
 def _last_of_each(keys: Tensor, rows: Tensor) -> Tensor:
-    """Keep for each distinct key ``[N]`` the last of its rows ``[N]``."""
+    """Return for each distinct key ``[N]`` the last of its rows ``[N]``."""
     order = keys.argsort(stable=True)
     last = torch.ones(len(order), dtype=torch.bool)
     last[:-1] = keys[order][1:] != keys[order][:-1]

@@ -1,1 +1,1 @@
-"""Pictures, films, videos and curves."""
+"""Images, videos and curves."""
