@@ -18,8 +18,8 @@ For each module its plain form, when it is used, and the test in ``tests/`` that
 - ``scan``, ``scan_step``, ``scan_types``: ``modules.rssm.roll``. With one dynamics and one
   posterior layer, as in all presets; its layout differs on a GPU. ``test_modules``,
   ``test_fast_modules``, ``test_kernels``.
-- ``categoricals`` (draws): ``modules.sample_one_hot``. In imagination, and in ``scan``, which adds the
-  straight-through gradient. ``test_fast_modules``.
+- ``categoricals`` (draws): ``modules.sample_one_hot``. In imagination, and in ``scan``, which adds
+  the straight-through gradient. ``test_fast_modules``.
 - ``categoricals`` (two-hot): TorchRL's ``SymExpTwoHot``. Always. ``test_fast_modules``.
 - ``imagination``: the networks themselves. Always; under autocast their weights are cast once.
   ``test_kernels``, ``test_fast_modules``.
