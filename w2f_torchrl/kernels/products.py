@@ -2,8 +2,8 @@
 
 Torch multiplies float32 matrices by MKL, which uses AVX-512 on Intel processors only and takes
 twice oneDNN's time on other processors that have it (``benchmarks/speed/learner.py`` times both);
-without AVX-512 MKL is faster. Torch ships oneDNN's product as the operator that its compiler uses. Where
-an installation lacks it, or it does not apply, MKL computes.
+without AVX-512 MKL is faster. Torch ships oneDNN's product as the operator that its compiler uses.
+Where an installation lacks it, or it does not apply, MKL computes.
 
 A compiled graph calls these products too, if it needs no gradient.
 
