@@ -13,14 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from first_module import first_module
 from tiny_run import MODEL
 
 import w2f_torchrl  # noqa: F401  # before anything that may import dm_control
-from w2f_torchrl.checkpoint import latest_checkpoint, load_checkpoint
-from w2f_torchrl.config import to_run_config
 from w2f_torchrl.envs import PixelDMControlEnv, register_env
-from w2f_torchrl.logging import diagnostics
-from w2f_torchrl.trainers import RunConfig, run_logging
+from w2f_torchrl.trainers import RunConfig, to_run_config
+
+# same_losses.py trains earlier versions with this file, whose modules had other names.
+diagnostics = first_module("logging.diagnostics", "trainers.diagnostics")
+run_logging = first_module("trainers.run_logging")
+checkpoint = first_module("checkpoint", "trainers.checkpointing")
 
 CONTROL_STEPS = 42
 ALGORITHMS: dict[str, dict[str, Any]] = {
@@ -154,14 +157,15 @@ def rows(run_dir: Path) -> list[dict[str, float]]:
 
 def final_state(run_dir: Path) -> dict[str, torch.Tensor]:
     """Weights, moments and random streams of the last checkpoint, by name."""
-    path = latest_checkpoint(run_dir / "checkpoints")
+    path = checkpoint.latest_checkpoint(run_dir / "checkpoints")
     assert path is not None, "a run ends with a checkpoint"
-    payload = load_checkpoint(path).payload
+    payload = checkpoint.load_checkpoint(path).payload
     state = {f"loss.{name}": value for name, value in payload["learner"]["loss"].items()}
     for i, moments in payload["learner"]["optimizer"]["state"].items():
         state |= {f"optimizer.{i}.{name}": value for name, value in moments.items()}
-    state["random"] = payload["random"]["torch_cpu"]
-    state["samples"] = payload["sampling"]["generator"]
+    parts = payload.get("resume", payload)  # format 2 kept them there
+    state["random"] = parts["random"]["torch_cpu"]
+    state["samples"] = parts["sampling"]["generator"]
     return state
 
 

@@ -31,6 +31,7 @@ from typing import Any
 sys.path.append(str(Path(__file__).parents[1] / "shared"))
 
 import torch
+from first_module import first_module
 from peers import r2dreamer_update
 from results_file import RESULTS, write_results
 from tensordict import TensorDict, TensorDictBase
@@ -40,11 +41,16 @@ from torchrl.objectives.utils import SoftUpdate
 from torchrl.trainers.algorithms import DreamerV3OptimizationStepper, DreamerV3Optimizer
 from torchrl_reference import torchrl_loss, with_torchrls_pictures
 
-from w2f_torchrl.config import EXECUTIONS, PRECISIONS, OptimizerConfig
-from w2f_torchrl.config.model import DECODERS, RESAMPLINGS
 from w2f_torchrl.modules import PRESETS, build_actor
 from w2f_torchrl.trainers import Learner
 from w2f_torchrl.utils.memory import keep_freed_memory
+
+# versions.py times earlier versions with this file, whose modules had other names.
+settings = first_module("config", "trainers.config")
+EXECUTIONS, PRECISIONS = settings.EXECUTIONS, settings.PRECISIONS
+OptimizerConfig = settings.OptimizerConfig
+model_settings = first_module("config.model", "modules.config")
+DECODERS, RESAMPLINGS = model_settings.DECODERS, model_settings.RESAMPLINGS
 
 ACTION_SIZE = 6
 WARM_UP = 2
