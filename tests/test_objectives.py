@@ -464,7 +464,9 @@ def test_each_metric_of_losses_is_the_sum_of_its_own(latent):
 
 
 def test_a_loss_without_a_weight_and_one_of_the_actor_without_a_row_are_errors():
-    with pytest.raises(ValueError, match=r"loss_bonus has no weight: LossConfig"):
+    with pytest.raises(
+        ValueError, match=r"loss_bonus has no weight: set loss.extra.bonus, "
+    ):
         with_own_losses(config=LossConfig())
 
     class Unlisted(OwnLosses):

@@ -94,6 +94,7 @@ RULES = (
         "random streams of a device that isn't there any more begin anew",
     ),
     Rule(("run_dir", "resume"), True, "a run may be moved, renamed, or continued elsewhere"),
+    Rule(("plugins",), True, "the files may be moved; the names that they register must stay"),
 )
 
 

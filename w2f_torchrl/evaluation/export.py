@@ -17,7 +17,12 @@ from w2f_torchrl.checkpoint import CheckpointError, load_checkpoint, save_checkp
 from w2f_torchrl.evaluation.policy import load_learner
 
 #: Settings that say where a run was made, not what it is: a published file doesn't hold them.
-PRIVATE = {"run_dir": "runs/latest", "resume": None, "device": "auto"}
+PRIVATE: dict[str, Any] = {
+    "run_dir": "runs/latest",
+    "resume": None,
+    "device": "auto",
+    "plugins": [],
+}
 PRIVATE_LOGGING = {"wandb_project": "w2f_torchrl", "wandb_entity": None}
 #: Files of the training's masks: acting needs none.
 PRIVATE_SEGMENTATION = dict.fromkeys(
