@@ -34,7 +34,7 @@ def load_plugins(plugins: Sequence[str]) -> None:
         try:
             importlib.import_module(name)
         except ModuleNotFoundError as error:
-            if error.name != name:
+            if not f"{name}.".startswith(f"{error.name}."):  # something that the plugin imports
                 raise _raised(plugin, error) from error
             raise PluginError(
                 f"plugins: {plugin} is not found; allowed: a Python file (FILE.py), or the name of "

@@ -44,9 +44,9 @@ def build_encoder(config: ModelConfig, image_size: int) -> ImageEncoder:
     )
 
 
-def encoder_keys(encoder: ImageEncoder) -> list[str]:
-    """Return the entries of an observation that an encoder is called with."""
-    return list(getattr(encoder, "in_keys", ["pixels"]))
+def encoder_keys(*encoders: ImageEncoder | None) -> list[str]:
+    """Return the entries of an observation that encoders are called with, by default pixels."""
+    return [key for encoder in encoders for key in getattr(encoder, "in_keys", ["pixels"])]
 
 
 def build_rollout(

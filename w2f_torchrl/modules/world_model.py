@@ -89,8 +89,7 @@ class WorldModel(TensorDictModuleBase):
         self.side_stream: torch.cuda.Stream | None = None
         """Where the background's encoder and recurrence run, in parallel to the foreground's, each
         of whose steps waits for the one before and leaves most of a GPU idle. None: after them."""
-        encoders = [e for e in (self.encoder, self.background_encoder) if e is not None]
-        observed = dict.fromkeys(["pixels", *(key for e in encoders for key in encoder_keys(e))])
+        observed = dict.fromkeys(["pixels", *encoder_keys(self.encoder, self.background_encoder)])
         self.in_keys = ["action", "is_init", *(("next", key) for key in observed)]
         self.out_keys = self._out_keys()
 

@@ -27,8 +27,7 @@ from w2f_torchrl.modules import (
 from w2f_torchrl.modules.packed_latents import LATENTS, initial_keys
 from w2f_torchrl.objectives import reconstruction
 from w2f_torchrl.objectives.returns import ReturnNorm, lambda_return
-from w2f_torchrl.objectives.terms import TERMS, TOTAL
-from w2f_torchrl.objectives.terms import LossTerm as LossTerm
+from w2f_torchrl.objectives.terms import TERMS, TOTAL, LossTerm
 from w2f_torchrl.segmenters import mask_iou
 from w2f_torchrl.utils.tensors import FLOATING, check_tensor
 
