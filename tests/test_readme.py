@@ -403,7 +403,7 @@ def test_a_part_of_your_own_trains_from_a_shell_with_workers(
     words = words_of_training(command)
     assert words is not None
     config = tiny(configs_of(words)[0], tmp_path / "run", collection={"num_workers": 1})
-    settings = [f"{name}={value}" for name, value in flat_settings(config) if value is not None]
+    settings = [f"{name}={value}" for name, value in flat_settings(config)]
     done = subprocess.run(
         [sys.executable, str(ROOT / "sota_configs/world2filter.py"), *words, *settings],
         cwd=workspace,
@@ -420,7 +420,7 @@ def flat_settings(config: DictConfig) -> Iterator[tuple[str, Any]]:
     """The settings of a shortened run, as overrides."""
     for group in ("training", "collection", "environment", "evaluation", "model"):
         for name, value in config[group].items():
-            if name != "preset":
+            if name != "preset" and value is not None:
                 yield f"{group}.{name}", str(value).replace(" ", "")
     yield from ((name, config[name]) for name in ("device", "run_dir"))
 

@@ -1,4 +1,4 @@
-"""Import the files that register your own parts of a run."""
+"""Import the files that register parts of a run."""
 
 from __future__ import annotations
 

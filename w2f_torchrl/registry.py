@@ -1,4 +1,4 @@
-"""Names of your own parts of a run: losses, decoders, encoders, segmenters, algorithms.
+"""Names for parts of a run that users add: losses, decoders, encoders, segmenters, algorithms.
 
 A file registers a part under a name, and ``plugins=[FILE.py]`` imports the file before the settings
 are checked, so that the name can be used on the command line. Environments are registered with

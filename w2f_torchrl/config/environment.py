@@ -92,7 +92,7 @@ class AlgoConfig(Settings):
     )
     loss: str | None = setting(
         None,
-        "Losses of your own; null uses World2FilterLoss. `loss.extra.NAME=` sets the weight of an "
+        "A registered loss; null uses World2FilterLoss. `loss.extra.NAME=` sets the weight of an "
         "entry that the package does not have.",
         registry=losses,
     )

@@ -58,7 +58,7 @@ class RunSettings(Settings):
     )
     plugins: list[str] = setting(
         [],
-        "Python files, or modules that Python can import, that register parts of your own; they "
+        "Python files, or modules that Python can import, that register parts of a run; they "
         "are imported before the settings are checked, in worker processes too.",
     )
 
