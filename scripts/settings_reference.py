@@ -42,6 +42,8 @@ class Setting:
         if self.info.choices:
             null = " or null" if self.type.endswith("None") else ""
             shown = f"one of {', '.join(self.info.choices)}{null}"
+        if self.info.registry is not None:
+            shown += " or a registered name"
         return ", ".join(filter(None, (shown, self.info.unit, self.info.range)))
 
 
@@ -72,6 +74,8 @@ def _default(field: dataclasses.Field[Any]) -> str:
 def _as_yaml(value: object) -> str:
     if isinstance(value, bool) or value is None:
         return {True: "true", False: "false", None: "null"}[value]
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{key}: {_as_yaml(item)}' for key, item in value.items())}}}"
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(_as_yaml, value))}]"
     return f"{value:g}" if isinstance(value, float) else str(value)

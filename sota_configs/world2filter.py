@@ -14,7 +14,7 @@ import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from w2f_torchrl.modules import PRESETS
 from w2f_torchrl.trainers import ConfigError, RunConfig, to_run_config
@@ -22,7 +22,9 @@ from w2f_torchrl.trainers import ConfigError, RunConfig, to_run_config
 # The typed settings and their defaults are in w2f_torchrl.config; the YAML groups in this
 # folder only choose among them.
 store = ConfigStore.instance()
-store.store(name="run_config", node=RunConfig)
+node = OmegaConf.structured(RunConfig)
+OmegaConf.set_struct(node.loss.extra, False)  # loss.extra.NAME= adds a weight
+store.store(name="run_config", node=node)
 for name, preset in PRESETS.items():
     store.store(group="model", name=name, node=preset)
 

@@ -26,7 +26,7 @@ SETTINGS = list(settings_reference.all_settings())
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in config.items():
-        nested = isinstance(value, dict)
+        nested = isinstance(value, dict) and value
         flat |= flatten(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
     return flat
 

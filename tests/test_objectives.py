@@ -26,7 +26,7 @@ from w2f_torchrl.objectives import (
     lambda_return,
     mask_loss,
 )
-from w2f_torchrl.objectives.world2filter import LossTerm
+from w2f_torchrl.objectives.terms import LossTerm
 from w2f_torchrl.segmenters import mask_iou
 
 # ------------------------------------------------------------------ returns
@@ -464,7 +464,7 @@ def test_each_metric_of_losses_is_the_sum_of_its_own(latent):
 
 
 def test_a_loss_without_a_weight_and_one_of_the_actor_without_a_row_are_errors():
-    with pytest.raises(ValueError, match=r"loss_bonus has no weight: LossConfig"):
+    with pytest.raises(ValueError, match=r"loss_bonus has no weight: set loss.extra.bonus, "):
         with_own_losses(config=LossConfig())
 
     class Unlisted(OwnLosses):

@@ -99,8 +99,12 @@ def test_a_checkpoint_of_now_is_not_cut():
 def test_settings_that_a_checkpoint_lacks_are_those_of_its_time():
     before = {"cnn_depth": 4}
     assert complete_model(before) == {
-        "cnn_depth": 4, "background_encoder": "shared", "decoder": "torchrl", "resample": "stride"
-    }  # fmt: skip
+        "cnn_depth": 4,
+        "background_encoder": "shared",
+        "decoder": "torchrl",
+        "encoder": "convolutional",
+        "resample": "stride",
+    }
     assert complete_model(vars(TINY)) == vars(TINY)
 
 

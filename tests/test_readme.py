@@ -1,6 +1,7 @@
 """Every command and every piece of Python in README.md and docs/ does what it says it does.
 
-Python blocks are run, those of a page one after the other. A command is treated by its first words:
+Python blocks are run, those of a page one after the other. A block whose first line names a file is
+also saved under that name, for the commands of the page. A command is treated by its first words:
 training commands are composed and checked by Hydra and the settings' validation (``slow``: trained
 for a few updates), other programs' arguments go through their own parser, targets of make must
 exist. What can't be run here is in NOT_RUN, with the reason. A command that nothing treats fails.
@@ -11,22 +12,24 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.util
+import json
 import os
 import runpy
 import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import newcomer
 import pytest
 import torch
-from documents import Block, commands, name_of, pages, python_blocks
+from documents import Block, commands, file_of, name_of, pages, python_blocks
 from helpers.checkout import ROOT
 from helpers.extras import skip_without_an_extra
+from helpers.registered import forget_registered_parts
 from helpers.runs import tiny_run
 from hydra import compose, initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
@@ -35,7 +38,7 @@ from omegaconf import DictConfig, OmegaConf
 from torchrl.envs import SerialEnv
 
 from w2f_torchrl.config import ConfigError
-from w2f_torchrl.trainers import Trainer, to_run_config
+from w2f_torchrl.trainers import Trainer, load_policy, to_run_config
 
 NOT_RUN = {
     ". .venv/bin/activate": "changes the reader's shell",
@@ -107,6 +110,9 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("frames.npz", "data.npz", "checkpoints/sam3.pt"):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(b"")
+    for block in [block for page in pages() for block in python_blocks(page)]:
+        if (name := file_of(block)) is not None:
+            (folder / name).write_text(block.text)
     videos = folder / "my" / "videos"
     videos.mkdir(parents=True)
     frames = torch.arange(8, dtype=torch.uint8).mul(30).view(8, 1, 1, 1).expand(-1, 3, 64, 64)
@@ -126,6 +132,11 @@ def reader(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(workspace)
     monkeypatch.setattr("w2f_torchrl.envs.factory.ParallelEnv", in_this_process)
     return workspace
+
+
+@pytest.fixture(autouse=True)
+def _registered_parts_end_with_a_test(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    yield from forget_registered_parts(monkeypatch)
 
 
 # ------------------------------------------------------------------ Python
@@ -274,7 +285,8 @@ def treatment(command: str, monkeypatch: pytest.MonkeyPatch) -> Callable[[], obj
 )
 def test_a_command_can_be_run(page: str, command: str, reader: Path, monkeypatch):
     # Whether SAM3 is installed is not the command's fault; that it says so is tested elsewhere.
-    monkeypatch.setattr("w2f_torchrl.config.validation.missing_requirement", lambda *_, **__: None)
+    where = "w2f_torchrl.config.validation.missing_requirement"
+    monkeypatch.setattr(where, lambda *_, **__: None)
     check = treatment(command, monkeypatch)
     assert check is not None, f"{page}: nothing tests {command!r}: see {Path(__file__).name}"
     check()
@@ -334,6 +346,83 @@ def test_a_training_command_of_the_readme_trains(command: str, reader: Path, tmp
         short = OmegaConf.merge(config, SHORT, {"model": model}, learns, where)
         Trainer(to_run_config(short)).train()
         assert (tmp_path / str(index) / "checkpoints").is_dir()
+
+
+OWN_PARTS = [
+    (page, command)
+    for page, command in ALL_COMMANDS
+    if page.startswith("docs/howto/") and "plugins=" in command
+]
+
+
+def tiny(config: DictConfig, run_dir: Path, **settings: Any) -> DictConfig:
+    """A page's run, with a tiny model and a few updates."""
+    model = {k: v for k, v in vars(tiny_run(run_dir).model).items() if k not in CHOSEN}
+    where = {"run_dir": str(run_dir), "environment": {"domain": "cartpole", "task": "balance"}}
+    if config.environment.domain != "walker":  # the page's own
+        del where["environment"]
+    every = {"evaluation": {"every_frames": 240, "episodes": 1}}
+    return OmegaConf.merge(config, SHORT, {"model": model}, where, every, settings)
+
+
+CHOSEN = ("encoder", "decoder")
+"""Settings of the model that a page's command chooses."""
+
+
+def test_every_kind_of_part_has_a_page_with_a_command():
+    pages_with_one = {Path(page).stem for page, _ in OWN_PARTS}
+    kinds = {"environment", "segmenter", "encoder", "decoder", "loss", "algorithm"}
+    assert pages_with_one == kinds
+    for page, command in OWN_PARTS:
+        files = [file_of(block) for block in python_blocks(ROOT / page)]
+        assert len(list(filter(None, files))) == 1, page
+        assert f"plugins=[{files[0]}]" in command, page
+
+
+@pytest.mark.render
+@pytest.mark.parametrize(("page", "command"), OWN_PARTS, ids=[page for page, _ in OWN_PARTS])
+def test_a_part_of_your_own_trains(page: str, command: str, reader: Path, tmp_path: Path):
+    words = words_of_training(command)
+    assert words is not None
+    config = to_run_config(tiny(configs_of(words)[0], tmp_path / "run"))
+    Trainer(config).train()
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["updates"] > 0
+    policy = load_policy(max((tmp_path / "run" / "checkpoints").glob("checkpoint_*.pt")))
+    assert policy.config.plugins == [file_of(python_blocks(ROOT / page)[0])]
+    assert policy.make_env(seed=0).rollout(2, policy)["action"].isfinite().all()
+
+
+@pytest.mark.slow
+@pytest.mark.render
+@pytest.mark.parametrize("kind", ["encoder", "environment"])
+def test_a_part_of_your_own_trains_from_a_shell_with_workers(
+    kind: str, workspace: Path, tmp_path: Path
+):
+    [command] = [command for page, command in OWN_PARTS if Path(page).stem == kind]
+    words = words_of_training(command)
+    assert words is not None
+    config = tiny(configs_of(words)[0], tmp_path / "run", collection={"num_workers": 1})
+    settings = [f"{name}={value}" for name, value in flat_settings(config)]
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "sota_configs/world2filter.py"), *words, *settings],
+        cwd=workspace,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert list((tmp_path / "run" / "checkpoints").glob("checkpoint_*.pt"))
+
+
+def flat_settings(config: DictConfig) -> Iterator[tuple[str, Any]]:
+    """The settings of a shortened run, as overrides."""
+    for group in ("training", "collection", "environment", "evaluation", "model"):
+        for name, value in config[group].items():
+            if name != "preset" and value is not None:
+                yield f"{group}.{name}", str(value).replace(" ", "")
+    yield from ((name, config[name]) for name in ("device", "run_dir"))
 
 
 # ------------------------------------------------------------------ the newcomer's log

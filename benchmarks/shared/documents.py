@@ -61,6 +61,12 @@ def python_blocks(page: Path) -> list[Block]:
     return [block for block in blocks(page) if block.language == "python"]
 
 
+def file_of(block: Block) -> str | None:
+    """The file that a block's first line, a comment, names: ``# my_loss.py``; None without one."""
+    match = re.match(r"# (\w+\.py)\n", block.text)
+    return match[1] if match else None
+
+
 def commands(page: Path) -> list[str]:
     """The shell commands of a page, each once: in unnamed or shell blocks, and in code spans.
 

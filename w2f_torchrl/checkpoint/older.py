@@ -7,15 +7,20 @@ from typing import Any
 
 from torch import Tensor
 
+from w2f_torchrl._older_weights import split_mask
 from w2f_torchrl.checkpoint.file import CheckpointError
 from w2f_torchrl.config.model import ModelConfig
-from w2f_torchrl.modules.image_decoder import split_mask
 
 #: Settings of the model that were added later, with the former behaviour as value.
-MODEL_BEFORE = {"background_encoder": "shared", "decoder": "torchrl", "resample": "stride"}
+MODEL_BEFORE = {
+    "background_encoder": "shared",
+    "decoder": "torchrl",
+    "encoder": "convolutional",
+    "resample": "stride",
+}
 
 #: Settings that change the computation but not the parameters, so that loading would not fail.
-SAME_SHAPES = ("decoder", "resample")
+SAME_SHAPES = ("encoder", "decoder", "resample")
 
 
 def complete_model(model: dict[str, Any]) -> dict[str, Any]:

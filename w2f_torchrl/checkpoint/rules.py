@@ -99,6 +99,7 @@ RULES = (
         "random streams of a device that is no longer available start again",
     ),
     Rule(("run_dir", "resume"), True, "a run can be moved, renamed, or continued elsewhere"),
+    Rule(("plugins",), True, "the files can be moved; the names that they register must stay"),
 )
 
 

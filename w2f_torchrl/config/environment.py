@@ -13,14 +13,14 @@ from w2f_torchrl.envs.tasks import (
     MIN_IMAGE_SIZE,
     RENDER_MODES,
 )
+from w2f_torchrl.registry import algorithms, losses, segmenters
 from w2f_torchrl.utils.checks import check_choice as check_choice
 from w2f_torchrl.utils.settings import Settings, setting
 
 if TYPE_CHECKING:
     pass
 
-ALGORITHMS = ("world2filter", "dreamer_v3")
-SEGMENTATIONS = ("simulator", "sam3", "student", "median", "auto")
+SEGMENTATIONS = segmenters.builtin
 TEACHERS = ("simulator", "sam3")
 
 
@@ -82,12 +82,31 @@ class AlgoConfig(Settings):
     name: str = setting(
         "world2filter",
         "world2filter, or dreamer_v3: the same code with a single latent and no masks.",
-        choices=ALGORITHMS,
+        registry=algorithms,
         option="algo",
     )
     latent: str | None = setting(
-        "split", "split, shared or foreground; null for dreamer_v3.", choices=LATENTS
+        "split",
+        "split, shared or foreground; null (one latent, no masks) for dreamer_v3.",
+        choices=LATENTS,
     )
+    loss: str | None = setting(
+        None,
+        "A registered loss; null uses World2FilterLoss. `loss.extra.NAME=` sets the weight of an "
+        "entry that the package does not have.",
+        registry=losses,
+    )
+
+    def validate(self) -> None:
+        """Raise ``ValueError`` if the algorithm does not have the latent."""
+        if self.name == "dreamer_v3":
+            if self.latent is not None:
+                raise ValueError(
+                    f"algo.latent={self.latent!r} must be null with algo=dreamer_v3, which has one "
+                    "latent and no masks; for split, shared or foreground use algo=world2filter."
+                )
+        elif self.latent is not None or self.name in algorithms.builtin:
+            check_choice("algo.latent", self.latent, LATENTS)
 
 
 @dataclass
@@ -99,7 +118,7 @@ class SegmentationConfig(Settings):
         "simulator, sam3, student, median or auto. auto uses SAM3 if its package and weights are "
         "installed; otherwise the simulator's masks; otherwise a student, if there are labels or "
         "trained weights for it; otherwise the median.",
-        choices=SEGMENTATIONS,
+        registry=segmenters,
         option="segmentation",
     )
     chosen: str | None = setting(

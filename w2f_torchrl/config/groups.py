@@ -56,6 +56,11 @@ class RunSettings(Settings):
         "null starts a new run in an empty directory; auto resumes if there is a checkpoint; or "
         "the path of a checkpoint or run.",
     )
+    plugins: list[str] = setting(
+        [],
+        "Python files, or modules that Python can import, that register parts of a run; they "
+        "are imported before the settings are checked, in worker processes too.",
+    )
 
     @property
     def name(self) -> str:

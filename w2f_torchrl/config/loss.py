@@ -61,6 +61,9 @@ class LossConfig(Settings):
     replay_critic: float = setting(
         0.3, "Weight of the critic's loss on replayed rewards.", unit="weight", minimum=0
     )
+    extra: dict[str, float] = setting(
+        {}, "Weights of a registered loss's entries, by name.", unit="weight", minimum=0
+    )
     foreground_target: str = setting(
         "inside",
         "inside: compare colours inside the mask only; zero_outside: compare the whole image with "
@@ -129,6 +132,10 @@ class LossConfig(Settings):
         minimum=0,
         maximum=1,
     )
+
+    def weight(self, name: str) -> float | None:
+        """Return the weight of that name, a field or an entry of ``extra``; None without one."""
+        return getattr(self, name, self.extra.get(name))
 
     def validate(self) -> None:
         """Raise ``ValueError`` naming the first setting out of range."""

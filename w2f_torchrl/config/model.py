@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from w2f_torchrl.registry import decoders, encoders
 from w2f_torchrl.utils.checks import check_number
 from w2f_torchrl.utils.settings import Settings, check_fields, setting
 
@@ -14,7 +15,7 @@ LATENTS = ("split", "shared", "foreground")
 BACKGROUND_ENCODERS = ("own", "shared")
 
 #: Forms of the image decoder.
-DECODERS = ("reference", "torchrl")
+DECODERS = decoders.builtin
 
 #: How encoders halve images and decoders double them.
 RESAMPLINGS = ("stride", "nearest", "reference")
@@ -87,12 +88,13 @@ class ModelConfig(Settings):
         unit="channels",
         minimum=1,
     )
+    encoder: str = setting("convolutional", "From images to embeddings.", registry=encoders)
     decoder: str = setting(
         "reference",
         "reference: belief and state enter the decoder through separate layers and colours pass "
         "through a sigmoid, as in the paper's code; torchrl: TorchRL's decoder, with one layer for "
         "both and unbounded colours.",
-        choices=DECODERS,
+        registry=decoders,
     )
     resample: str = setting(
         "nearest",

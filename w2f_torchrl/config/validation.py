@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 
 from w2f_torchrl.config.environment import EnvironmentConfig
 from w2f_torchrl.config.groups import RunSettings
-from w2f_torchrl.config.model import LATENTS
 from w2f_torchrl.config.output import LoggingConfig
 from w2f_torchrl.config.training import GRAPHED
 from w2f_torchrl.envs import evaluation_sets, validate_distraction, validate_task
@@ -22,6 +21,7 @@ from w2f_torchrl.envs.tasks import (
     registered_factory,
     validate_action_range,
 )
+from w2f_torchrl.plugins import load_plugins
 from w2f_torchrl.segmenters.sam3_requirements import missing_requirement
 from w2f_torchrl.utils.checks import check_choice as check_choice
 from w2f_torchrl.utils.settings import check_fields
@@ -45,18 +45,12 @@ def validate(config: RunSettings) -> None:
     Raises:
         ValueError: Naming the setting, its value and what is allowed.
     """
+    load_plugins(config.plugins)
     check_fields("", config)
     for group in fields(config):
         if is_dataclass(getattr(config, group.name)):
             check_fields(group.name, getattr(config, group.name))
-    if config.algo.name == "dreamer_v3":
-        if config.algo.latent is not None:
-            raise ConfigError(
-                f"algo.latent={config.algo.latent!r} must be null with algo=dreamer_v3, which has "
-                "one latent and no masks; for split, shared or foreground use algo=world2filter."
-            )
-    else:
-        check_choice("algo.latent", config.algo.latent, LATENTS)
+    config.algo.validate()
     _validate_environment(config.environment)
     _validate_distractions(config)
     _validate_segmentation(config)
@@ -97,8 +91,8 @@ def _validate_segmentation(config: RunSettings) -> None:
     segmentation = config.segmentation
     if not config.needs_masks and segmentation.source != "simulator":
         raise ConfigError(
-            f"segmentation={segmentation.source!r} has no effect with algo=dreamer_v3, which has "
-            "no masks: leave it out."
+            f"segmentation={segmentation.source!r} has no effect with algo={config.algo.name}, "
+            "which has no masks: leave it out."
         )
     if segmentation.lost is not None:  # set after construction, or in addition to the new name
         raise ConfigError(

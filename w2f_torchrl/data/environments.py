@@ -13,9 +13,10 @@ from torchrl.envs import Compose, EnvBase, StepCounter, TransformedEnv
 from w2f_torchrl.config import ConfigError, EnvironmentConfig, RunConfig
 from w2f_torchrl.envs import EvaluationSet, evaluation_sets, make_env
 from w2f_torchrl.envs.scenery.distractions import shows_video
-from w2f_torchrl.envs.specs import check_env
+from w2f_torchrl.envs.specs import check_env, extra_observations
 from w2f_torchrl.envs.tasks import registered_factory
 from w2f_torchrl.keys import MASK
+from w2f_torchrl.plugins import load_plugins
 
 
 class EnvFacts(NamedTuple):
@@ -24,6 +25,8 @@ class EnvFacts(NamedTuple):
     action_size: int
     has_mask: bool
     """Whether it draws ``foreground_mask`` itself."""
+    observations: tuple[str, ...] = ()
+    """Further entries of its observations, which records keep."""
 
 
 def probe_env(config: RunConfig) -> EnvFacts:
@@ -35,6 +38,7 @@ def probe_env(config: RunConfig) -> EnvFacts:
     environment = config.environment
     try:
         env = build_env(environment, 0, foreground_mask=config.needs_masks)
+        observations = extra_observations(env)
         if registered_factory(environment.domain) is not None:
             check_env(env, environment.domain, environment.image_size)
     except ValueError as error:  # a camera that the model lacks, a video that can't be read
@@ -45,7 +49,7 @@ def probe_env(config: RunConfig) -> EnvFacts:
         except ValueError as error:
             raise ConfigError(f"evaluation.sets={name}: {error}") from error
     has_mask = MASK in env.observation_spec.keys()
-    facts = EnvFacts(int(env.action_spec.shape[-1]), has_mask)
+    facts = EnvFacts(int(env.action_spec.shape[-1]), has_mask, tuple(observations))
     env.close()
     return facts
 
@@ -53,6 +57,7 @@ def probe_env(config: RunConfig) -> EnvFacts:
 def create_env(config: RunConfig, index: int, seed: int) -> TransformedEnv:
     """Make a collector worker's env; ``index`` is its place in the batch."""
     del index
+    load_plugins(config.plugins)
     return build_env(config.environment, seed, foreground_mask=config.needs_masks)
 
 

@@ -13,7 +13,10 @@ from w2f_torchrl.keys import MASK, PIXELS
 from w2f_torchrl.modules.packed_latents import pack_belief, pack_state
 from w2f_torchrl.utils.tensors import check_tensor
 
-OBSERVATION_KEYS = (PIXELS, MASK)
+
+def keys_of_observations(batch: TensorDictBase, extra: Sequence[str] = ()) -> list[str]:
+    """Return ``pixels``, ``foreground_mask`` if the batch has it, and ``extra`` ones of the env."""
+    return [PIXELS, *([MASK] if MASK in batch.keys() else []), *extra]
 
 
 def records_from_rollout(
@@ -61,7 +64,7 @@ def records_from_rollout(
         name = key if isinstance(key, str) else key[-1]
         check_tensor(name, batch[key], torch.bool, (*batch.shape, 1))
     if observation_keys is None:
-        observation_keys = [key for key in OBSERVATION_KEYS if key in batch.keys()]
+        observation_keys = keys_of_observations(batch)
     is_init = batch["is_init"].reshape(-1)  # [N * T]
     # A transition's record follows those of all transitions before it, and an initial record comes
     # right before the record of its own transition.

@@ -5,12 +5,53 @@ from __future__ import annotations
 import torch
 from tensordict import TensorDictBase
 from torch import Tensor
-from torchrl.data import TensorSpec
+from torchrl.data import Composite, TensorSpec
 from torchrl.envs import EnvBase
 
 from w2f_torchrl.keys import MASK
 
 FLAGS = ("done", "terminated")
+
+_KNOWN = ("pixels", MASK, "is_init", "episode_reward", "step_count")
+"""Observations that every run handles, or that its transforms add."""
+_TAKEN = (
+    *("action", "reward", "done", "terminated", "truncated", "loc", "scale", "encoded_latents"),
+    *("state", "belief", "previous_action", "background_state", "background_belief"),
+    *("stream", "index", "previous", "initial", "latents"),
+)
+_KEPT = (
+    *(torch.bool, torch.uint8, torch.int16, torch.int32, torch.int64),
+    *(torch.float16, torch.float32, torch.float64),
+)
+"""Dtypes that records can hold."""
+
+
+def extra_observations(env: EnvBase) -> list[str]:
+    """Return the entries of an env's observations other than images, masks and what runs add.
+
+    Args:
+        env: A single env.
+
+    Raises:
+        ValueError: If an entry has a name that the networks or the replay use, or is not a tensor
+            of numbers or flags with a fixed shape.
+    """
+    names = [str(name) for name in env.observation_spec.keys() if name not in _KNOWN]
+    for name in names:
+        spec = env.observation_spec[name]
+        if name in _TAKEN:
+            raise ValueError(
+                f"observation {name!r} has the name of an entry of the networks or the replay: "
+                f"rename it; taken are {', '.join(_TAKEN)}."
+            )
+        dtype = getattr(spec, "dtype", None)
+        if dtype not in _KEPT or isinstance(spec, Composite) or any(n < 0 for n in spec.shape):
+            raise ValueError(
+                f"observation {name!r} must be a tensor of a fixed shape, of bool, integers or "
+                f"floats, got {_name(dtype)} {list(spec.shape)}: leave it out, for example with "
+                "TorchRL's ExcludeTransform."
+            )
+    return names
 
 
 def check_env(env: EnvBase, domain: str, image_size: int) -> None:
@@ -93,5 +134,5 @@ def _check_entry(
     )
 
 
-def _name(dtype: torch.dtype) -> str:
+def _name(dtype: torch.dtype | None) -> str:
     return str(dtype).removeprefix("torch.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,7 @@ from torchrl.envs.utils import ExplorationType, set_exploration_type, step_mdp
 from w2f_torchrl.config import RunConfig
 from w2f_torchrl.data import records_from_rollout
 from w2f_torchrl.data.environments import build_env, control_steps
+from w2f_torchrl.data.records import keys_of_observations
 from w2f_torchrl.envs import EvaluationSet, evaluation_sets
 from w2f_torchrl.keys import MASK, NEXT_MASK
 from w2f_torchrl.modules import WorldModel, compose, latent_sizes
@@ -57,6 +58,8 @@ class Evaluator:
         policy: The acting policy, shared with the learner.
         action_size: A.
         segment: Adds masks to records if the env does not render them.
+        observations: Entries of the env's observations, in addition to images and masks, that
+            records keep.
     """
 
     def __init__(
@@ -66,8 +69,10 @@ class Evaluator:
         policy: TensorDictModuleBase,
         action_size: int,
         segment: Callable[[TensorDictBase], TensorDictBase] | None = None,
+        observations: Sequence[str] = (),
     ):
         self.segment = segment
+        self.observations = observations
         self.config = config
         self.policy = policy
         self.device = config.torch_device()
@@ -133,7 +138,8 @@ class Evaluator:
             episode, total, length = self._play(env)
             returns.append(total)
             lengths.append(float(length))
-            made = records_from_rollout(episode.unsqueeze(0))
+            keys = keys_of_observations(episode, self.observations)
+            made = records_from_rollout(episode.unsqueeze(0), keys)
             if self.segment is not None and MASK not in made["next"].keys():
                 made = self.segment(made)
             records = made.unsqueeze(0).to(self.device)

@@ -17,7 +17,12 @@ from w2f_torchrl.checkpoint import CheckpointError, load_checkpoint, save_checkp
 from w2f_torchrl.evaluation.policy import load_learner
 
 #: Settings about the place of a run, which a published file must not contain.
-PRIVATE = {"run_dir": "runs/latest", "resume": None, "device": "auto"}
+PRIVATE: dict[str, Any] = {
+    "run_dir": "runs/latest",
+    "resume": None,
+    "device": "auto",
+    "plugins": [],
+}
 PRIVATE_LOGGING = {"wandb_project": "w2f_torchrl", "wandb_entity": None}
 #: Files for the masks of training, which acting does not need.
 PRIVATE_SEGMENTATION = dict.fromkeys(

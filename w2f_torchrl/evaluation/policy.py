@@ -11,13 +11,19 @@ from torchrl.data import Unbounded
 from torchrl.envs import TensorDictPrimer, TransformedEnv
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
-from w2f_torchrl.checkpoint.file import load_checkpoint, malformed_is_an_error
+from w2f_torchrl.checkpoint.file import (
+    CheckpointError,
+    load_checkpoint,
+    malformed_is_an_error,
+)
 from w2f_torchrl.checkpoint.older import complete_model
 from w2f_torchrl.config import RunConfig, to_run_config
 from w2f_torchrl.data.environments import build_env
 from w2f_torchrl.envs import evaluation_sets
 from w2f_torchrl.learner.learner import Learner
 from w2f_torchrl.modules import latent_sizes
+from w2f_torchrl.modules.components import encoder_keys
+from w2f_torchrl.utils.settings import unregistered
 from w2f_torchrl.utils.tensors import check_tensor
 
 
@@ -34,7 +40,8 @@ class LoadedPolicy(TensorDictModuleBase):
         self.policy = learner.policy
         self.world_model = learner.world_model
         self.action_size = action_size
-        self.in_keys = ["pixels", "is_init", *latent_sizes(config.model, action_size)]
+        observed = encoder_keys(learner.world_model.encoder)
+        self.in_keys = [*observed, "is_init", *latent_sizes(config.model, action_size)]
         self.out_keys = self.policy.out_keys
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
@@ -116,9 +123,22 @@ def load_learner(
     with malformed_is_an_error(checkpoint):
         payload["config"]["model"] = complete_model(payload["config"]["model"])
         config = to_run_config(payload["config"]).thawed(device=str(device))
+        _check_registered(config, checkpoint)
         learner = Learner.from_config(config, payload["action_size"])
         if payload.get("exported"):
             learner.load_networks(payload["learner"]["loss"])
         else:
             learner.load_state_dict(payload["learner"])
         return config, learner.eval(), int(payload["action_size"])
+
+
+def _check_registered(config: RunConfig, checkpoint: str | Path) -> None:
+    """Refuse settings with names that nothing in this process has registered."""
+    missing = [*unregistered("algo", config.algo), *unregistered("model", config.model)]
+    if missing:
+        plugins = ", ".join(config.plugins) or "the file that registers it"
+        raise CheckpointError(
+            f"{checkpoint} was made with {', '.join(missing)}, which is not registered here. A "
+            f"checkpoint imports no code: first import {plugins}, for example with "
+            "w2f_torchrl.plugins.load_plugins."
+        )

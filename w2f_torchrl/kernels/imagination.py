@@ -8,7 +8,8 @@ Shape letters: N rows, S = K x C state (K categoricals, C classes), D belief, A 
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,6 +26,8 @@ from w2f_torchrl.kernels.categoricals import (
 from w2f_torchrl.kernels.dense import Affine, cast_maps, run_layers
 from w2f_torchrl.kernels.products import product
 
+Method = TypeVar("Method", bound=Callable[..., Any])
+
 
 class Actor(Protocol):
     """A policy's network: layers, a linear head each for mean and deviation, and their ranges."""
@@ -38,6 +41,15 @@ class Actor(Protocol):
 
     def squash(self, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
         """Map the outputs of the two heads ``[..., A]`` to their ranges."""
+
+
+def two_heads(from_features: Method) -> Method:
+    """Mark the ``from_features`` that :class:`CastActor` computes: layers, two heads, their ranges.
+
+    A subclass that replaces the method has no mark, and is called as it is.
+    """
+    from_features.two_heads = True  # type: ignore[attr-defined]
+    return from_features
 
 
 class PriorHead:
@@ -118,4 +130,5 @@ def prepare(prior: RSSMPriorV3, actor: Actor, belief: Tensor) -> Prepared:
     dtype = torch.get_autocast_dtype(device)
     step.cast_weights(dtype)
     head.cast_weights(dtype)
-    return Prepared(step, head, CastActor(actor, dtype), dtype)
+    cast = getattr(type(actor).from_features, "two_heads", False)
+    return Prepared(step, head, CastActor(actor, dtype) if cast else actor, dtype)

@@ -14,24 +14,19 @@ from w2f_torchrl.checkpoint.older import split_moments
 from w2f_torchrl.config import (
     EXECUTIONS,
     ON_NAN,
+    LossConfig,
+    ModelConfig,
     OptimizerConfig,
     RunConfig,
 )
+from w2f_torchrl.learner.algorithm import AlgorithmSettings, build_algorithm
 from w2f_torchrl.learner.auto_execution import AutoUpdate
 from w2f_torchrl.learner.gradients import ComposedLoss, SharedGradients, share_gradients
 from w2f_torchrl.learner.non_finite_guard import FiniteGuard
 from w2f_torchrl.learner.optimizer import CapturableOptimizer, choose_precision, make_optimizer
 from w2f_torchrl.learner.update_modes import UpdateModes
-from w2f_torchrl.modules import (
-    ModelConfig,
-    WorldModel,
-    build_actor,
-    build_critic,
-    build_policy,
-    build_world_model,
-)
+from w2f_torchrl.modules import WorldModel
 from w2f_torchrl.modules.packed_latents import LATENTS
-from w2f_torchrl.objectives import LossConfig, World2FilterLoss
 from w2f_torchrl.utils.checks import check_choice
 
 OPTIMIZER_SETTINGS = ("lr", "agc", "beta1", "beta2", "eps", "warmup_steps")
@@ -46,6 +41,9 @@ class Learner(nn.Module):
         image_size: Side of the square picture, pixels.
         latent: ``whole``, ``split``, ``shared`` or ``foreground``.
         loss: Scales and constants of the losses.
+        algorithm: ``world2filter``, ``dreamer_v3`` (the same with latent ``whole``), or a
+            registered name.
+        loss_name: A registered loss; None for World2FilterLoss.
         optimizer: Settings of the optimizer.
         device: Where the networks live.
         execution: One of the modes of :mod:`~w2f_torchrl.learner.execution`.
@@ -67,6 +65,8 @@ class Learner(nn.Module):
         image_size: int = 64,
         latent: str = "split",
         loss: LossConfig | None = None,
+        algorithm: str = "world2filter",
+        loss_name: str | None = None,
         optimizer: OptimizerConfig | None = None,
         device: torch.device | str = "cpu",
         execution: str = "eager",
@@ -79,16 +79,8 @@ class Learner(nn.Module):
         check_choice("execution", execution, EXECUTIONS)
         check_choice("gradients", gradients, ("none", "ddp", "flat"))
         check_choice("on_nan", on_nan, ON_NAN)
-        world_model = build_world_model(
-            model,
-            action_size=action_size,
-            image_size=image_size,
-            latent=latent,  # type: ignore[arg-type]
-        )
-        actor = build_actor(model, action_size)
-        self.loss = World2FilterLoss(world_model, actor[0].module, build_critic(model), loss)
-        # Shares the encoder, the foreground's prior and posterior and the actor.
-        self.policy = build_policy(world_model, actor)
+        parts = AlgorithmSettings(model, loss or LossConfig(), latent, action_size, image_size)
+        self.loss, self.policy = build_algorithm(algorithm, parts, loss_name)
         self.guard = FiniteGuard(self.loss, on_nan)
         self.to(device)
         self.device_type = torch.device(device).type
@@ -122,6 +114,8 @@ class Learner(nn.Module):
             image_size=config.environment.image_size,
             latent=config.latent,
             loss=config.loss,
+            algorithm=config.algo.name,
+            loss_name=config.algo.loss,
             optimizer=config.optimizer,
             device=config.torch_device(),
             execution=config.training.execution,

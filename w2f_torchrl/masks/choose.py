@@ -9,6 +9,7 @@ import torch
 from w2f_torchrl.config import ConfigError, RunConfig, SegmentationConfig
 from w2f_torchrl.masks.labels import load_backgrounds, load_labels
 from w2f_torchrl.masks.sources import MaskSource, SegmentedSource, TaughtSource
+from w2f_torchrl.registry import segmenters
 from w2f_torchrl.segmenters import (
     MedianSegmenter,
     Sam3Segmenter,
@@ -31,7 +32,7 @@ def choose_source(config: RunConfig, env_has_mask: bool, before: str | None = No
         before: The source of a run that is resumed, which ``auto`` keeps.
 
     Returns:
-        ``simulator``, ``sam3``, ``student`` or ``median``.
+        ``simulator``, ``sam3``, ``student``, ``median`` or a registered name.
 
     Raises:
         ConfigError: If the simulator's masks are needed but do not exist.
@@ -50,7 +51,8 @@ def choose_source(config: RunConfig, env_has_mask: bool, before: str | None = No
     if config.needs_masks and asks and not env_has_mask:
         raise ConfigError(
             f"segmentation={settings.source} needs the simulator's masks, but the env "
-            f"{config.environment.domain} has no foreground_mask. Allowed: sam3; median; or "
+            f"{config.environment.domain} has no foreground_mask. Allowed: sam3; median; a "
+            "registered segmenter; or "
             "student with segmentation.labels, segmentation.student_checkpoint or "
             "segmentation.teacher=sam3."
         )
@@ -82,6 +84,8 @@ def build_mask_source(config: RunConfig, source: str, env_has_mask: bool) -> Mas
     if source == "simulator":
         seed = derive_seed(config.seed, "lost masks", 0)
         return MaskSource(source, mask_dropout=settings.mask_dropout, seed=seed)
+    if (make := segmenters.get(source)) is not None:
+        return SegmentedSource(source, make(settings, config.torch_device()))
     if source == "median":
         return SegmentedSource(source, MedianSegmenter(settings.threshold))
     try:

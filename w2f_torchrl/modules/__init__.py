@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from w2f_torchrl._lazy import lazy_exports
 from w2f_torchrl.config.model import LATENTS, ModelConfig
 from w2f_torchrl.config.presets import PRESETS
+from w2f_torchrl.registry import register_decoder, register_encoder
 
 if TYPE_CHECKING:
     from w2f_torchrl.kernels.block_gru import BlockGRUStep
@@ -62,5 +63,7 @@ __all__ = [
     "imagine",
     "imagine_step",
     "latent_sizes",
+    "register_decoder",
+    "register_encoder",
     "sample_one_hot",
 ]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torchrl.modules.distributions import IndependentNormal
 
 from w2f_torchrl.config.model import ModelConfig
+from w2f_torchrl.kernels.imagination import two_heads
 from w2f_torchrl.modules.networks import MLP
 from w2f_torchrl.utils.checks import check_number
 
@@ -48,6 +49,7 @@ class GaussianActor(nn.Module):
         """Map ``[..., S], [..., D]`` to mean and standard deviation ``[..., A]``."""
         return self.from_features(torch.cat((belief, state), -1))
 
+    @two_heads
     def from_features(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Compute :meth:`forward` from belief and state joined, ``[..., D + S]``."""
         hidden = self.backbone(features)  # [..., units]

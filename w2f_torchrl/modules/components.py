@@ -16,6 +16,7 @@ from w2f_torchrl.modules.dual_decoder import DualImageDecoder
 from w2f_torchrl.modules.image_decoder import build_image_decoder
 from w2f_torchrl.modules.networks import ImageEncoder
 from w2f_torchrl.modules.rssm import RSSMRollout
+from w2f_torchrl.registry import decoders, encoders
 
 Latent = Literal["whole", "split", "shared", "foreground"]
 """The latents of a world model: see :class:`~w2f_torchrl.modules.WorldModel`."""
@@ -31,14 +32,21 @@ def background_sizes(config: ModelConfig) -> ModelConfig:
     )
 
 
-def build_encoder(config: ModelConfig) -> ImageEncoder:
+def build_encoder(config: ModelConfig, image_size: int) -> ImageEncoder:
     """Build an encoder: pictures ``[..., 3, H, W]`` to embeddings ``[..., E]``."""
+    if (build := encoders.get(config.encoder)) is not None:
+        return build(config, image_size)  # type: ignore[no-any-return]
     return ImageEncoder(
         depth=config.cnn_depth,
         mults=config.cnn_multipliers,
         kernel_size=config.kernel_size,
         pooled=config.resample == "reference",
     )
+
+
+def encoder_keys(*encoders: ImageEncoder | None) -> list[str]:
+    """Return the entries of an observation that encoders are called with, by default pixels."""
+    return [key for encoder in encoders for key in getattr(encoder, "in_keys", ["pixels"])]
 
 
 def build_rollout(
@@ -101,6 +109,8 @@ def build_decoder(
     config: ModelConfig, image_size: int, latent: Latent
 ) -> TensorDictModule | DualImageDecoder:
     """Build the decoder of the whole picture, or of foreground and background."""
+    if (build := decoders.get(config.decoder)) is not None:
+        return build(config, image_size, latent)
     image_shape = (3, image_size, image_size)
     features = (config.state_size, config.belief_size)
     settings: dict[str, Any] = {

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torchrl.modules import DreamerV3ImageDecoder
 
+from w2f_torchrl._older_weights import split_joint_head
 from w2f_torchrl.kernels.convolution import double, nearest_kernel, norm_activation
 from w2f_torchrl.modules.networks import MLP
 
@@ -59,7 +60,7 @@ class ImageDecoder(DreamerV3ImageDecoder):
         self.mask_head: nn.ConvTranspose2d | None = None
         if mask:
             self.layers[-1], self.mask_head = _split_last(self.layers[-1])
-            self.register_load_state_dict_pre_hook(_split_joint_head)
+            self.register_load_state_dict_pre_hook(split_joint_head)
 
     def forward(self, *inputs: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """Decode features ``[..., F]``, given in parts.
@@ -187,20 +188,3 @@ def _split_last(joint: nn.ConvTranspose2d) -> tuple[nn.ConvTranspose2d, nn.ConvT
             head.weight.copy_(own_weight)
             head.bias.copy_(own_bias)
     return heads[0], heads[1]
-
-
-def _split_joint_head(
-    module: ImageDecoder, state_dict: dict[str, Tensor], prefix: str, *_: Any
-) -> None:
-    """Load weights that were saved when mask and colours had one last layer."""
-    for name, dim in (("weight", 1), ("bias", 0)):
-        key = f"{prefix}layers.{len(module.layers) - 1}.{name}"
-        joint, mask = state_dict.get(key), f"{prefix}mask_head.{name}"
-        if joint is not None and mask not in state_dict:
-            state_dict[key], state_dict[mask] = split_mask(joint, dim)
-
-
-def split_mask(joint: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """Cut a last layer's parameter into the colours' and the mask's, which is its last output."""
-    colours = joint.shape[dim] - 1
-    return joint.narrow(dim, 0, colours).clone(), joint.narrow(dim, colours, 1).clone()

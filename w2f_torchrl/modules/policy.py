@@ -11,6 +11,7 @@ from torch import Tensor
 from torchrl.modules import RSSMStateEstimatorV3
 
 from w2f_torchrl.config.model import ModelConfig
+from w2f_torchrl.modules.components import encoder_keys
 from w2f_torchrl.modules.world_model import WorldModel
 
 
@@ -27,10 +28,10 @@ def build_policy(
     (a TensorDictPrimer makes the first ones, with the sizes of :func:`latent_sizes`), and writes
     ``action`` and the carried entries for the next step. It computes neither mask nor background.
     """
-    rollout = world_model.rollout
+    encoder, rollout = world_model.encoder, world_model.rollout
     carried = ["state", "belief", "previous_action"]
     return TensorDictSequential(
-        TensorDictModule(world_model.encoder, ["pixels"], ["encoded_latents"]),
+        TensorDictModule(encoder, encoder_keys(encoder), ["encoded_latents"]),
         RSSMStateEstimatorV3(rollout.rssm_prior.module, rollout.rssm_posterior.module),
         actor,
         TensorDictModule(_carry, ["state", "belief", "action"], [("next", key) for key in carried]),

@@ -27,6 +27,7 @@ from w2f_torchrl.modules.components import (
     build_decoder,
     build_encoder,
     build_rollout,
+    encoder_keys,
 )
 from w2f_torchrl.modules.networks import MLP, ImageEncoder
 from w2f_torchrl.modules.packed_latents import (
@@ -66,7 +67,7 @@ class WorldModel(TensorDictModuleBase):
         super().__init__()
         self.config, self.latent = config, latent
         self.action_size, self.image_size = action_size, image_size
-        self.encoder = build_encoder(config)
+        self.encoder = build_encoder(config, image_size)
         embedding = self.encoder.output_features((3, image_size, image_size))
         self.rollout = build_rollout(config, embedding, action_size)
         self.background_rollout = None
@@ -74,7 +75,7 @@ class WorldModel(TensorDictModuleBase):
         if latent == "split":
             background, embedding_key = background_sizes(config), "encoded_latents"
             if config.background_encoder == "own":
-                self.background_encoder = build_encoder(background)
+                self.background_encoder = build_encoder(background, image_size)
                 embedding = self.background_encoder.output_features((3, image_size, image_size))
                 embedding_key = "background_encoded_latents"
             self.background_rollout = build_rollout(background, embedding, None, embedding_key)
@@ -88,7 +89,8 @@ class WorldModel(TensorDictModuleBase):
         self.side_stream: torch.cuda.Stream | None = None
         """Stream for the background's encoder and recurrence, in parallel to the foreground's: each
         step of a recurrence leaves most of a GPU idle. None: they run after the foreground's."""
-        self.in_keys = ["action", "is_init", ("next", "pixels")]
+        observed = dict.fromkeys(["pixels", *encoder_keys(self.encoder, self.background_encoder)])
+        self.in_keys = ["action", "is_init", *(("next", key) for key in observed)]
         self.out_keys = self._out_keys()
 
     def _out_keys(self) -> list[tuple[str, str]]:
@@ -135,15 +137,19 @@ class WorldModel(TensorDictModuleBase):
         side = SideStream(self.side_stream)
         if self.background_encoder is not None:
             side.mark()  # the background needs nothing of the foreground
-        encode = self.compiled.get("encoder", self.encoder)
-        pixels = tensordict.get(("next", "pixels"))  # [B, T, 3, H, W]
-        tensordict.set(("next", "encoded_latents"), encode(pixels))  # [B, T, E]
+        self._encode(tensordict, "encoder")
         if self.background_encoder is None:
             side.mark()  # the background reads the same embedding
         self.rollout(tensordict)
         if self.background_rollout is not None:
             side.run(partial(self._infer_background, tensordict, self.background_rollout))
         return tensordict
+
+    def _encode(self, tensordict: TensorDictBase, name: str, prefix: str = "") -> None:
+        encoder: ImageEncoder = getattr(self, name)
+        observation = [tensordict.get(("next", key)) for key in encoder_keys(encoder)]
+        embedding = self.compiled.get(name, encoder)(*observation)  # [B, T, E]
+        tensordict.set(("next", f"{prefix}encoded_latents"), embedding)
 
     def _num_classes(self) -> dict[str, int]:
         """Return the number of classes of each latent's categoricals, by the prefix of its keys."""
@@ -177,10 +183,8 @@ class WorldModel(TensorDictModuleBase):
         """Write the background's latent, and return all tensors written ``[B, T, ...]``."""
         written: list[NestedKey] = list(rollout.out_keys)
         if self.background_encoder is not None:
-            encode = self.compiled.get("background_encoder", self.background_encoder)
-            key = ("next", "background_encoded_latents")
-            tensordict.set(key, encode(tensordict.get(("next", "pixels"))))  # [B, T, E]
-            written.append(key)
+            self._encode(tensordict, "background_encoder", "background_")
+            written.append(("next", "background_encoded_latents"))
         rollout(tensordict)
         return [tensordict.get(key) for key in written]
 

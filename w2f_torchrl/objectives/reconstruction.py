@@ -13,32 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from w2f_torchrl.config.loss import ForegroundScale, ForegroundTarget
-from w2f_torchrl.utils.tensors import FLOATING, check_tensor, check_unit_interval
-
-
-def _check(prediction: Tensor, pixels: Tensor, mask: Tensor | None = None) -> None:
-    # Only uint8 is accepted: the range of values is never guessed from the data.
-    check_tensor("pixels", pixels, torch.uint8, ("...", 3, "H", "W"))
-    check_tensor("the prediction", prediction, FLOATING, ("...",))
-    if prediction.shape != pixels.shape:
-        raise ValueError(
-            f"the prediction must have the pixels' shape {tuple(pixels.shape)}, got "
-            f"{tuple(prediction.shape)}."
-        )
-    if mask is not None:
-        _check_mask(mask, pixels)
-
-
-def _check_logits(mask_logits: Tensor, mask: Tensor) -> None:
-    check_tensor("mask_logits", mask_logits, FLOATING, ("...", 1, "H", "W"))
-    _check_mask(mask, mask_logits)
-
-
-def _check_mask(mask: Tensor, pixels: Tensor) -> None:
-    expected = (*pixels.shape[:-3], 1, *pixels.shape[-2:])
-    if mask.shape != expected:
-        raise ValueError(f"foreground_mask must have shape {expected}, got {tuple(mask.shape)}.")
-    check_unit_interval("foreground_mask", mask)
+from w2f_torchrl.utils.tensors import check_images, check_mask
 
 
 class _SquaredError(torch.autograd.Function):
@@ -78,7 +53,7 @@ def image_loss(prediction: Tensor, pixels: Tensor) -> Tensor:
         prediction: Colours ``[..., 3, H, W]``.
         pixels: uint8 ``[..., 3, H, W]``.
     """
-    _check(prediction, pixels)
+    check_images(prediction, pixels)
     loss: Tensor = _SquaredError.apply(prediction, pixels, None)
     return loss
 
@@ -108,7 +83,7 @@ def foreground_loss(
         dropped: bool ``[..., 1, H, W]``, from :func:`confident_foreground`: pixels where black is
             not required.
     """
-    _check(prediction, pixels, mask)
+    check_images(prediction, pixels, mask)
     weight = mask.to(prediction.dtype)
     loss: Tensor = _SquaredError.apply(prediction, pixels, weight)
     if scale == "area":
@@ -138,7 +113,7 @@ def confident_foreground(mask_logits: Tensor, mask: Tensor, threshold: float) ->
     Returns:
         bool ``[..., 1, H, W]``.
     """
-    _check_logits(mask_logits, mask)
+    check_mask(mask_logits, mask)
     says_background = ~mask if mask.dtype is torch.bool else mask < 0.5
     return (mask_logits.detach().sigmoid() > threshold) & says_background
 
@@ -150,7 +125,7 @@ def mask_loss(mask_logits: Tensor, mask: Tensor) -> Tensor:
         mask_logits: ``[..., 1, H, W]``.
         mask: bool, or confidence in [0, 1], ``[..., 1, H, W]``.
     """
-    _check_logits(mask_logits, mask)
+    check_mask(mask_logits, mask)
     # -m log p - (1 - m) log (1 - p) = softplus(l) - m l
     own = mask_logits * mask.to(mask_logits.dtype)
     return (F.softplus(mask_logits) - own).sum() / _num_images(mask_logits)
@@ -168,7 +143,7 @@ def background_loss(
         dropped: bool ``[..., 1, H, W]``, from :func:`confident_foreground`: pixels whose error is
             not counted.
     """
-    _check(prediction, pixels, mask)
+    check_images(prediction, pixels, mask)
     weight = _outside(mask.to(prediction.dtype), dropped)
     loss: Tensor = _SquaredError.apply(prediction, pixels, weight)
     return loss

@@ -6,7 +6,7 @@ Shape letters: B batch, T time, N = B x T imagined trajectories, H horizon, S st
 from __future__ import annotations
 
 import copy
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -27,44 +27,9 @@ from w2f_torchrl.modules import (
 from w2f_torchrl.modules.packed_latents import LATENTS, initial_keys
 from w2f_torchrl.objectives import reconstruction
 from w2f_torchrl.objectives.returns import ReturnNorm, lambda_return
+from w2f_torchrl.objectives.terms import TERMS, TOTAL, LossTerm
 from w2f_torchrl.segmenters import mask_iou
 from w2f_torchrl.utils.tensors import FLOATING, check_tensor
-
-ALL_LATENTS = ("whole", "shared", "foreground", "split")
-TOTAL = "wm/total_loss"
-
-
-class LossTerm(NamedTuple):
-    """The metrics, latents and weight of a loss."""
-
-    metrics: tuple[str, ...]
-    """Names in ``metrics.jsonl`` whose sums include it."""
-    latents: tuple[str, ...] = ALL_LATENTS
-    """Latents of the world model for which the loss exists."""
-    weight: str | None = None
-    """Field of :class:`LossConfig` with its weight; None uses the field with the loss's name."""
-
-
-_KL = (TOTAL, "wm/kl_loss")
-_IMAGE = (TOTAL, "wm/image_loss")
-_MASKED = ("shared", "foreground", "split")
-
-TERMS: dict[str, LossTerm] = {
-    "dynamics": LossTerm(_KL),
-    "representation": LossTerm(_KL),
-    "background_dynamics": LossTerm(_KL, ("split",), "dynamics"),
-    "background_representation": LossTerm(_KL, ("split",), "representation"),
-    "image": LossTerm(_IMAGE, ("whole",)),
-    "foreground": LossTerm((*_IMAGE, "wm/fg_loss"), _MASKED),
-    "mask": LossTerm((*_IMAGE, "wm/fg_loss", "wm/mask_loss"), _MASKED),
-    "background": LossTerm((*_IMAGE, "wm/bg_loss"), ("shared", "split")),
-    "reward": LossTerm((TOTAL, "wm/reward_loss")),
-    "continuation": LossTerm((TOTAL, "wm/continue_loss")),
-    "actor": LossTerm(("ac/actor_loss",)),
-    "critic": LossTerm(("ac/critic_loss",)),
-    "replay_critic": LossTerm(("ac/critic_loss",)),
-}
-"""Every loss by name; metrics sum them in this order."""
 
 
 class World2FilterLoss(LossModule):
@@ -90,7 +55,8 @@ class World2FilterLoss(LossModule):
     packed posterior latents ``[B, T]`` under ``latents``.
 
     A subclass that returns another loss from :meth:`world_model_losses` lists it in
-    :meth:`loss_names`. By default its weight is the field of its name in ``config``, and it is
+    :meth:`loss_names`. By default its weight is the field of its name in ``config``, or the entry
+    of that name in ``config.extra``, and it is
     logged as ``wm/<name>_loss`` and included in ``wm/total_loss``; :attr:`terms` can change both.
 
     Raises:
@@ -137,12 +103,19 @@ class World2FilterLoss(LossModule):
         return self.terms.get(name) or LossTerm((TOTAL, f"wm/{name}_loss"))
 
     def _check_terms(self) -> None:
-        for name in map(_plain, self.out_keys):
-            weight = self.term(name).weight or name
-            if not hasattr(self.config, weight):
+        weights = {self.term(name).weight or name: name for name in map(_plain, self.out_keys)}
+        for weight, name in weights.items():
+            if self.config.weight(weight) is None:
                 raise ValueError(
-                    f"loss_{name} has no weight: {type(self.config).__name__} must have a field "
-                    f"{weight!r}, or {type(self).__name__}.terms name another."
+                    f"loss_{name} has no weight: set loss.extra.{weight}, or let "
+                    f"{type(self.config).__name__} have a field {weight!r}."
+                )
+        for weight in self.config.extra:
+            if weight not in weights or hasattr(self.config, weight):
+                without = [name for name in weights if not hasattr(self.config, name)]
+                raise ValueError(
+                    f"loss.extra.{weight} is not the weight of a loss that {type(self).__name__} "
+                    f"adds; allowed: {', '.join(without) or 'none'}."
                 )
 
     def forward(self, sample: TensorDictBase) -> TensorDict:
@@ -375,7 +348,8 @@ class World2FilterLoss(LossModule):
         torch._foreach_add_(slow, change)
 
     def _weight(self, name: str) -> float:
-        weight: float = getattr(self.config, self.term(name).weight or name)
+        weight = self.config.weight(self.term(name).weight or name)
+        assert weight is not None, "checked"
         return weight
 
     def _check_owners(self, actor_critic: dict[str, Tensor]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from w2f_torchrl._lazy import lazy_exports
+from w2f_torchrl.registry import register_segmenter
 from w2f_torchrl.segmenters.sam3_requirements import SegmenterUnavailableError
 
 if TYPE_CHECKING:
@@ -35,5 +36,6 @@ __all__ = [
     "boundary_error",
     "choose_diverse",
     "mask_iou",
+    "register_segmenter",
     "train_student",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple, TypeAlias, TypeVar
@@ -27,6 +27,7 @@ from w2f_torchrl.data import (
 )
 from w2f_torchrl.data.collector.leftovers import Leftovers
 from w2f_torchrl.data.environments import create_env
+from w2f_torchrl.data.records import keys_of_observations
 from w2f_torchrl.modules import latent_sizes
 from w2f_torchrl.trainers.run_replay import RunReplay
 from w2f_torchrl.utils.ranks import Ranks
@@ -56,6 +57,8 @@ class Collection:
         action_size: A.
         replay: The replay, not yet open.
         leftovers: Files that the rank's processes create outside of the run's directory.
+        observations: Entries of the envs' observations, in addition to images and masks, that
+            records keep.
     """
 
     def __init__(
@@ -66,9 +69,10 @@ class Collection:
         action_size: int,
         replay: RunReplay,
         leftovers: Leftovers | None = None,
+        observations: Sequence[str] = (),
     ) -> None:
         self.config, self.ranks, self.run_replay = config, ranks, replay
-        self.leftovers = leftovers
+        self.leftovers, self.observations = leftovers, observations
         workers = count_workers(config, ranks.local_size)
         self.environment = config_to_dict(config)["environment"] | {
             "workers": workers,
@@ -89,6 +93,7 @@ class Collection:
             device=config.torch_device() if config.collection.device == "learner" else "cpu",
             overlap=config.collection.overlap,
             timeout_seconds=config.collection.timeout_seconds,
+            observations=observations,
             extra_keys=LATENT_KEYS if config.replay.latents else (),
         )
         """Makes the collector from a seed and a folder for temporary files."""
@@ -205,7 +210,8 @@ class Collection:
         check_finite(batch)
         keeps_latents = self.config.replay.latents and LATENT_KEYS[0] in batch.keys(True)
         classes = self.config.model.num_classes if keeps_latents else None
-        records = records_from_rollout(batch, latent_classes=classes)
+        keys = keys_of_observations(batch, self.observations)
+        records = records_from_rollout(batch, keys, latent_classes=classes)
         try:  # the other ranks wait for this one's episodes
             with may_be_cut() if self.ranks.size == 1 else nullcontext():
                 records = label(records)

@@ -21,7 +21,7 @@ from w2f_torchrl.checkpoint.folder import checkpoints_of, records_folder
 from w2f_torchrl.checkpoint.lock import RunLock
 from w2f_torchrl.checkpoint.parts import Checkpoints
 from w2f_torchrl.checkpoint.resume import Resumption, find_resumption
-from w2f_torchrl.config import RunConfig, config_to_dict, save_config
+from w2f_torchrl.config import ConfigError, RunConfig, config_to_dict, save_config
 from w2f_torchrl.data.collector.leftovers import Leftovers
 from w2f_torchrl.data.environments import EnvFacts, build_env, probe_env
 from w2f_torchrl.evaluation.evaluator import Evaluator
@@ -35,6 +35,7 @@ from w2f_torchrl.logging.wandb import restore_wandb_run
 from w2f_torchrl.masks.choose import build_mask_source, choose_source
 from w2f_torchrl.masks.prepare import prepare
 from w2f_torchrl.masks.sources import MaskSource
+from w2f_torchrl.modules.components import encoder_keys
 from w2f_torchrl.trainers.collecting import Collection, count_workers
 from w2f_torchrl.trainers.counters import RunCounters
 from w2f_torchrl.trainers.interruptions import stop_on_signal
@@ -172,7 +173,11 @@ def choose_masks(run: Run, env: EnvFacts) -> MaskSource:
 
 
 def build_learner(run: Run, env: EnvFacts) -> Learner:
-    """Build the networks, their losses and the optimizer."""
+    """Build the networks, their losses and the optimizer.
+
+    Raises:
+        ConfigError: If a loss has no weight, or the encoder reads what the env does not observe.
+    """
     training = run.config.training
     if run.ranks.size > 1:
         logger.info(
@@ -182,14 +187,34 @@ def build_learner(run: Run, env: EnvFacts) -> Learner:
             run.config.effective_batch_size,
             training.batch_length,
         )
-    return Learner.from_config(run.config, env.action_size, gradients=run.config.gradients)
+    gradients = run.config.gradients
+    try:
+        learner = Learner.from_config(run.config, env.action_size, gradients=gradients)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    offered = ("pixels", *env.observations)
+    missing = [key for key in encoder_keys(learner.world_model.encoder) if key not in offered]
+    if missing:
+        raise ConfigError(
+            f"model.encoder={run.config.model.encoder} reads {', '.join(missing)}, but "
+            f"environment.domain={run.config.environment.domain} observes {', '.join(offered)}."
+        )
+    return learner
 
 
 def build_collection(run: Run, learner: Learner, env: EnvFacts) -> Collection:
     """Build the workers and the replay of this rank; they start with training."""
     records = None if run.resumption is None else run.resumption.records
     replay = RunReplay(run.config, records_folder(run.directory, run.ranks.rank), records)
-    return Collection(run.config, run.ranks, learner.policy, env.action_size, replay, run.leftovers)
+    return Collection(
+        run.config,
+        run.ranks,
+        learner.policy,
+        env.action_size,
+        replay,
+        run.leftovers,
+        replay.kept(env.observations),
+    )
 
 
 def build_evaluator(
@@ -199,7 +224,9 @@ def build_evaluator(
     if not run.ranks.is_first:
         return None
     seed = derive_seed(run.config.seed, "eval", 0)
-    return Evaluator(run.config, seed, learner.policy, env.action_size, masks.segment)
+    return Evaluator(
+        run.config, seed, learner.policy, env.action_size, masks.segment, env.observations
+    )
 
 
 @dataclass

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,8 @@ from w2f_torchrl.config import RunConfig
 from w2f_torchrl.data import StreamReplayBuffer, make_replay
 from w2f_torchrl.data.replay.latents import latent_fields
 from w2f_torchrl.data.replay.replay_files import Manifest, ReplayFiles, new_generation, ring_rows
+
+logger = logging.getLogger(__name__)
 
 
 class RunReplay:
@@ -49,6 +53,21 @@ class RunReplay:
         """The files of the records, which checkpoints refer to."""
         assert self._files is not None, "the replay is open"
         return self._files
+
+    def kept(self, observations: Sequence[str]) -> list[str]:
+        """Return those of an env's observations that the records can hold: all, in a new replay.
+
+        Args:
+            observations: Entries in addition to images and masks.
+        """
+        fields = None if self.records is None else self.records.manifest["fields"]
+        kept = [name for name in observations if fields is None or f"next/{name}" in fields]
+        if len(kept) < len(observations):
+            logger.warning(
+                "the checkpoint's records have no %s: the replay is continued without.",
+                ", ".join(name for name in observations if name not in kept),
+            )
+        return kept
 
     def open(self, *, seed: int, resume_episodes: bool) -> None:
         """Make the buffer, and fill it with the checkpoint's records.

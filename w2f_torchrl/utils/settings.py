@@ -9,9 +9,10 @@ from __future__ import annotations
 import copy
 import dataclasses
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal, Self, TypeVar, cast
 
+from w2f_torchrl.registry import Registry
 from w2f_torchrl.utils.checks import check_choice, check_flag, check_number, describe_range
 
 T = TypeVar("T")
@@ -72,6 +73,7 @@ class SettingInfo:
         odd: Whether the number must be odd; needs one of the limits.
         choices: Allowed words; empty if any are allowed.
         option: Name on the command line, if it is not ``group.field``.
+        registry: The names that are allowed: ``choices``, and those that are registered.
     """
 
     help: str
@@ -83,6 +85,7 @@ class SettingInfo:
     odd: bool = False
     choices: tuple[str, ...] = ()
     option: str | None = None
+    registry: Registry[Any] | None = None
 
     @property
     def limits(self) -> dict[str, float]:
@@ -160,11 +163,12 @@ def setting(
     odd: bool = False,
     choices: tuple[str, ...] = (),
     option: str | None = None,
+    registry: Registry[Any] | None = None,
 ) -> T:
     """Declare a dataclass field that is a setting.
 
     Args:
-        default: The default value; a list is copied for each instance.
+        default: The default value; a list or dictionary is copied for each instance.
         help: See :class:`SettingInfo`, as for all other arguments.
         unit: The unit of a number.
         minimum: Smallest allowed value.
@@ -174,6 +178,7 @@ def setting(
         odd: Whether the number must be odd.
         choices: Allowed words.
         option: Name on the command line, if it is not ``group.field``.
+        registry: The allowed names, instead of ``choices``.
 
     Returns:
         A ``dataclasses.field``, typed as its default for the type checker.
@@ -186,11 +191,12 @@ def setting(
         maximum=maximum,
         below=below,
         odd=odd,
-        choices=choices,
+        choices=choices if registry is None else registry.builtin,
         option=option,
+        registry=registry,
     )
     metadata = {_KEY: info}
-    if isinstance(default, list):
+    if isinstance(default, list | dict):
         return cast(T, dataclasses.field(default_factory=default.copy, metadata=metadata))
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -231,22 +237,48 @@ def check_fields(group: str, config: Any) -> None:
             continue
         if "bool" in kinds:
             check_flag(name, value)
-        for number in _numbers(value, kinds, info):
+        for key, number in _numbers(value, kinds, info):
             check_number(
-                name,
+                f"{name}.{key}" if key else name,
                 number,
                 integer=not any("float" in kind for kind in kinds),
                 odd=info.odd,
                 optional=optional,
                 **info.limits,
             )
-        if info.choices:
+        if info.registry is not None:
+            info.registry.check(value)
+        elif info.choices:
             check_choice(name, value, info.choices)
 
 
-def _numbers(value: object, kinds: list[str], info: SettingInfo) -> Iterator[object]:
-    """Yield the values that must be numbers: the value, or the items of a list with limits."""
+def unregistered(group: str, config: Any) -> list[str]:
+    """Return the settings of a group whose names are not registered, as ``group.field=name``.
+
+    Args:
+        group: Name of the group of settings.
+        config: An instance of its dataclass.
+    """
+    found = []
+    for field in dataclasses.fields(config):
+        info, value = info_of(field), getattr(config, field.name)
+        if info is None or info.registry is None or value is None:
+            continue
+        if value not in info.registry.names:
+            found.append(f"{group}.{field.name}={value}")
+    return found
+
+
+def _numbers(
+    value: object, kinds: list[str], info: SettingInfo
+) -> Iterator[tuple[str | None, object]]:
+    """Yield the values that must be numbers: the value, or the items of a collection with limits.
+
+    Items of a dictionary come with their keys.
+    """
     if "int" in kinds or "float" in kinds:
-        yield value
+        yield None, value
+    elif info.limits and isinstance(value, Mapping):
+        yield from value.items()
     elif info.limits and isinstance(value, list | tuple):
-        yield from value
+        yield from ((None, item) for item in value)

@@ -80,6 +80,52 @@ def check_unit_interval(name: str, values: Tensor) -> None:
         raise ValueError(f"{name} must lie in [0, 1], got values from {low:g} to {high:g}.")
 
 
+def check_images(prediction: object, pixels: Tensor, mask: Tensor | None = None) -> None:
+    """Check decoded images, their target and its mask.
+
+    Args:
+        prediction: Colours ``[..., 3, H, W]``.
+        pixels: uint8 ``[..., 3, H, W]``; the range of values is never guessed from the data.
+        mask: bool, or confidence in [0, 1], ``[..., 1, H, W]``.
+
+    Raises:
+        TypeError: If one has another dtype.
+        ValueError: If one has another shape, or a confidence is outside its range.
+    """
+    check_tensor("pixels", pixels, torch.uint8, ("...", 3, "H", "W"))
+    check_tensor("the prediction", prediction, FLOATING, ("...",))
+    assert isinstance(prediction, Tensor), "checked"
+    if prediction.shape != pixels.shape:
+        raise ValueError(
+            f"the prediction must have the pixels' shape {tuple(pixels.shape)}, got "
+            f"{tuple(prediction.shape)}."
+        )
+    if mask is not None:
+        _check_mask_of(pixels, mask)
+
+
+def check_mask(mask_logits: Tensor, mask: Tensor) -> None:
+    """Check a predicted mask and its target.
+
+    Args:
+        mask_logits: ``[..., 1, H, W]``.
+        mask: bool, or confidence in [0, 1], ``[..., 1, H, W]``.
+
+    Raises:
+        TypeError: If one has another dtype.
+        ValueError: If one has another shape, or a confidence is outside its range.
+    """
+    check_tensor("mask_logits", mask_logits, FLOATING, ("...", 1, "H", "W"))
+    _check_mask_of(mask_logits, mask)
+
+
+def _check_mask_of(images: Tensor, mask: Tensor) -> None:
+    expected = (*images.shape[:-3], 1, *images.shape[-2:])
+    if mask.shape != expected:
+        raise ValueError(f"foreground_mask must have shape {expected}, got {tuple(mask.shape)}.")
+    check_unit_interval("foreground_mask", mask)
+
+
 def _fits(size: int, wanted: int | str) -> bool:
     return size == wanted if isinstance(wanted, int) else size > 0 or wanted not in ("H", "W")
 

@@ -22,18 +22,17 @@ from torchrl.envs.utils import ExplorationType
 from w2f_torchrl.data.collector.overlap import OverlappedCollector
 from w2f_torchrl.data.collector.resumable import ResumableCollector
 from w2f_torchrl.data.collector.workers import TIMEOUT_SECONDS, SyncCollector, begin_worker
-from w2f_torchrl.keys import MASK, NEXT_MASK
+from w2f_torchrl.keys import MASK, NEXT_MASK, PIXELS
 from w2f_torchrl.utils.main_guard import require_main_guard
 from w2f_torchrl.utils.seeding import derive_seed
 
 EnvFactory = Callable[[int, int], EnvBase]
 
-# What records need, and the episode statistics that RewardSum and StepCounter provide.
+# What records need in addition to observations, and the episode statistics that RewardSum and
+# StepCounter provide.
 REQUIRED_KEYS: tuple[NestedKey, ...] = (
-    "pixels",
     "is_init",
     "action",
-    ("next", "pixels"),
     ("next", "reward"),
     ("next", "terminated"),
     ("next", "done"),
@@ -66,6 +65,7 @@ def make_collector(
     seed: int = 0,
     rank: int = 0,
     device: torch.device | str = "cpu",
+    observations: Sequence[str] = (),
     extra_keys: Sequence[NestedKey] = (),
     overlap: bool = False,
     timeout_seconds: float = TIMEOUT_SECONDS,
@@ -95,6 +95,8 @@ def make_collector(
             and worker w's policy noise ``derive_seed(seed, "policy", rank, w)``.
         rank: This process's rank among distributed learners.
         device: Where the workers' policies run; envs and batches are on CPU.
+        observations: Entries of the env's observations, in addition to ``pixels`` and
+            ``foreground_mask``, that batches keep.
         extra_keys: More keys that batches keep.
         overlap: Whether the next batch is collected while the last is learned from; needs workers.
         timeout_seconds: How long a worker may give no sign before it counts as lost.
@@ -130,7 +132,7 @@ def make_collector(
         "frames_per_batch": frames_per_batch,
         "total_frames": total_frames,
         "policy_device": torch.device(device),
-        "postproc": _KeepKeys(extra_keys),
+        "postproc": _KeepKeys(observations, extra_keys),
         **_OPTIONS,
     }
     if failures is None:
@@ -243,8 +245,9 @@ def _call(create_env: EnvFactory, index: int, seed: int) -> EnvBase:
 class _KeepKeys:
     """Drop all keys of a batch but those that are used."""
 
-    def __init__(self, extra_keys: Sequence[NestedKey]) -> None:
-        self.required = (*REQUIRED_KEYS, *extra_keys)
+    def __init__(self, observations: Sequence[str], extra_keys: Sequence[NestedKey]) -> None:
+        observed = [key for name in (PIXELS, *observations) for key in (name, ("next", name))]
+        self.required = (*observed, *REQUIRED_KEYS, *extra_keys)
 
     def __call__(self, batch: TensorDictBase) -> TensorDictBase:
         present = set(batch.keys(include_nested=True))
