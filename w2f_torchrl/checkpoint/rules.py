@@ -76,8 +76,8 @@ RULES = (
     Rule(
         ("distributed.",),
         True,
-        "with another number of ranks, the envs begin new episodes, and the replays of new ranks "
-        "start empty",
+        "with another number of ranks, the envs begin new episodes; with more ranks, all replays "
+        "fill again",
     ),
     Rule(("collection.num_workers", "collection.overlap"), True, "the envs begin new episodes"),
     Rule(("collection.",), True, "applies from the next batch"),

@@ -72,7 +72,7 @@ class UpdateSchedule:
         """
         due_since = int(
             self.ratio * max(steps - self.start, 0)
-        )  # int() rounds down, as it is not negative
+        )  # int() rounds down, as the product is not negative
         total = self._before + due_since
         due = total - self.updates
         if due < 0:

@@ -96,7 +96,7 @@ class Collection:
             observations=observations,
             extra_keys=LATENT_KEYS if config.replay.latents else (),
         )
-        """Makes the collector from a seed and a folder for temporary files."""
+        """Function that makes the collector from a seed and a folder for temporary files."""
         self.seed = config.seed
         self.restarts = 0
         """How often workers have been replaced in the whole run."""

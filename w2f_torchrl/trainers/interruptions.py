@@ -58,5 +58,5 @@ def keep_exception(run_dir: Path, error: BaseException, *, frames: int, updates:
         with (run_dir / EXCEPTIONS_NAME).open("a") as stream:
             stream.write(f"{when}, frame {frames}, update {updates}\n{text}\n")
     except OSError as full:  # the exception itself may be a full disk
-        logger.error("%s can't be written: %s", run_dir / EXCEPTIONS_NAME, full)
+        logger.error("%s cannot be written: %s", run_dir / EXCEPTIONS_NAME, full)
     return text

@@ -251,7 +251,7 @@ class Trainer:
             sample = self._updates.update()
             counts = {"frames": self.frames, "updates": self.updates}
             show = partial(self.diagnostics.after_update, sample, **counts)
-            self._attempt("a picture or histogram of training", show)
+            self._attempt("an image or histogram of training", show)
             self.bar.update(frames=self.frames, updates=self.updates)
 
     def _attempt(self, work: str, action: Callable[[], T]) -> T | None:

@@ -107,6 +107,6 @@ class Leftovers:
 
 
 def _settings() -> dict[str, Any]:
-    """Settings that child processes inherit: a name prefix and a folder."""
+    """Return settings that child processes inherit: a name prefix and a folder."""
     config: dict[str, Any] = getattr(multiprocessing.current_process(), "_config", {})
     return config

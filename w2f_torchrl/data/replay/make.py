@@ -50,7 +50,7 @@ def make_replay(
     Raises:
         ValueError: If a size is not positive, a stream cannot hold a slice, or options exclude
             each other.
-        FileExistsError: If the folder isn't empty and ``exist_ok`` is False.
+        FileExistsError: If the folder is not empty and ``exist_ok`` is False.
     """
     _check_sizes(
         capacity=capacity,
