@@ -65,7 +65,8 @@ def methods_of(cls: type) -> Iterator[tuple[str, Any]]:
 def is_constant_documented(package: str, name: str) -> bool:
     """Whether a constant has a ``#:`` comment above it, or a string below."""
     pattern = rf"(?:^#:.*\n{name}\b)|(?:^{name}\b[^\n]*=(?:.*\n)+?\"\"\")"
-    files = (PACKAGE / package).glob("*.py")
+    del package  # a package may export what another defines
+    files = PACKAGE.rglob("*.py")
     return any(re.search(pattern, path.read_text(), re.MULTILINE) for path in files)
 
 

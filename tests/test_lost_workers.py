@@ -12,13 +12,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from helpers.counting_env import RECURRENT, DummyPolicy, make_counting_env
+from helpers.runs import tiny_run
 from helpers.short_runs import rows, short_run, wait_for
 from tensordict import TensorDict
+from torch import nn
 
 from w2f_torchrl.checkpoint import latest_checkpoint, load_checkpoint
 from w2f_torchrl.data import WorkerError, make_collector
@@ -27,6 +30,7 @@ from w2f_torchrl.data.collector.leftovers import SHARED_MEMORY, Leftovers
 from w2f_torchrl.data.collector.workers import Patience
 from w2f_torchrl.trainers import Trainer
 from w2f_torchrl.trainers.collecting import Collection
+from w2f_torchrl.utils.ranks import Ranks
 from w2f_torchrl.utils.stopping import listen
 
 
@@ -59,11 +63,16 @@ class FakeReplay:
 def make_collection(fails: list[bool], max_restarts: int) -> tuple[Collection, list[FakeCollector]]:
     made: list[FakeCollector] = []
 
-    def make(seed: int) -> FakeCollector:
+    def make(*, seed: int, scratch: Path | None) -> FakeCollector:
+        assert scratch is None
         made.append(FakeCollector(seed, fails))
         return made[-1]
 
-    collection = Collection(make, 5, FakeReplay(), None, {}, True, max_restarts)  # type: ignore[arg-type]
+    config = tiny_run(Path("unused"), collection={"max_restarts": max_restarts})
+    replay = SimpleNamespace(buffer=FakeReplay(), records=None, open=lambda **_: None)
+    collection = Collection(config, Ranks(), nn.Identity(), 1, replay)  # type: ignore[arg-type]
+    collection.make = make
+    collection.start(0, resumed=False)
     return collection, made
 
 
@@ -79,7 +88,7 @@ def test_lost_workers_are_replaced_and_only_failures_in_a_row_end_the_run(caplog
     with pytest.raises(WorkerError, match="hangs"):
         collection.next_batch()
     assert collection.restarts == 5
-    assert collection.envs_state() is None
+    assert collection.state_dict()["collector"] is None
     collection.close()
 
 
