@@ -231,6 +231,43 @@ def test_a_run_says_at_once_that_a_loss_has_no_weight(tmp_path):
         Trainer(tiny_run(tmp_path / "run", algo={"loss": "mine"}))
 
 
+LOSS = """
+from w2f_torchrl.objectives import World2FilterLoss, register_loss
+
+
+class NothingLoss(World2FilterLoss):
+    def loss_names(self):
+        return [*super().loss_names(), "loss_nothing"]
+
+    def world_model_losses(self, model_td):
+        losses, metrics = super().world_model_losses(model_td)
+        return losses | {"nothing": losses["reward"]}, metrics
+
+
+register_loss("nothing", NothingLoss)
+"""
+
+
+def test_a_resume_may_move_the_plugin_but_not_change_the_loss(tmp_path):
+    settings = {"algo": {"loss": "nothing"}, "loss": {"extra": {"nothing": 0.5}}}
+    first, second = (tmp_path / name for name in ("first", "second"))
+    for folder in (first, second):
+        folder.mkdir()
+    run, plugin = tmp_path / "run", write(first, "nothing_loss.py", LOSS)
+    Trainer(tiny_run(run, plugins=[plugin], **settings)).train()
+    del sys.modules["nothing_loss"]
+    sys.path.remove(str(first))
+    registry.losses._parts.clear()
+    moved = {"plugins": [write(second, "nothing_loss.py", LOSS)], "resume": "auto"}
+    settings |= {"training": {"total_frames": 320}}
+    with pytest.raises(CheckpointError, match=r"algo\.loss=None must stay nothing"):
+        Trainer(tiny_run(run, **(moved | settings | {"algo": {}, "loss": {}})))
+    settings["loss"] = {"extra": {"nothing": 0.25}}  # weights may change
+    trainer = Trainer(tiny_run(run, **moved, **settings))
+    trainer.train()
+    assert trainer.frames >= 320
+
+
 # ------------------------------------------------------------------ the actor
 
 

@@ -38,9 +38,9 @@ def probe_env(config: RunConfig) -> EnvFacts:
     environment = config.environment
     try:
         env = build_env(environment, 0, foreground_mask=config.needs_masks)
-        observations = extra_observations(env)
         if registered_factory(environment.domain) is not None:
             check_env(env, environment.domain, environment.image_size)
+        observations = extra_observations(env)
     except ValueError as error:  # a camera that the model lacks, a video that can't be read
         raise ConfigError(f"environment: {error}") from error
     for name in config.evaluation.sets:

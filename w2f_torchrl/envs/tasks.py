@@ -77,7 +77,11 @@ def validate_task(domain: str, task: str) -> None:
         return
     if domain not in TASKS_BY_DOMAIN:
         domains = sorted([*TASKS_BY_DOMAIN, *_REGISTRY])
-        raise ValueError(f"domain is {domain!r}: must be one of {', '.join(domains)}.")
+        raise ValueError(
+            f"domain is {domain!r}: must be one of {', '.join(domains)}. To use a domain that a "
+            "file registers with register_env, pass plugins=[FILE.py]; from Python, import the "
+            "file first."
+        )
     tasks = TASKS_BY_DOMAIN[domain]
     if task not in tasks:
         raise ValueError(f"task is {task!r}: {domain} has {', '.join(tasks)}.")
