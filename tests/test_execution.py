@@ -250,7 +250,7 @@ class Streams:
     [
         ("cuda_graph", {"latent": "split"}, "'cuda_graph' needs device=cuda, got device='cpu'"),
         ("cuda_graph_parallel", {"latent": "split"}, "'cuda_graph_parallel' needs device=cuda"),
-        ("cuda_graph_parallel", {"latent": "shared"}, "algo.latent=split, and this run has latent"),
+        ("cuda_graph_parallel", {"latent": "shared"}, "algo.latent=split, but this run has latent"),
         ("cuda_graph_parallel", {"name": "dreamer_v3", "latent": None}, "has latent 'whole'"),
     ],
 )

@@ -176,7 +176,6 @@ def test_a_compilation_cut_short_changes_nothing(tmp_path, undisturbed):
 
 def test_a_signal_before_the_first_step_ends_the_start(tmp_path, monkeypatch):
     from w2f_torchrl.trainers import run as run_module
-    from w2f_torchrl.trainers import trainer as module
 
     def interrupted(*args):
         send()
@@ -187,7 +186,7 @@ def test_a_signal_before_the_first_step_ends_the_start(tmp_path, monkeypatch):
         with pytest.raises(StopRequested):
             Trainer(short_run(tmp_path / "run"))
     with monkeypatch.context() as patch:
-        patch.setattr(module, "prepare", interrupted)  # teaches a student
+        patch.setattr(run_module, "prepare", interrupted)  # teaches a student
         run = Trainer(short_run(tmp_path / "run"))
         with pytest.raises(StopRequested):
             run.train()

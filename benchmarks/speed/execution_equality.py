@@ -40,7 +40,7 @@ import torch
 from results_file import RESULTS, write_results
 from tensordict import TensorDictBase
 from tiny_run import TINY
-from torch import Tensor
+from torch import Tensor, nn
 from torchrl.modules import symexp
 
 from w2f_torchrl.config import EXECUTIONS, OptimizerConfig
@@ -193,7 +193,9 @@ def unique_graphs() -> int:
 @torch.no_grad()
 def synchronise(source: Learner, target: Learner) -> None:
     """Copy all that an update changes, in place: a captured graph holds the addresses."""
-    pairs = zip(source.state_dict().items(), target.state_dict().items(), strict=True)
+    # Of the modules: a learner's own holds its optimizer too.
+    states = [nn.Module.state_dict(learner).items() for learner in (source, target)]
+    pairs = zip(*states, strict=True)
     for (name, theirs), (own_name, own) in pairs:
         assert name == own_name
         own.copy_(theirs)

@@ -10,10 +10,10 @@ from __future__ import annotations
 import logging
 import signal
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TypeAlias
+from typing import TypeAlias, cast
 
 import torch
 
@@ -71,10 +71,10 @@ class Run:
     leftovers: Leftovers
     resumption: Resumption | None
     """The checkpoint that it resumes from."""
-    logger: MetricsLogger
-    """Shows nothing on the ranks other than rank 0."""
     building: ExitStack
     """Holds the handlers of stop signals while the parts are built."""
+    logger: MetricsLogger = field(default_factory=lambda: cast(MetricsLogger, Silent()))
+    """Silent on the ranks other than rank 0, and before :meth:`open_log`."""
 
     def __enter__(self) -> Run:
         """Return the run."""
@@ -101,14 +101,22 @@ class Run:
         self.close()
         _raise_interrupt(error)
 
+    def open_log(self) -> MetricsLogger:
+        """Open the metrics. What is wrong with a part shows before: then nothing is written."""
+        if self.resumption is not None and self.ranks.is_first:
+            restore_wandb_run(self.directory, self.resumption.own["log"]["wandb"])
+        self.logger = self.ranks.on_first_or_silent(
+            lambda: MetricsLogger(self.directory, build_loggers(self.config))
+        )
+        return self.logger
+
     def built(self) -> None:
         """Leave stop signals to the trainer: all parts are built."""
         self.building.close()
 
     def close(self) -> None:
         """Close the loggers, and give the run directory back. Closing twice is allowed."""
-        if self.ranks.is_first:
-            end_all([self.logger.close])
+        end_all([self.logger.close])
         self.lock.abandon()
 
 
@@ -139,9 +147,6 @@ def open_run(config: RunConfig) -> Run:
         ranks.on_first(lock.acquire)
         leftovers.clear()
         resumption = find_resumption(config, ranks, is_restart=restart)
-        if resumption is not None and ranks.is_first:
-            restore_wandb_run(directory, resumption.own["log"]["wandb"])
-        metrics = ranks.on_first_or_silent(lambda: MetricsLogger(directory, build_loggers(config)))
     except BaseException as error:
         building.close()
         lock.abandon()
@@ -149,7 +154,7 @@ def open_run(config: RunConfig) -> Run:
         raise
     torch.manual_seed(derive_seed(config.seed, "learner", ranks.rank))
     keep_freed_memory()
-    return Run(config, ranks, device, directory, lock, leftovers, resumption, metrics, building)
+    return Run(config, ranks, device, directory, lock, leftovers, resumption, building)
 
 
 def _raise_interrupt(error: BaseException | None) -> None:
@@ -245,13 +250,13 @@ class Progress:
 
 def build_progress(run: Run, learner: Learner) -> Progress:
     """Build what counts and shows how a run gets on."""
-    config = run.config
+    config, log = run.config, run.open_log()
     return Progress(
         counters=RunCounters(config),
         metrics=UpdateMetrics(run.device),
         evaluations=RunEvaluations(config, learner),
         tolerance=Tolerance(run.directory, config.evaluation.max_failures),
-        diagnostics=run.ranks.on_first_or_silent(lambda: Diagnostics(config, learner, run.logger)),
+        diagnostics=run.ranks.on_first_or_silent(lambda: Diagnostics(config, learner, log)),
         random=RandomStreams(),
         clock=RunClock(run.directory),
     )
