@@ -125,6 +125,13 @@ STEPS = (
         "python benchmarks/evidence/generalisation.py runs/short/split --episodes 5 "
         "--sets train_videos_easy unseen_videos_easy --json generalisation.json",
     ),
+    Step(f"{TRAIN} experiment=cpu algo=dreamer_v3 run_dir=runs/cpu_swingup_seed0", interrupt=150),
+    Step(
+        "python benchmarks/evidence/curves.py runs/cpu_swingup_seed0",
+        "python benchmarks/evidence/curves.py runs/short/dreamer_v3 --labels DreamerV3 "
+        "--out curves.png --json curves.json",
+        before=(f"{EASY} algo=dreamer_v3 {SHORT} run_dir=runs/short/dreamer_v3",),
+    ),
     Step(
         "python benchmarks/pictures/side_by_side.py",
         "python benchmarks/pictures/side_by_side.py runs/short/dreamer_v3 runs/short/split "
