@@ -395,10 +395,10 @@ def test_impossible_replays_are_refused(changes, message):
 
 def test_sampling_too_early_says_what_is_missing():
     replay = small_replay()
-    with pytest.raises(RuntimeError, match=r"at least 5 .* holds 0 \(0 records in all\)"):
+    with pytest.raises(RuntimeError, match=r"at least 5 .* holds 0 \(0 records in total\)"):
         replay.sample()
     Feeder(replay).write([4, 3, 4])
-    with pytest.raises(RuntimeError, match=r"at least 5 .*3 streams holds 4 \(11 records in all\)"):
+    with pytest.raises(RuntimeError, match=r"at least 5 .*3 streams holds 4 \(11 records in total\)"):
         replay.sample()
 
 
@@ -486,7 +486,7 @@ def test_updates_are_exact_over_a_long_run(train_ratio, batch_size, batch_length
 def test_schedules_refuse_what_makes_no_sense():
     schedule = UpdateSchedule(1, 1, 1)
     schedule(10)
-    with pytest.raises(ValueError, match="steps=9 allows 9 updates but 10"):
+    with pytest.raises(ValueError, match="steps=9 allows 9 updates, but 10"):
         schedule(9)
     with pytest.raises(ValueError, match="made 1 updates an agent step, this one makes 2"):
         UpdateSchedule(2, 1, 1).load_state_dict(schedule.state_dict())

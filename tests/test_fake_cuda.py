@@ -414,6 +414,7 @@ def graphed_learner(on_nan: str = "stop") -> tuple[Learner, Streams]:
     learner = make_learner(precision="float32", device="cpu", on_nan=on_nan)
     eager = learner._eager_update
     learner.optimizer = CapturableOptimizer(learner.parameters_trained, warmup_steps=3, lr=1e-3)
+    learner._modes.optimizer = learner.optimizer
     graphed = learner._modes.graphed()
     learner._update = graphed
 

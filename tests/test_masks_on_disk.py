@@ -49,7 +49,7 @@ def test_the_store_refuses_other_masks(tmp_path):
     MaskStore(tmp_path, (7, 16, 16), {"prompts": ["x"]})
     with pytest.raises(ValueError, match=r"made_by=.*'y'"):
         MaskStore(tmp_path, (7, 16, 16), {"prompts": ["y"]})
-    with pytest.raises(ValueError, match="frames=7, now it would be 8"):
+    with pytest.raises(ValueError, match="frames=7, not 8"):
         MaskStore(tmp_path, (8, 16, 16), {"prompts": ["x"]})
     with pytest.raises(ValueError, match="width 12"):
         MaskStore(tmp_path / "b", (7, 16, 12), {})

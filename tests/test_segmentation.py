@@ -336,7 +336,7 @@ def test_a_student_in_a_run_is_saved_and_goes_on_with_it(tmp_path):
     assert torch.equal(again.masks.segmenter(pixels), masks)
     again.train()
     assert again.masks.frames > trainer.masks.frames
-    with pytest.raises(ConfigError, match="has its masks from student"):
+    with pytest.raises(ConfigError, match="has masks from student"):
         Trainer(tiny_run(run, resume="auto", segmentation={"source": "median"}))
     # And it serves another run, which needs no teacher then.
     frozen = {
