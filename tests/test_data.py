@@ -398,7 +398,7 @@ def test_sampling_too_early_says_what_is_missing():
     with pytest.raises(RuntimeError, match=r"at least 5 .* holds 0 \(0 records in total\)"):
         replay.sample()
     Feeder(replay).write([4, 3, 4])
-    with pytest.raises(RuntimeError, match=r"at least 5 .*3 streams holds 4 \(11 records in total\)"):
+    with pytest.raises(RuntimeError, match=r"at least 5 .*3 streams holds 4 \(11 records in"):
         replay.sample()
 
 
@@ -488,7 +488,7 @@ def test_schedules_refuse_what_makes_no_sense():
     schedule(10)
     with pytest.raises(ValueError, match="steps=9 allows 9 updates, but 10"):
         schedule(9)
-    with pytest.raises(ValueError, match="made 1 updates an agent step, this one makes 2"):
+    with pytest.raises(ValueError, match="made 1 updates per agent step, this one makes 2"):
         UpdateSchedule(2, 1, 1).load_state_dict(schedule.state_dict())
     with pytest.raises(ValueError, match="train_ratio must not be negative, got -1"):
         UpdateSchedule(-1, 1, 1)
