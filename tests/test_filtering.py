@@ -10,6 +10,7 @@ import torch
 from helpers.models import TINY
 
 from w2f_torchrl.envs import PixelDMControlEnv
+from w2f_torchrl.logging import MetricsLogger
 from w2f_torchrl.modules import build_actor, build_critic, build_world_model
 from w2f_torchrl.objectives import World2FilterLoss
 from w2f_torchrl.trainers import ConfigError, to_run_config
@@ -166,7 +167,7 @@ def test_a_background_is_replaced_only_where_there_is_one(episodes):
 
 @pytest.mark.render
 @pytest.mark.parametrize("latent", ["split", "whole", "foreground"])
-def test_measures_of_a_model(env, episodes, latent):
+def test_measures_of_a_model(env, episodes, latent, tmp_path):
     model = make_model(latent)
     replaced = replace_backgrounds(env, episodes[:2])
     found = measure_filtering(
@@ -187,6 +188,8 @@ def test_measures_of_a_model(env, episodes, latent):
     flat = flat_metrics(found)
     assert flat["filtering/leakage/foreground/clip/chance"] == pytest.approx(0.25, abs=0.01)
     assert all(isinstance(value, float) for value in flat.values())
+    with MetricsLogger(tmp_path) as log:  # an evaluation logs them: their group must be known
+        assert log.log(flat, frames=1, updates=1).keys() == flat.keys()
     same = measure_filtering(model, episodes, replaced=episodes[:2], seeds=(0,), probes=("linear",))
     assert same["replacement"]["action_change"] == 0
     assert same["replacement"]["value_change_relative"] == 0

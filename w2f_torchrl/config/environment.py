@@ -31,7 +31,7 @@ class EnvironmentConfig(Settings):
     domain: str = setting("walker", "Domain of the Control Suite, or one added by `register_env`.")
     task: str = setting("walk", "Task of the domain.")
     num_envs: int = setting(
-        4, "Number of environments stepped together.", unit="environments", minimum=1
+        4, "Number of environments stepped together, on each rank.", unit="environments", minimum=1
     )
     image_size: int = setting(
         64,
@@ -87,7 +87,9 @@ class AlgoConfig(Settings):
     )
     latent: str | None = setting(
         "split",
-        "split, shared or foreground; null (one latent, no masks) for dreamer_v3.",
+        "split: one latent for the foreground, another for the background; shared: one latent that "
+        "reconstructs both; foreground: one latent, the background is not reconstructed; null (one "
+        "latent, no masks) for dreamer_v3.",
         choices=LATENTS,
     )
     loss: str | None = setting(

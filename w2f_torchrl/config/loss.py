@@ -101,7 +101,9 @@ class LossConfig(Settings):
     )
     discount_horizon: float = setting(
         333.0,
-        "The discount is 1 - 1 / discount_horizon, and part of the continuation.",
+        "The discount is 1 - 1 / discount_horizon. The continuation head predicts it where an "
+        "episode "
+        "does not terminate, and 0 where it does.",
         unit="agent steps",
         minimum=1,
     )

@@ -88,7 +88,9 @@ class ModelConfig(Settings):
         unit="channels",
         minimum=1,
     )
-    encoder: str = setting("convolutional", "From images to embeddings.", registry=encoders)
+    encoder: str = setting(
+        "convolutional", "Network that turns images into embeddings.", registry=encoders
+    )
     decoder: str = setting(
         "reference",
         "reference: belief and state enter the decoder through separate layers and colours pass "
@@ -156,7 +158,8 @@ class ModelConfig(Settings):
     )
     num_bins: int = setting(
         255,
-        "Bins of the two-hot distributions of reward and value: below, at and above 0.",
+        "Bins of the two-hot distributions of reward and value: one at 0, and as many below as "
+        "above.",
         unit="bins",
         minimum=3,
         odd=True,

@@ -28,7 +28,8 @@ class EvaluationConfig(Settings):
     video: bool = setting(True, "Write videos of the first episode of each evaluation.")
     sets: list[str] = setting(
         [],
-        "Names of further evaluations, each with as many episodes: see envs.evaluation_sets.",
+        "Further evaluations by name, such as clean or unseen_videos_easy, each of `episodes` "
+        "episodes; w2f_torchrl.envs.evaluation_sets() lists them.",
     )
     filtering: bool = setting(
         False,
@@ -51,8 +52,11 @@ class EvaluationConfig(Settings):
     )
     max_failures: int = setting(
         3,
-        "Evaluations, videos or probes that may fail in a row before the run ends. Each failure is "
-        "written to exceptions.txt.",
+        "The run ends with a checkpoint after this many failures in a row of one kind: "
+        "evaluations, "
+        "their videos, images and histograms, or the measures of filtering. Each failure is "
+        "written "
+        "to exceptions.txt.",
         unit="evaluations",
         minimum=1,
     )

@@ -95,7 +95,8 @@ class TrainingConfig(Settings):
     )
     execution: str = setting(
         "auto",
-        "eager; compile (the core's parts); compile_all (losses and time loop as one graph, slow "
+        "eager (no compilation); compile (recurrence, imagination and, on a GPU, encoders and "
+        "decoders, each separately); compile_all (losses and time loop as one graph, slow "
         "to compile); cuda_graph (compile, with the whole update replayed as one graph; CUDA "
         "only); cuda_graph_parallel (as cuda_graph, with the background's latent computed in "
         "parallel with the foreground's; algo.latent=split only); or auto: eager on a CPU; on "
@@ -137,8 +138,8 @@ class CollectionConfig(Settings):
 
     num_workers: int | None = setting(
         None,
-        "Worker processes; 0 steps the envs in the trainer's process; null uses one per core, at "
-        "most one per env.",
+        "Worker processes on each rank; must divide environment.num_envs. 0 steps the envs in the "
+        "trainer's process; null uses one per core, at most one per env.",
         unit="processes",
     )
     steps_per_batch: int = setting(
@@ -180,8 +181,9 @@ class ReplayConfig(Settings):
 
     capacity: int = setting(
         500_000,
-        "Records kept, over all envs. A record takes 12.8 kB at 64 x 64 with masks, and with "
-        "latents 2 bytes more per feature of the beliefs.",
+        "Records kept on each rank, over all its envs. A record takes 12.8 kB at 64 x 64 with "
+        "masks, "
+        "and with latents 2 bytes more per feature of a belief and 1 per categorical.",
         unit="records",
     )
     storage: str = setting(

@@ -42,6 +42,7 @@ METRIC_GROUPS = (
     "weights",
     "gradients",
     "latents",
+    "filtering",
 )
 
 _NAME = re.compile(rf"({'|'.join(METRIC_GROUPS)})(/[A-Za-z0-9_]+)+")
