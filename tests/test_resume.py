@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from dm_control import suite
+from helpers.runs import tiny_run
 from helpers.short_runs import crash, differences, flip_bit, run, short_run, signal_at
 from helpers.short_runs import rows as metrics
 from tensordict import TensorDict
@@ -25,6 +26,7 @@ from w2f_torchrl.checkpoint import (
     save_checkpoint,
 )
 from w2f_torchrl.checkpoint import file as checkpoint_file
+from w2f_torchrl.checkpoint.older import complete_model
 from w2f_torchrl.checkpoint.parts import Checkpoints
 from w2f_torchrl.data.replay.record_files import RecordFiles
 from w2f_torchrl.envs import PixelDMControlEnv
@@ -341,3 +343,29 @@ def test_a_part_that_is_not_in_the_list_is_refused(tmp_path):
     parts = {"header": None, "keep": 1, "every_updates": 1}
     with pytest.raises(ValueError, match=r"parts are learner; they must be learner, counters,"):
         Checkpoints(tmp_path, shared={"learner": RandomStreams()}, own={}, **parts)
+
+
+def test_a_run_that_format_1_saved_is_resumed(tmp_path, caplog):
+    """The archive is a run of version eaccff3, which kept neither its replay nor its envs."""
+    with tarfile.open(Path(__file__).parent / "data" / "run_of_format_1.tar.xz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    before = metrics(tmp_path)
+    path = latest_checkpoint(tmp_path / "checkpoints")
+    saved = load_checkpoint(path)
+    assert saved.format_version == 1
+    assert load_policy(path).config.environment.domain == "cartpole"
+    names = {f.name for f in fields(ModelConfig)}
+    model = complete_model(saved.payload["config"]["model"])
+    settings = {"model": {k: v for k, v in model.items() if k in names}, "resume": "auto"}
+    settings |= {"training": {"total_frames": 512}, "evaluation": {"every_frames": 0}}
+    with caplog.at_level("WARNING"):
+        trainer = Trainer(tiny_run(tmp_path, **settings))
+        now, then = trainer.learner.state_dict()["loss"], saved.payload["learner"]["loss"]
+        kept = [name for name in then if now[name].shape == then[name].shape]
+        assert len(kept) == len(then) - 2  # the last layer of colours and mask is two layers now
+        assert all(torch.equal(now[name], then[name]) for name in kept)
+        trainer.train()
+    assert metrics(tmp_path)[: len(before)] == before
+    assert "contains no replay, which fills again before the first update" in caplog.text
+    assert trainer.frames == 512
+    assert trainer.updates > saved.updates == 24
