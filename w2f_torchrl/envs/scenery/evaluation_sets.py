@@ -14,14 +14,12 @@ class EvaluationSet:
 
     Attributes:
         name: Name in settings, metrics and tables.
-        description: One line.
         distraction: The distractions; None for none.
         split: Which of the source's clips to use.
         source: Source of the clips; None for the run's source.
     """
 
     name: str
-    description: str
     distraction: DistractionConfig | None = None
     split: str = "train"
     source: str | None = None
@@ -54,7 +52,7 @@ def evaluation_sets() -> dict[str, EvaluationSet]:
         >>> list(evaluation_sets())[:3]
         ['clean', 'train_videos_easy', 'unseen_videos_easy']
     """
-    sets = [EvaluationSet("clean", "the undistracted task")]
+    sets = [EvaluationSet("clean")]
     for difficulty in DIFFICULTIES:
         sets += _sets_of(difficulty)
     return {each.name: each for each in sets}
@@ -66,12 +64,10 @@ def _sets_of(difficulty: str) -> list[EvaluationSet]:
     camera = DistractionConfig.of_difficulty(difficulty, background=False, color=False)
     everything = DistractionConfig.of_difficulty(difficulty)
     return [
-        EvaluationSet(f"train_videos_{difficulty}", "training videos", video),
-        EvaluationSet(f"unseen_videos_{difficulty}", "unseen videos", video, "val"),
-        EvaluationSet(
-            f"unseen_procedural_{difficulty}", "unseen procedural clips", video, "val", PROCEDURAL
-        ),
-        EvaluationSet(f"color_{difficulty}", "other colours", color),
-        EvaluationSet(f"camera_{difficulty}", "a wandering camera", camera),
-        EvaluationSet(f"all_{difficulty}", "unseen videos, camera and colours", everything, "val"),
+        EvaluationSet(f"train_videos_{difficulty}", video),
+        EvaluationSet(f"unseen_videos_{difficulty}", video, "val"),
+        EvaluationSet(f"unseen_procedural_{difficulty}", video, "val", PROCEDURAL),
+        EvaluationSet(f"color_{difficulty}", color),
+        EvaluationSet(f"camera_{difficulty}", camera),
+        EvaluationSet(f"all_{difficulty}", everything, "val"),
     ]
