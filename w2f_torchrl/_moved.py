@@ -33,7 +33,6 @@ MOVED = {
     "envs.distracted_rendering": "envs.renderers.distracted_rendering",
     "envs.distractions": "envs.scenery.distractions",
     "envs.distractor": "envs.scenery.distractor",
-    "envs.evaluation_sets": "envs.scenery.evaluation_sets",
     "envs.foreground": "envs.renderers.foreground",
     "envs.procedural": "envs.scenery.procedural",
     "envs.rendering": "envs.renderers.rendering",
