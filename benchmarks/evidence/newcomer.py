@@ -125,7 +125,7 @@ STEPS = (
         "python benchmarks/evidence/generalisation.py runs/short/split --episodes 5 "
         "--sets train_videos_easy unseen_videos_easy --json generalisation.json",
     ),
-    Step(f"{TRAIN} experiment=cpu algo=dreamer_v3 run_dir=runs/cpu_swingup_seed0", interrupt=150),
+    Step(f"{TRAIN} experiment=cpu algo=dreamer_v3", interrupt=150),
     Step(
         "python benchmarks/evidence/curves.py runs/cpu_swingup_seed0",
         "python benchmarks/evidence/curves.py runs/short/dreamer_v3 --labels DreamerV3 "

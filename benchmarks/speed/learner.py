@@ -276,7 +276,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--decoder", default="torchrl", choices=DECODERS, help="of ours")
     parser.add_argument("--resample", default="stride", choices=RESAMPLINGS, help="of ours")
     parser.add_argument(
-        "--modes", nargs="*", default=["compile"], choices=EXECUTIONS[1:], help="besides eager"
+        "--modes",
+        nargs="*",
+        default=["compile"],
+        choices=EXECUTIONS[1:],
+        help="in addition to eager",
     )
     parser.add_argument("--r2dreamer", type=Path, help="a checkout of r2dreamer, timed too")
     parser.add_argument(
