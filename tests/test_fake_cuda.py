@@ -34,10 +34,10 @@ from w2f_torchrl.evaluation.evaluator import reconstruct
 from w2f_torchrl.evaluation.imagination import imagine_windows
 from w2f_torchrl.learner.graphed_update import CAPTURE_WARMUP
 from w2f_torchrl.learner.optimizer import CapturableOptimizer
+from w2f_torchrl.learner.update_metrics import UpdateMetrics
 from w2f_torchrl.modules import build_world_model, latent_sizes
 from w2f_torchrl.objectives import LossConfig
 from w2f_torchrl.trainers import Learner
-from w2f_torchrl.trainers.update_metrics import UpdateMetrics
 
 fake = pytest.mark.skipif(why_not() is not None, reason=f"no fake CUDA tensors: {why_not()}")
 PRECISIONS = ["float32", "bfloat16"]

@@ -252,12 +252,13 @@ def test_a_run_measures_its_model_on_its_own_episodes(monkeypatch):
             "evaluation": {"filtering": True, "filtering_episodes": 8},
         }
     )
-    meter = filtering.FilteringMeter(config, seed=3)
+    meter = filtering.FilteringMeter(config.environment, 8, seed=3)
     assert len(meter.episodes) == 8
     assert len(meter.replaced) == 4
     found = flat_metrics(meter.measure(make_model("split"), seeds=(0,), probes=("linear",)))
     assert 0 <= found["filtering/leakage/foreground/clip/linear"] <= 1
     assert "filtering/content/foreground/pose/linear" in found
     assert "filtering/replacement/action_change" in found
-    controlled = meter.measure(make_model("split"), control=True, seeds=(0,), probes=("linear",))
+    model, untrained = make_model("split"), make_model("split").world_model
+    controlled = meter.measure(model, untrained=untrained, seeds=(0,), probes=("linear",))
     assert "untrained" in controlled["leakage"]

@@ -18,12 +18,11 @@ from typing import Any
 import pytest
 import torch
 from helpers.counting_env import RECURRENT, DummyPolicy, make_counting_env
-from helpers.runs import tiny_run
 from helpers.short_runs import rows, short_run, wait_for
 from tensordict import TensorDict
-from torch import nn
 
 from w2f_torchrl.checkpoint import latest_checkpoint, load_checkpoint
+from w2f_torchrl.config import CollectionConfig
 from w2f_torchrl.data import WorkerError, make_collector
 from w2f_torchrl.data.collector import workers as module
 from w2f_torchrl.data.collector.leftovers import SHARED_MEMORY, Leftovers
@@ -68,10 +67,9 @@ def make_collection(fails: list[bool], max_restarts: int) -> tuple[Collection, l
         made.append(FakeCollector(seed, fails))
         return made[-1]
 
-    config = tiny_run(Path("unused"), collection={"max_restarts": max_restarts})
+    settings = CollectionConfig(max_restarts=max_restarts)
     replay = SimpleNamespace(buffer=FakeReplay(), records=None, open=lambda **_: None)
-    collection = Collection(config, Ranks(), nn.Identity(), 1, replay)  # type: ignore[arg-type]
-    collection.make = make
+    collection = Collection(settings, Ranks(), replay, make, seed=0, environment={})  # type: ignore[arg-type]
     collection.start(0, resumed=False)
     return collection, made
 

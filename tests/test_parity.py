@@ -249,13 +249,13 @@ def test_ours_and_the_peer_have_equal_updates_at_equal_steps():
 
     import sota_configs.world2filter  # noqa: F401 (its settings and presets)
     from w2f_torchrl.config import to_run_config
-    from w2f_torchrl.trainers.counters import RunCounters
+    from w2f_torchrl.trainers.run import build_counters
 
     for settings in (SETTINGS, Settings("ball_in_cup_catch", 4, 64, seed=1, action_repeat=4)):
         with initialize_config_module("sota_configs", version_base="1.3"):
             config = to_run_config(compose("config", settings.overrides(400)))
         config.validate()
-        counters = RunCounters(config)
+        counters = build_counters(config)
         counters.steps = config.training.total_frames // settings.action_repeat
         assert counters.updates_due() == 400
         counters.steps = settings.prefill

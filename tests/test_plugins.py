@@ -386,8 +386,16 @@ def test_a_segmenter_gets_the_settings_and_the_device(tmp_path):
 
     register_segmenter("mine", make)
     config = tiny_run(tmp_path, segmentation={"source": "mine", "threshold": 7}).validated()
-    source = build_mask_source(config, choose_source(config, env_has_mask=False), False)
-    assert got == [(7, torch.device("cpu"))]
+    device = torch.device("cpu")
+    source = build_mask_source(
+        config.segmentation,
+        choose_source(config.segmentation, env_has_mask=False),
+        False,
+        seed=0,
+        device=device,
+        image_size=16,
+    )
+    assert got == [(7, device)]
     assert source.name == "mine"
 
 

@@ -21,7 +21,7 @@ from w2f_torchrl.checkpoint.rules import (
 )
 from w2f_torchrl.config import OptimizerConfig, config_to_dict
 from w2f_torchrl.trainers import Learner, RunConfig, Trainer
-from w2f_torchrl.trainers.counters import RunCounters
+from w2f_torchrl.trainers.run import build_counters
 
 ALL = sorted(flat_settings(config_to_dict(RunConfig())))
 
@@ -92,12 +92,12 @@ def test_the_page_shows_the_table():
 def test_frames_are_counted_and_not_recomputed():
     config = RunConfig()
     config.environment.action_repeat = 4
-    counters = RunCounters(config)
+    counters = build_counters(config)
     counters.steps = 120
     state = counters.state_dict()
     assert state["frames"] == 480
     config.environment.action_repeat = 1
-    resumed = RunCounters(config)
+    resumed = build_counters(config)
     resumed.load_state_dict(state)
     assert resumed.frames == 480
     resumed.steps += 10

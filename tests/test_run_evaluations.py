@@ -16,6 +16,7 @@ from w2f_torchrl.data.environments import control_steps
 from w2f_torchrl.envs import make_env
 from w2f_torchrl.evaluation import evaluator as module
 from w2f_torchrl.trainers import ConfigError, Trainer
+from w2f_torchrl.trainers.run import make_evaluator
 from w2f_torchrl.trainers.tolerance import Tolerance
 
 pytestmark = [pytest.mark.render, pytest.mark.usefixtures("no_curves")]
@@ -24,8 +25,8 @@ pytestmark = [pytest.mark.render, pytest.mark.usefixtures("no_curves")]
 def play(tmp_path: Path, domain: str, task: str, **evaluation):
     environment = {"domain": domain, "task": task, "image_size": 16, "action_repeat": 4}
     trainer = Trainer(tiny_run(tmp_path / "run", environment=environment, evaluation=evaluation))
-    evaluator = module.Evaluator(
-        trainer.config, 3, trainer.learner.policy, 1, trainer.masks.segment
+    evaluator = make_evaluator(
+        trainer.config, trainer.learner.policy, 1, seed=3, segment=trainer.masks.segment
     )
     torch.manual_seed(0)
     evaluator.seed(0)

@@ -9,19 +9,21 @@ import torch
 from tensordict import TensorDict
 
 from w2f_torchrl.checkpoint import CheckpointError
-from w2f_torchrl.trainers import RunConfig, to_run_config
+from w2f_torchrl.learner.update_metrics import UpdateMetrics, shown_row
+from w2f_torchrl.trainers import to_run_config
 from w2f_torchrl.trainers.counters import RunCounters
-from w2f_torchrl.trainers.update_metrics import UpdateMetrics, shown_row
+from w2f_torchrl.trainers.run import build_counters
 
 TRAINING = {"batch_size": 2, "batch_length": 8, "train_ratio": 8, "prefill_steps": 32}
 
 
-def config(**training: object) -> RunConfig:
-    return to_run_config({"training": TRAINING | training, "environment": {"action_repeat": 2}})
+def make_counters(**training: object) -> RunCounters:
+    settings = {"training": TRAINING | training, "environment": {"action_repeat": 2}}
+    return build_counters(to_run_config(settings))
 
 
 def test_updates_stay_due_until_they_are_counted():
-    counters = RunCounters(config())
+    counters = make_counters()
     counters.steps = 31
     assert counters.updates_due() == 0  # the replay fills
     counters.steps = 40
@@ -33,18 +35,18 @@ def test_updates_stay_due_until_they_are_counted():
 
 
 def test_counters_go_on_and_settings_that_must_stay_are_named():
-    counters, other = RunCounters(config()), RunCounters(config())
+    counters, other = make_counters(), make_counters()
     counters.steps = 40
     counters.add_update()
     other.load_state_dict(counters.state_dict())
     assert (other.steps, other.updates, other.updates_due()) == (40, 1, 3)
     with pytest.raises(CheckpointError, match=r"training\.train_ratio"):
-        RunCounters(config(batch_size=3)).load_state_dict(counters.state_dict())
+        make_counters(batch_size=3).load_state_dict(counters.state_dict())
 
 
 @pytest.mark.parametrize(("steps", "again"), [(100, 32), (20, 20)])
 def test_a_lost_replay_fills_again_without_owing_updates(steps, again):
-    counters = RunCounters(config())
+    counters = make_counters()
     counters.steps = steps
     before = counters.updates_due()
     counters.schedule(steps)

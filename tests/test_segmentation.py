@@ -18,7 +18,7 @@ from tensordict import TensorDict
 from torchrl.data import Bounded, Composite, Unbounded
 
 from w2f_torchrl.checkpoint import list_checkpoints, load_checkpoint
-from w2f_torchrl.config import to_run_config
+from w2f_torchrl.config import SegmentationConfig, to_run_config
 from w2f_torchrl.config.environment import SEGMENTATIONS
 from w2f_torchrl.envs import make_env, register_env
 from w2f_torchrl.envs import tasks as tasks_module
@@ -179,7 +179,7 @@ def test_auto_takes_the_best_there_is_and_says_so(
     monkeypatch.setattr(
         segmentation_module, "missing_requirement", lambda *_: None if sam3_there else "no weights"
     )
-    config = tiny_run(tmp_path, segmentation={"source": "auto"} | settings)
+    config = tiny_run(tmp_path, segmentation={"source": "auto"} | settings).segmentation
     with caplog.at_level(logging.INFO):
         assert choose_source(config, env_has_mask) == choice
     assert f"segmentation=auto uses {choice}" in caplog.text
@@ -190,10 +190,12 @@ def test_auto_takes_the_best_there_is_and_says_so(
 
 @pytest.mark.parametrize("settings", [{}, {"source": "student"}])
 def test_an_env_without_masks_is_refused_as_their_source(tmp_path, settings):
-    config = tiny_run(tmp_path, segmentation=settings)
+    config = tiny_run(tmp_path, segmentation=settings).segmentation
     with pytest.raises(ConfigError, match="cartpole has no foreground_mask"):
-        choose_source(config, env_has_mask=False)
-    assert choose_source(tiny_run(tmp_path, segmentation={"source": "median"}), False) == "median"
+        choose_source(config, env_has_mask=False, needed_by="cartpole")
+    assert choose_source(config, env_has_mask=False) == config.source  # DreamerV3
+    median = SegmentationConfig(source="median")
+    assert choose_source(median, env_has_mask=False, needed_by="cartpole") == "median"
 
 
 # ------------------------------------------------------------------ settings
@@ -259,10 +261,11 @@ def test_labels_are_checked(tmp_path):
 
 def test_a_student_that_is_none_is_refused(tmp_path):
     torch.save({"a": 1}, tmp_path / "other.pt")
-    settings = {"source": "student", "student_checkpoint": str(tmp_path / "other.pt")}
-    config = tiny_run(tmp_path / "run", segmentation=settings)
+    settings = SegmentationConfig(source="student", student_checkpoint=str(tmp_path / "other.pt"))
     with pytest.raises(ConfigError, match="does not hold a student"):
-        build_mask_source(config, "student", env_has_mask=True)
+        build_mask_source(
+            settings, "student", True, seed=0, device=torch.device("cpu"), image_size=16
+        )
 
 
 @pytest.mark.parametrize("source", SEGMENTATIONS)
@@ -297,7 +300,7 @@ def test_each_frame_is_segmented_once_and_the_replay_holds_the_segmenters_masks(
     tmp_path, monkeypatch
 ):
     segmenter = BrightSegmenter()
-    monkeypatch.setattr(segmentation_module, "_sam3", lambda config: segmenter)
+    monkeypatch.setattr(segmentation_module, "_sam3", lambda settings, device: segmenter)
     monkeypatch.setattr("w2f_torchrl.config.validation.missing_requirement", lambda *_, **__: None)
     trainer = run_segmented(tmp_path / "run", source="sam3")
     written = int(trainer.replay.heads.written.sum())

@@ -21,7 +21,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from w2f_torchrl.checkpoint import BEST_NAME, list_checkpoints, load_checkpoint
-from w2f_torchrl.config import OptimizerConfig, config_to_dict, to_run_config
+from w2f_torchrl.config import (
+    EnvironmentConfig,
+    EvaluationConfig,
+    OptimizerConfig,
+    config_to_dict,
+    to_run_config,
+)
 from w2f_torchrl.envs import register_env, tasks
 from w2f_torchrl.evaluation.run_evaluations import RunEvaluations
 from w2f_torchrl.modules import ModelConfig
@@ -309,9 +315,8 @@ def test_weights_are_finite_at_any_finite_size():
     assert not learner.is_finite()
 
 
-def test_a_nan_evaluation_is_not_the_best_and_does_not_freeze_it(tmp_path, boxes):
-    config = tiny_run(tmp_path / "run", **boxes)
-    evaluations = RunEvaluations(config, make_learner())
+def test_a_nan_evaluation_is_not_the_best_and_does_not_freeze_it():
+    evaluations = RunEvaluations(EvaluationConfig(), EnvironmentConfig(), make_learner())
 
     def is_best(score: float) -> bool:
         return evaluations.is_best(SimpleNamespace(metrics={"eval/return_mean": score}))

@@ -177,7 +177,7 @@ def test_a_compilation_cut_short_changes_nothing(tmp_path, undisturbed):
 def test_a_signal_before_the_first_step_ends_the_start(tmp_path, monkeypatch):
     from w2f_torchrl.trainers import run as run_module
 
-    def interrupted(*args):
+    def interrupted(*args, **settings):
         send()
         pytest.fail("the handler raises")
 

@@ -25,6 +25,8 @@ from w2f_torchrl.envs import evaluation_sets
 from w2f_torchrl.evaluation import Score
 from w2f_torchrl.evaluation.policy import load_learner
 from w2f_torchrl.evaluation.run_filtering import FilteringMeter
+from w2f_torchrl.learner.learner import Learner
+from w2f_torchrl.utils.seeding import derive_seed
 
 COLUMNS = (
     ("clip, linear", "leakage", "clip", "linear"),
@@ -43,11 +45,12 @@ CHANGES = ("action_change", "action_change_relative", "value_change", "value_cha
 def measure(path: Path, set_name: str | None, episodes: int, seed: int) -> dict[str, Any]:
     """Measure one checkpoint, and an untrained model of the same sizes."""
     checkpoint = find_checkpoint(path)
-    config, learner, _ = load_learner(checkpoint)
-    config.evaluation.filtering_episodes = episodes
+    config, learner, action_size = load_learner(checkpoint)
     chosen = None if set_name is None else evaluation_sets()[set_name]
-    meter = FilteringMeter(config, seed, chosen)
+    meter = FilteringMeter(config.environment, episodes, seed, chosen)
     environment = config.environment
+    torch.manual_seed(derive_seed(seed, "untrained"))
+    untrained = Learner.from_config(config, action_size).world_model
     return {
         "run": checkpoint.parent.parent.name,
         "checkpoint": checkpoint.name,
@@ -59,7 +62,7 @@ def measure(path: Path, set_name: str | None, episodes: int, seed: int) -> dict[
         "run_seed": config.seed,
         "episodes": len(meter.episodes),
         "frames": sum(map(len, meter.episodes)),
-        "measures": plain(meter.measure(learner.loss, control=True)),
+        "measures": plain(meter.measure(learner.loss, untrained=untrained)),
     }
 
 

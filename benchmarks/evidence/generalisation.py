@@ -24,9 +24,9 @@ from results_file import write_results
 
 from w2f_torchrl.envs import evaluation_sets
 from w2f_torchrl.envs.scenery.distractions import DIFFICULTIES
-from w2f_torchrl.evaluation.evaluator import Evaluator
 from w2f_torchrl.evaluation.policy import load_learner
 from w2f_torchrl.logging.pictures.plotting import save_figure
+from w2f_torchrl.trainers.run import make_evaluator
 from w2f_torchrl.utils.seeding import derive_seed
 
 SETS = ("clean", "train_videos_{0}", "unseen_videos_{0}", "color_{0}", "camera_{0}", "all_{0}")
@@ -37,7 +37,8 @@ def play(path: Path, sets: Sequence[str], episodes: int, seed: int) -> list[Play
     config, learner, action_size = load_learner(find_checkpoint(path))
     config.evaluation.sets = list(sets)
     config.validate()
-    evaluator = Evaluator(config, derive_seed(seed, "generalisation"), learner.policy, action_size)
+    seed = derive_seed(seed, "generalisation")
+    evaluator = make_evaluator(config, learner.policy, action_size, seed=seed)
     rows = [evaluator.evaluate(learner.world_model, 1).metrics for _ in range(episodes)]
     evaluator.close()
     method = config.algo.name + (f" {config.latent}" if config.needs_masks else "")

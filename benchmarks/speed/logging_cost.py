@@ -34,7 +34,7 @@ from w2f_torchrl.logging.file_loggers import make_csv_logger
 from w2f_torchrl.logging.metrics import MetricsLogger
 from w2f_torchrl.logging.pictures.video import panel, write_video
 from w2f_torchrl.modules import PRESETS
-from w2f_torchrl.trainers import Learner, RunConfig
+from w2f_torchrl.trainers import Learner
 
 BATCH, LENGTH, EPISODE, ACTION = 8, 16, 501, 6
 
@@ -83,7 +83,7 @@ def measure_all(run_dir: Path, rounds: int) -> dict[str, dict[str, float]]:
     evaluation = Evaluation({}, frames, columns, episode)
     settings = LoggingConfig(histograms_every_updates=1, images_every_updates=1)
     metrics_logger = MetricsLogger(run_dir)
-    diagnostics = Diagnostics(RunConfig(logging=settings), learner, metrics_logger)
+    diagnostics = Diagnostics(settings, learner, metrics_logger)
     counts = {"frames": 0, "updates": 1}
     row = {f"wm/metric_{n}": torch.tensor(float(n)) for n in range(30)}
     results = {"update": measure(lambda: learner.update(sample), rounds)}

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 from torchrl.data import Unbounded
-from torchrl.envs import EnvBase, TensorDictPrimer
+from torchrl.envs import EnvBase, TensorDictPrimer, TransformedEnv
 from torchrl.envs.utils import ExplorationType, set_exploration_type, step_mdp
 
-from w2f_torchrl.config import RunConfig
+from w2f_torchrl.config import EvaluationConfig
 from w2f_torchrl.data import records_from_rollout
-from w2f_torchrl.data.environments import build_env, control_steps
+from w2f_torchrl.data.environments import control_steps
 from w2f_torchrl.data.records import keys_of_observations
 from w2f_torchrl.envs import EvaluationSet, evaluation_sets
 from w2f_torchrl.keys import MASK, NEXT_MASK
-from w2f_torchrl.modules import WorldModel, compose, latent_sizes
+from w2f_torchrl.modules import WorldModel, compose
 from w2f_torchrl.segmenters import mask_iou
 from w2f_torchrl.utils.closing import end_all
 from w2f_torchrl.utils.seeding import derive_seed
@@ -31,6 +32,10 @@ KEPT_STEPS = 1000
 """Maximum agent steps of an episode to keep, reconstruct and show; later ones are only counted."""
 PART = 64
 """Agent steps per call once only counting."""
+
+
+MakeEnv: TypeAlias = Callable[[int, EvaluationSet | None], TransformedEnv]
+"""Makes an env from a seed, with the scenery of an evaluation set in place of the run's."""
 
 
 @dataclass
@@ -53,10 +58,13 @@ class Evaluator:
     """Play episodes with the mode action, in a separate env and one per evaluation set.
 
     Args:
-        config: The run's settings.
-        seed: Seed of the envs.
+        settings: Evaluation sets, and the length of an episode.
+        make_env: Makes the envs.
         policy: The acting policy, shared with the learner.
-        action_size: A.
+        latents: Sizes of the latents that the policy carries, by key.
+        seed: Seed of the envs.
+        action_repeat: Control steps of an agent step.
+        device: Where the policy acts.
         segment: Adds masks to records if the env does not render them.
         observations: Entries of the env's observations, in addition to images and masks, that
             records keep.
@@ -64,20 +72,21 @@ class Evaluator:
 
     def __init__(
         self,
-        config: RunConfig,
-        seed: int,
+        settings: EvaluationConfig,
+        make_env: MakeEnv,
         policy: TensorDictModuleBase,
-        action_size: int,
+        latents: Mapping[str, int],
+        *,
+        seed: int,
+        action_repeat: int = 1,
+        device: torch.device | str = "cpu",
         segment: Callable[[TensorDictBase], TensorDictBase] | None = None,
         observations: Sequence[str] = (),
     ):
-        self.segment = segment
-        self.observations = observations
-        self.config = config
-        self.policy = policy
-        self.device = config.torch_device()
-        sizes = latent_sizes(config.model, action_size)
-        self._primers = {key: Unbounded((size,)) for key, size in sizes.items()}
+        self.settings, self.make_env, self.policy = settings, make_env, policy
+        self.action_repeat, self.device = action_repeat, torch.device(device)
+        self.segment, self.observations = segment, observations
+        self._primers = {key: Unbounded((size,)) for key, size in latents.items()}
         self._seed = seed
         self._envs: dict[str, EnvBase] = {}
 
@@ -94,16 +103,11 @@ class Evaluator:
         sets = evaluation_sets()
         self._envs = {"run": self._make_env(self._seed)} | {
             name: self._make_env(derive_seed(self._seed, "set", name), sets[name])
-            for name in self.config.evaluation.sets
+            for name in self.settings.sets
         }
 
     def _make_env(self, seed: int, evaluation_set: EvaluationSet | None = None) -> EnvBase:
-        env = build_env(
-            self.config.environment,
-            seed,
-            foreground_mask=self.config.needs_masks,
-            evaluation_set=evaluation_set,
-        )
+        env = self.make_env(seed, evaluation_set)
         return env.append_transform(TensorDictPrimer(self._primers))
 
     def seed(self, frames: int) -> None:
@@ -160,9 +164,8 @@ class Evaluator:
 
     def _play(self, env: EnvBase) -> tuple[TensorDictBase, float, int]:
         """Play an episode; return its kept steps ``[T]``, its return, its length in agent steps."""
-        settings = self.config.evaluation
-        repeat = self.config.environment.action_repeat
-        limit = settings.max_control_steps or control_steps(env, repeat) or CONTROL_STEPS
+        repeat = self.action_repeat
+        limit = self.settings.max_control_steps or control_steps(env, repeat) or CONTROL_STEPS
         steps = -(-limit // repeat)
         with torch.no_grad(), set_exploration_type(ExplorationType.MODE):
             episode: TensorDictBase = env.rollout(min(steps, KEPT_STEPS), self._act)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from w2f_torchrl.config import RunConfig
+from w2f_torchrl.config import EnvironmentConfig, EvaluationConfig
 from w2f_torchrl.evaluation.evaluator import Evaluation, Evaluator
 from w2f_torchrl.learner.learner import Learner
 from w2f_torchrl.utils.seeding import derive_seed
@@ -23,12 +23,22 @@ class RunEvaluations:
     """The evaluations of a run.
 
     Args:
-        config: The run's settings.
+        settings: When they are due, and their measures.
+        environment: The env in which the measures of filtering are made.
         learner: The learner whose policy and world model are evaluated.
+        seed: The run's seed.
     """
 
-    def __init__(self, config: RunConfig, learner: Learner) -> None:
-        self.config, self.learner = config, learner
+    def __init__(
+        self,
+        settings: EvaluationConfig,
+        environment: EnvironmentConfig,
+        learner: Learner,
+        *,
+        seed: int = 0,
+    ) -> None:
+        self.settings, self.environment, self.learner = settings, environment, learner
+        self.seed = seed
         self.last = 0
         """Frames at the last evaluation."""
         self.best: float | None = None
@@ -37,12 +47,12 @@ class RunEvaluations:
 
     def are_due(self, frames: int) -> bool:
         """Return whether ``evaluation.every_frames`` have passed since the last evaluation."""
-        every = self.config.evaluation.every_frames
+        every = self.settings.every_frames
         return every > 0 and frames // every > self.last // every
 
     def final_is_due(self, frames: int) -> bool:
         """Return whether evaluations are enabled and none was made at this frame."""
-        return self.config.evaluation.every_frames > 0 and self.last != frames
+        return self.settings.every_frames > 0 and self.last != frames
 
     def play(self, evaluator: Evaluator, frames: int) -> Evaluation:
         """Play episodes; the caller must update :attr:`last`.
@@ -51,13 +61,12 @@ class RunEvaluations:
             evaluator: The evaluator.
             frames: Environment frames so far, used to seed the envs.
         """
-        settings = self.config.evaluation
         evaluator.seed(frames)
-        return evaluator.evaluate(self.learner.world_model, settings.episodes)
+        return evaluator.evaluate(self.learner.world_model, self.settings.episodes)
 
     def measure_filtering(self) -> dict[str, float]:
         """Probe the latents without changing the random state of training."""
-        device = self.config.torch_device()
+        device = next(self.learner.world_model.parameters()).device
         # Every process records the episodes again, which must not change training.
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             return self._measure_filtering()
@@ -93,6 +102,10 @@ class RunEvaluations:
         )
 
         if self._filtering is None:
-            self._filtering = FilteringMeter(self.config, derive_seed(self.config.seed, "probe", 0))
+            self._filtering = FilteringMeter(
+                self.environment,
+                self.settings.filtering_episodes,
+                derive_seed(self.seed, "probe", 0),
+            )
         found = self._filtering.measure(self.learner.loss, seeds=(0,), probes=("linear",))
         return flat_metrics(found)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
-from w2f_torchrl.config import RunConfig
+from w2f_torchrl.config import EnvironmentConfig
 from w2f_torchrl.data.environments import build_env
 from w2f_torchrl.envs import EvaluationSet, PixelDMControlEnv
 from w2f_torchrl.evaluation import (
@@ -16,9 +14,8 @@ from w2f_torchrl.evaluation import (
     record_episodes,
     replace_backgrounds,
 )
-from w2f_torchrl.modules import build_world_model
+from w2f_torchrl.modules import WorldModel
 from w2f_torchrl.objectives import World2FilterLoss
-from w2f_torchrl.utils.seeding import derive_seed
 
 __all__ = ["FilteringMeter", "flat_metrics"]
 
@@ -34,19 +31,22 @@ class FilteringMeter:
     Actions are random and held, so the episodes are the same for every model of a task.
 
     Args:
-        config: The run's settings; ``evaluation.filtering_episodes`` is the number of episodes.
-        seed: Seed of the episodes and of the untrained control.
+        environment: The run's env.
+        count: Number of episodes.
+        seed: Seed of the episodes.
         evaluation_set: Set whose distraction replaces the run's.
     """
 
     def __init__(
-        self, config: RunConfig, seed: int, evaluation_set: EvaluationSet | None = None
+        self,
+        environment: EnvironmentConfig,
+        count: int,
+        seed: int,
+        evaluation_set: EvaluationSet | None = None,
     ) -> None:
-        self.config, self.seed = config, seed
-        env = build_env(config.environment, seed, evaluation_set=evaluation_set)
+        env = build_env(environment, seed, evaluation_set=evaluation_set)
         base = env.base_env
         assert isinstance(base, PixelDMControlEnv), "no registered env (validated)"
-        count = config.evaluation.filtering_episodes
         self.episodes: list[Episode] = record_episodes(base, count, seed=seed, max_steps=MAX_STEPS)
         self.replaced: list[Episode] = []
         video = None if base.distractor is None else base.distractor.video
@@ -54,24 +54,16 @@ class FilteringMeter:
             self.replaced = replace_backgrounds(base, self.episodes[:REPLACED])
         env.close()
 
-    def measure(self, model: World2FilterLoss, *, control: bool = False, **probing: Any) -> Any:
+    def measure(
+        self, model: World2FilterLoss, *, untrained: WorldModel | None = None, **probing: Any
+    ) -> Any:
         """Measure a model; see :func:`~w2f_torchrl.evaluation.measure_filtering`.
 
         Args:
             model: World model, actor and critic.
-            control: Whether to also measure an untrained world model of the same sizes.
+            untrained: A world model of the same sizes to compare with.
             probing: ``seeds`` and ``probes``, as in that function.
         """
-        untrained = None
-        if control:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(derive_seed(self.seed, "untrained"))
-                untrained = build_world_model(
-                    self.config.model,
-                    action_size=self.episodes[0].actions.shape[-1],
-                    image_size=self.config.environment.image_size,
-                    latent=self.config.latent,  # type: ignore[arg-type]
-                ).to(next(model.world_model.parameters()).device)
         return measure_filtering(
             model, self.episodes, replaced=self.replaced, untrained=untrained, **probing
         )

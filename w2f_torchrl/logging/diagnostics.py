@@ -15,7 +15,7 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor, nn
 
-from w2f_torchrl.config import RunConfig
+from w2f_torchrl.config import LoggingConfig
 from w2f_torchrl.evaluation.evaluator import Evaluation
 from w2f_torchrl.evaluation.imagination import decode, imagine_windows
 from w2f_torchrl.keys import MASK
@@ -41,15 +41,24 @@ class Diagnostics:
     """Log images, videos and histograms when they are due.
 
     Args:
-        config: The run's settings.
+        settings: When they are due.
         learner: The learner.
         metrics_logger: The logger that receives them.
+        seed: The run's seed.
+        videos: Whether evaluations make videos.
     """
 
-    def __init__(self, config: RunConfig, learner: Learner, metrics_logger: MetricsLogger):
-        self.settings = config.logging
-        self.seed, self.learner, self.logger = config.seed, learner, metrics_logger
-        self.videos = config.evaluation.video
+    def __init__(
+        self,
+        settings: LoggingConfig,
+        learner: Learner,
+        metrics_logger: MetricsLogger,
+        *,
+        seed: int = 0,
+        videos: bool = True,
+    ) -> None:
+        self.settings, self.seed, self.videos = settings, seed, videos
+        self.learner, self.logger = learner, metrics_logger
         self.videos_at: int | None = None
         """Frames of the last evaluation that made videos."""
 

@@ -10,7 +10,7 @@ from tensordict import TensorDictBase
 from torch import Tensor
 from torchrl.envs import EnvBase
 
-from w2f_torchrl.config import RunConfig, SegmentationConfig
+from w2f_torchrl.config import SegmentationConfig
 from w2f_torchrl.keys import MASK, PIXELS
 from w2f_torchrl.masks.labels import load_backgrounds
 from w2f_torchrl.masks.sources import MaskSource, SegmentedSource, TaughtSource
@@ -33,18 +33,20 @@ MakeEnv = Callable[[int], EnvBase]
 """Makes one of the run's envs from a seed."""
 
 
-def prepare(source: MaskSource, config: RunConfig, make_env: MakeEnv) -> None:
+def prepare(
+    source: MaskSource, settings: SegmentationConfig, make_env: MakeEnv, *, seed: int
+) -> None:
     """Train a source on frames of a random policy, in a separate env, if it has to learn.
 
     Not for a resumed run, whose source has already been trained.
 
     Args:
         source: From :func:`build_mask_source`.
-        config: The run's settings.
+        settings: How it learns.
         make_env: Makes the env.
+        seed: The run's seed.
     """
-    settings = config.segmentation
-    seed = derive_seed(config.seed, "segmentation", 0)
+    seed = derive_seed(seed, "segmentation", 0)
     if source.name == "median":
         assert isinstance(source, SegmentedSource)
         segmenter = source.segmenter

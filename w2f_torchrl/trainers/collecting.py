@@ -6,7 +6,6 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from functools import partial
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import torch
@@ -14,22 +13,20 @@ from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torchrl.collectors import Collector, MultiSyncCollector
 
-from w2f_torchrl.config import EnvironmentConfig, RunConfig, config_to_dict
+from w2f_torchrl.config import CollectionConfig, EnvironmentConfig, RunConfig
 from w2f_torchrl.data import (
     OverlappedCollector,
     StreamReplayBuffer,
     WorkerError,
     collector_state,
     load_collector_state,
-    make_collector,
     records_from_rollout,
     sync_policy_weights,
 )
 from w2f_torchrl.data.collector.leftovers import Leftovers
-from w2f_torchrl.data.environments import create_env
 from w2f_torchrl.data.records import keys_of_observations
-from w2f_torchrl.modules import latent_sizes
 from w2f_torchrl.trainers.run_replay import RunReplay
+from w2f_torchrl.utils.main_guard import require_main_guard
 from w2f_torchrl.utils.ranks import Ranks
 from w2f_torchrl.utils.seeding import derive_seed
 from w2f_torchrl.utils.stopping import StopRequested, may_be_cut, stop_is_wanted
@@ -51,11 +48,14 @@ class Collection:
     Its state is the state of the envs between two batches.
 
     Args:
-        config: The run's settings.
+        settings: How often lost workers are replaced.
         ranks: The run's processes.
-        policy: The acting policy, shared with the learner.
-        action_size: A.
         replay: The replay, not yet open.
+        make: Makes the collector from a seed and a folder for temporary files.
+        seed: The run's seed.
+        environment: Settings that must be unchanged for envs to continue in the middle of an
+            episode.
+        latent_classes: Classes of each categorical of the state, if the replay keeps latents.
         leftovers: Files that the rank's processes create outside of the run's directory.
         observations: Entries of the envs' observations, in addition to images and masks, that
             records keep.
@@ -63,41 +63,20 @@ class Collection:
 
     def __init__(
         self,
-        config: RunConfig,
+        settings: CollectionConfig,
         ranks: Ranks,
-        policy: TensorDictModuleBase,
-        action_size: int,
         replay: RunReplay,
+        make: Callable[..., AnyCollector],
+        *,
+        seed: int,
+        environment: dict[str, Any],
+        latent_classes: int | None = None,
         leftovers: Leftovers | None = None,
         observations: Sequence[str] = (),
     ) -> None:
-        self.config, self.ranks, self.run_replay = config, ranks, replay
+        self.settings, self.ranks, self.run_replay, self.make = settings, ranks, replay, make
+        self.seed, self.environment, self.latent_classes = seed, environment, latent_classes
         self.leftovers, self.observations = leftovers, observations
-        workers = count_workers(config, ranks.local_size)
-        self.environment = config_to_dict(config)["environment"] | {
-            "workers": workers,
-            "ranks": ranks.size,
-            "overlap": config.collection.overlap,
-        }
-        """Settings that must be unchanged for envs to continue in the middle of an episode."""
-        envs = config.environment.num_envs
-        self.make: Callable[..., AnyCollector] = partial(
-            make_collector,
-            partial(create_env, config),
-            policy,
-            primers=latent_sizes(config.model, action_size),
-            num_envs=envs,
-            num_workers=workers,
-            frames_per_batch=envs * config.collection.steps_per_batch,
-            rank=ranks.rank,
-            device=config.torch_device() if config.collection.device == "learner" else "cpu",
-            overlap=config.collection.overlap,
-            timeout_seconds=config.collection.timeout_seconds,
-            observations=observations,
-            extra_keys=LATENT_KEYS if config.replay.latents else (),
-        )
-        """Function that makes the collector from a seed and a folder for temporary files."""
-        self.seed = config.seed
         self.restarts = 0
         """How often workers have been replaced in the whole run."""
         self.complete = True
@@ -208,8 +187,7 @@ class Collection:
             StopRequested: If a stop signal arrived; the batch is kept for later.
         """
         check_finite(batch)
-        keeps_latents = self.config.replay.latents and LATENT_KEYS[0] in batch.keys(True)
-        classes = self.config.model.num_classes if keeps_latents else None
+        classes = self.latent_classes if LATENT_KEYS[0] in batch.keys(True) else None
         keys = keys_of_observations(batch, self.observations)
         records = records_from_rollout(batch, keys, latent_classes=classes)
         try:  # the other ranks wait for this one's episodes
@@ -244,7 +222,7 @@ class Collection:
                 return work()
             except WorkerError as error:
                 self.lost = error
-                if stop_is_wanted() or self._in_a_row >= self.config.collection.max_restarts:
+                if stop_is_wanted() or self._in_a_row >= self.settings.max_restarts:
                     raise
 
     def _replace(self, error: WorkerError) -> None:
@@ -256,7 +234,7 @@ class Collection:
             "begin new episodes.",
             error,
             self._in_a_row,
-            self.config.collection.max_restarts,
+            self.settings.max_restarts,
         )
         assert not isinstance(self.collector, Collector), "only workers can be lost"
         threads = torch.get_num_threads()  # TorchRL's shutdown sets them
@@ -345,6 +323,20 @@ def count_workers(config: RunConfig, local_ranks: int) -> int:
         return config.collection.num_workers
     cores, envs = len(os.sched_getaffinity(0)) // local_ranks, config.environment.num_envs
     return max(n for n in range(1, min(max(cores, 1), envs) + 1) if envs % n == 0)
+
+
+def check_guard(config: RunConfig, local_ranks: int) -> None:
+    """Refuse a script whose worker processes would build the trainer again.
+
+    Args:
+        config: The run's settings.
+        local_ranks: Ranks that share the machine.
+
+    Raises:
+        RuntimeError: If it starts worker processes outside ``if __name__ == "__main__":``.
+    """
+    if count_workers(config, local_ranks):
+        require_main_guard("Trainer")
 
 
 def check_finite(batch: TensorDictBase) -> None:

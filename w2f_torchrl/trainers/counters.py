@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from w2f_torchrl.checkpoint.file import CheckpointError
-from w2f_torchrl.config import RunConfig
 from w2f_torchrl.data import UpdateSchedule
 
 
@@ -13,28 +12,25 @@ class RunCounters:
     """Steps and updates of all ranks together.
 
     Args:
-        config: The run's settings.
+        schedule: Updates per agent step; its start is the number of agent steps before the first.
+        action_repeat: Control steps of an agent step.
+        ranks: Processes that train together.
     """
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self, schedule: UpdateSchedule, *, action_repeat: int = 1, ranks: int = 1) -> None:
         self.steps = 0
         """Agent steps so far, over all envs and ranks."""
         self.updates = 0
         self.last_return: float | None = None
         """Return of the last training episode."""
-        self._ranks = config.distributed.ranks
+        self._ranks = ranks
         self._counted = (0, 0)
         """Steps and frames of the checkpoint that this run resumed from."""
-        self.schedule = UpdateSchedule(
-            config.training.train_ratio,
-            config.effective_batch_size,
-            config.training.batch_length,
-            start=config.prefill_steps,
-        )
-        self.first_steps = config.prefill_steps
+        self.schedule = schedule
+        self.first_steps = schedule.start
         """Agent steps before the first update."""
-        self._prefill = config.prefill_steps
-        self._action_repeat = config.environment.action_repeat
+        self._prefill = schedule.start
+        self._action_repeat = action_repeat
 
     @property
     def frames(self) -> int:

@@ -1,4 +1,4 @@
-"""A run: the place and the processes that it has, and every part of it, in order.
+"""Every part of a run, built in order, each from its own group of settings.
 
 :func:`open_run` takes the run directory; :func:`build_parts` builds what trains in it. The parts
 are cheap to build: processes, threads and the replay's memory come with
@@ -8,25 +8,25 @@ are cheap to build: processes, threads and the replay's memory come with
 from __future__ import annotations
 
 import logging
-import signal
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import TypeAlias, cast
+from typing import Any, TypeAlias
 
-import torch
+from tensordict.nn import TensorDictModuleBase
+from torchrl.envs import TransformedEnv
 
 from w2f_torchrl.checkpoint.folder import checkpoints_of, records_folder
-from w2f_torchrl.checkpoint.lock import RunLock
 from w2f_torchrl.checkpoint.parts import Checkpoints
-from w2f_torchrl.checkpoint.resume import Resumption, find_resumption
+from w2f_torchrl.checkpoint.resume import Resumption
 from w2f_torchrl.config import ConfigError, RunConfig, config_to_dict, save_config
-from w2f_torchrl.data.collector.leftovers import Leftovers
-from w2f_torchrl.data.environments import EnvFacts, build_env, probe_env
+from w2f_torchrl.data import UpdateSchedule, make_collector
+from w2f_torchrl.data.environments import EnvFacts, build_env, create_env, probe_env
+from w2f_torchrl.data.replay.latents import latent_fields
+from w2f_torchrl.envs import EvaluationSet
 from w2f_torchrl.evaluation.evaluator import Evaluator
 from w2f_torchrl.evaluation.run_evaluations import RunEvaluations
 from w2f_torchrl.learner.learner import Learner
+from w2f_torchrl.learner.update_metrics import UpdateMetrics
 from w2f_torchrl.logging.diagnostics import Diagnostics
 from w2f_torchrl.logging.environment import note_environment
 from w2f_torchrl.logging.metrics import MetricsLogger
@@ -35,131 +35,40 @@ from w2f_torchrl.logging.wandb import restore_wandb_run
 from w2f_torchrl.masks.choose import build_mask_source, choose_source
 from w2f_torchrl.masks.prepare import prepare
 from w2f_torchrl.masks.sources import MaskSource
+from w2f_torchrl.modules import latent_sizes
 from w2f_torchrl.modules.components import encoder_keys
-from w2f_torchrl.trainers.collecting import Collection, count_workers
+from w2f_torchrl.trainers.collecting import LATENT_KEYS, Collection, count_workers
 from w2f_torchrl.trainers.counters import RunCounters
-from w2f_torchrl.trainers.interruptions import stop_on_signal
-from w2f_torchrl.trainers.preemption import is_restart
+from w2f_torchrl.trainers.opening import Run, open_run
 from w2f_torchrl.trainers.run_logging import RunClock, build_loggers, finish_run
-from w2f_torchrl.trainers.run_replay import RunReplay
+from w2f_torchrl.trainers.run_replay import RunReplay, checkpoint_slack
 from w2f_torchrl.trainers.tolerance import Tolerance
-from w2f_torchrl.trainers.update_metrics import UpdateMetrics
-from w2f_torchrl.utils.closing import end_all
-from w2f_torchrl.utils.main_guard import require_main_guard
-from w2f_torchrl.utils.memory import keep_freed_memory
 from w2f_torchrl.utils.random_state import RandomStreams
-from w2f_torchrl.utils.ranks import Ranks, Silent
+from w2f_torchrl.utils.ranks import Silent
 from w2f_torchrl.utils.seeding import derive_seed
-from w2f_torchrl.utils.stopping import StopRequested, may_be_cut
+
+__all__ = [
+    "Bar",
+    "Parts",
+    "Progress",
+    "Run",
+    "build_checkpoints",
+    "build_collection",
+    "build_counters",
+    "build_evaluator",
+    "build_learner",
+    "build_parts",
+    "build_progress",
+    "choose_masks",
+    "finish",
+    "make_evaluator",
+    "open_run",
+    "probe_env",
+    "start_bar",
+    "train_masks",
+]
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class Run:
-    """What a run has before any of its parts is built.
-
-    As a context it closes what is left open, and until :meth:`built` a stop signal ends it at once.
-    """
-
-    config: RunConfig
-    """Validated and frozen; ``distributed.ranks`` and ``segmentation.chosen`` are filled in."""
-    ranks: Ranks
-    device: torch.device
-    directory: Path
-    lock: RunLock
-    leftovers: Leftovers
-    resumption: Resumption | None
-    """The checkpoint that it resumes from."""
-    building: ExitStack
-    """Holds the handlers of stop signals while the parts are built."""
-    logger: MetricsLogger = field(default_factory=lambda: cast(MetricsLogger, Silent()))
-    """Silent on the ranks other than rank 0, and before :meth:`open_log`."""
-
-    def __enter__(self) -> Run:
-        """Return the run."""
-        return self
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        """Close the run.
-
-        Raises:
-            KeyboardInterrupt: In place of the error of a Ctrl+C before the first step.
-        """
-        self.abandon(error)
-
-    def abandon(self, error: BaseException | None = None) -> None:
-        """Close the run, whatever of it is open.
-
-        Args:
-            error: What ended it before its time.
-
-        Raises:
-            KeyboardInterrupt: In place of the error of a Ctrl+C before the first step.
-        """
-        self.building.close()
-        self.close()
-        _raise_interrupt(error)
-
-    def open_log(self) -> MetricsLogger:
-        """Open the metrics. What is wrong with a part shows before: then nothing is written."""
-        if self.resumption is not None and self.ranks.is_first:
-            restore_wandb_run(self.directory, self.resumption.own["log"]["wandb"])
-        self.logger = self.ranks.on_first_or_silent(
-            lambda: MetricsLogger(self.directory, build_loggers(self.config))
-        )
-        return self.logger
-
-    def built(self) -> None:
-        """Leave stop signals to the trainer: all parts are built."""
-        self.building.close()
-
-    def close(self) -> None:
-        """Close the loggers, and give the run directory back. Closing twice is allowed."""
-        end_all([self.logger.close])
-        self.lock.abandon()
-
-
-def open_run(config: RunConfig) -> Run:
-    """Validate the settings, join the other ranks, take the run directory, find what to resume.
-
-    Raises:
-        ConfigError: If a setting is out of range.
-        CheckpointError: If the directory is in use or holds another run, or the checkpoint to
-            resume from is missing, damaged or of another model.
-        RuntimeError: If a script starts worker processes outside ``if __name__ == "__main__":``.
-    """
-    ranks = Ranks.from_environment()
-    config = config.validated(ranks=ranks.size)
-    if count_workers(config, ranks.local_size):
-        require_main_guard("Trainer")
-    directory = Path(config.run_dir)
-    lock, leftovers = RunLock(directory), Leftovers(directory, ranks.rank)
-    building = ExitStack()
-    try:
-        # What is loaded and compiled here is made again by a resume, so it may end at any moment.
-        building.enter_context(stop_on_signal())
-        building.enter_context(may_be_cut(at_once=True))
-        device = config.torch_device()
-        ranks.connect(device, config.distributed.timeout_seconds)
-        # torchrun counts restarts only on the machine where a rank failed.
-        restart = any(ranks.gather([is_restart(directory)]))
-        ranks.on_first(lock.acquire)
-        leftovers.clear()
-        resumption = find_resumption(config, ranks, is_restart=restart)
-    except BaseException as error:
-        building.close()
-        lock.abandon()
-        _raise_interrupt(error)
-        raise
-    torch.manual_seed(derive_seed(config.seed, "learner", ranks.rank))
-    keep_freed_memory()
-    return Run(config, ranks, device, directory, lock, leftovers, resumption, building)
-
-
-def _raise_interrupt(error: BaseException | None) -> None:
-    if isinstance(error, StopRequested) and error.number == signal.SIGINT:
-        raise KeyboardInterrupt from None
 
 
 def choose_masks(run: Run, env: EnvFacts) -> MaskSource:
@@ -171,10 +80,19 @@ def choose_masks(run: Run, env: EnvFacts) -> MaskSource:
     before = None
     if run.resumption is not None:
         before = str(run.resumption.checkpoint.payload["masks"]["name"])
-    choose = partial(choose_source, run.config, env.has_mask, before=before)
+    settings = run.config.segmentation
+    needed_by = run.config.environment.domain if run.config.needs_masks else None
+    choose = partial(choose_source, settings, env.has_mask, needed_by=needed_by, before=before)
     source = run.ranks.on_first(choose)
     run.config = run.config.with_masks_from(source)
-    return build_mask_source(run.config, source, env.has_mask)
+    return build_mask_source(
+        settings,
+        source,
+        env.has_mask,
+        seed=run.config.seed,
+        device=run.device,
+        image_size=run.config.environment.image_size,
+    )
 
 
 def build_learner(run: Run, env: EnvFacts) -> Learner:
@@ -209,16 +127,49 @@ def build_learner(run: Run, env: EnvFacts) -> Learner:
 
 def build_collection(run: Run, learner: Learner, env: EnvFacts) -> Collection:
     """Build the workers and the replay of this rank; they start with training."""
-    records = None if run.resumption is None else run.resumption.records
-    replay = RunReplay(run.config, records_folder(run.directory, run.ranks.rank), records)
-    return Collection(
-        run.config,
-        run.ranks,
+    config = run.config
+    replay = RunReplay(
+        config.replay,
+        config.training,
+        config.environment,
+        records_folder(run.directory, run.ranks.rank),
+        None if run.resumption is None else run.resumption.records,
+        slack=checkpoint_slack(config),
+        latents=latent_fields(config.model, config.latent) if config.replay.latents else None,
+        pin_memory=run.device.type == "cuda",
+    )
+    observations = replay.kept(env.observations)
+    envs, workers = config.environment.num_envs, count_workers(config, run.ranks.local_size)
+    make = partial(
+        make_collector,
+        partial(create_env, config),
         learner.policy,
-        env.action_size,
+        primers=latent_sizes(config.model, env.action_size),
+        num_envs=envs,
+        num_workers=workers,
+        frames_per_batch=envs * config.collection.steps_per_batch,
+        rank=run.ranks.rank,
+        device=run.device if config.collection.device == "learner" else "cpu",
+        overlap=config.collection.overlap,
+        timeout_seconds=config.collection.timeout_seconds,
+        observations=observations,
+        extra_keys=LATENT_KEYS if config.replay.latents else (),
+    )
+    must_stay = {
+        "workers": workers,
+        "ranks": run.ranks.size,
+        "overlap": config.collection.overlap,
+    }
+    return Collection(
+        config.collection,
+        run.ranks,
         replay,
-        run.leftovers,
-        replay.kept(env.observations),
+        make,
+        seed=config.seed,
+        environment=config_to_dict(config)["environment"] | must_stay,
+        latent_classes=config.model.num_classes if config.replay.latents else None,
+        leftovers=run.leftovers,
+        observations=observations,
     )
 
 
@@ -229,8 +180,42 @@ def build_evaluator(
     if not run.ranks.is_first:
         return None
     seed = derive_seed(run.config.seed, "eval", 0)
+    return make_evaluator(
+        run.config,
+        learner.policy,
+        env.action_size,
+        seed=seed,
+        segment=masks.segment,
+        observations=env.observations,
+    )
+
+
+def make_evaluator(
+    config: RunConfig, policy: TensorDictModuleBase, action_size: int, **options: Any
+) -> Evaluator:
+    """Build what plays a policy, of this run or of a checkpoint, in the envs of its settings.
+
+    Args:
+        config: The settings of its run.
+        policy: The acting policy.
+        action_size: A.
+        options: ``seed``, ``segment`` and ``observations`` of
+            :class:`~w2f_torchrl.evaluation.evaluator.Evaluator`.
+    """
     return Evaluator(
-        run.config, seed, learner.policy, env.action_size, masks.segment, env.observations
+        config.evaluation,
+        partial(_evaluation_env, config),
+        policy,
+        latent_sizes(config.model, action_size),
+        action_repeat=config.environment.action_repeat,
+        device=config.torch_device(),
+        **options,
+    )
+
+
+def _evaluation_env(config: RunConfig, seed: int, chosen: EvaluationSet | None) -> TransformedEnv:
+    return build_env(
+        config.environment, seed, foreground_mask=config.needs_masks, evaluation_set=chosen
     )
 
 
@@ -238,6 +223,8 @@ def build_evaluator(
 class Progress:
     """What a run has counted and still has to write down."""
 
+    logger: MetricsLogger
+    """Silent on the ranks other than rank 0."""
     counters: RunCounters
     metrics: UpdateMetrics
     """Of the row that is not written yet."""
@@ -248,15 +235,44 @@ class Progress:
     clock: RunClock
 
 
+def open_log(run: Run) -> MetricsLogger:
+    """Open the metrics. What is wrong with a part shows before: then nothing is written."""
+    if run.resumption is not None and run.ranks.is_first:
+        restore_wandb_run(run.directory, run.resumption.own["log"]["wandb"])
+    log: MetricsLogger = run.ranks.on_first_or_silent(
+        lambda: MetricsLogger(run.directory, build_loggers(run.config))
+    )
+    run.ends.append(log.close)
+    return log
+
+
+def build_counters(config: RunConfig) -> RunCounters:
+    """Build the counters of a run, and its schedule of updates."""
+    schedule = UpdateSchedule(
+        config.training.train_ratio,
+        config.effective_batch_size,
+        config.training.batch_length,
+        start=config.prefill_steps,
+    )
+    repeat, ranks = config.environment.action_repeat, config.distributed.ranks
+    return RunCounters(schedule, action_repeat=repeat, ranks=ranks)
+
+
 def build_progress(run: Run, learner: Learner) -> Progress:
     """Build what counts and shows how a run gets on."""
-    config, log = run.config, run.open_log()
+    config, log = run.config, open_log(run)
+    shown = partial(
+        Diagnostics, config.logging, learner, log, seed=config.seed, videos=config.evaluation.video
+    )
     return Progress(
-        counters=RunCounters(config),
+        logger=log,
+        counters=build_counters(config),
         metrics=UpdateMetrics(run.device),
-        evaluations=RunEvaluations(config, learner),
+        evaluations=RunEvaluations(
+            config.evaluation, config.environment, learner, seed=config.seed
+        ),
         tolerance=Tolerance(run.directory, config.evaluation.max_failures),
-        diagnostics=run.ranks.on_first_or_silent(lambda: Diagnostics(config, learner, log)),
+        diagnostics=run.ranks.on_first_or_silent(shown),
         random=RandomStreams(),
         clock=RunClock(run.directory),
     )
@@ -290,7 +306,7 @@ def build_checkpoints(
             "metrics": progress.metrics,
             "failures": progress.tolerance,
             "diagnostics": progress.diagnostics,
-            "log": run.logger,
+            "log": progress.logger,
             "collection": collection,
             "sampling": collection.run_replay,
             "random": progress.random,
@@ -302,7 +318,7 @@ def build_checkpoints(
         _resume(run, run.resumption, checkpoints, progress.counters)
     else:
         # resume=auto of a run that ended before its first checkpoint begins again.
-        run.logger.truncate_after(-1)
+        progress.logger.truncate_after(-1)
     progress.clock.start(progress.counters.frames, progress.counters.updates)
     if run.ranks.is_first:
         save_config(run.config, run.directory / "config.yaml")
@@ -323,7 +339,8 @@ def _resume(
 
 def train_masks(run: Run, masks: MaskSource) -> None:
     """Train a source of masks that learns, on rank 0's frames, before the first step."""
-    prepare(masks, run.config, partial(build_env, run.config.environment))
+    make_env = partial(build_env, run.config.environment)
+    prepare(masks, run.config.segmentation, make_env, seed=run.config.seed)
     run.ranks.copy_from_first(masks.learned())
 
 
@@ -338,17 +355,16 @@ def start_bar(run: Run, counters: RunCounters) -> Bar:
     )
 
 
-def finish(run: Run, clock: RunClock, counters: RunCounters, *, draw: bool) -> None:
+def finish(run: Run, progress: Progress, *, draw: bool) -> None:
     """Finish what rank 0 shows of a run, and say what it came to.
 
     Args:
         run: The run.
-        clock: Its clock.
-        counters: Its counters.
+        progress: What it has counted and logged.
         draw: Whether to draw curves and write the report, which takes seconds.
     """
-    counts = {"frames": counters.frames, "updates": counters.updates}
-    finish_run(run.config, run.logger, clock, draw=draw, **counts)
+    counts = {"frames": progress.counters.frames, "updates": progress.counters.updates}
+    finish_run(run.config, progress.logger, progress.clock, draw=draw, **counts)
 
 
 @dataclass

@@ -10,9 +10,9 @@ from typing import Any
 
 from w2f_torchrl.checkpoint.file import CheckpointError
 from w2f_torchrl.checkpoint.resume import SavedRecords
-from w2f_torchrl.config import RunConfig
+from w2f_torchrl.config import EnvironmentConfig, ReplayConfig, RunConfig, TrainingConfig
 from w2f_torchrl.data import StreamReplayBuffer, make_replay
-from w2f_torchrl.data.replay.latents import latent_fields
+from w2f_torchrl.data.replay.record_files import Fields
 from w2f_torchrl.data.replay.replay_files import Manifest, ReplayFiles, new_generation, ring_rows
 
 logger = logging.getLogger(__name__)
@@ -24,20 +24,37 @@ class RunReplay:
     Its state is that of the sampler; the records are in separate files.
 
     Args:
-        config: The run's settings.
+        settings: Its capacity and storage.
+        training: The length and number of sampled slices.
+        environment: The number of envs, and the size of their images.
         folder: Folder of its records.
         records: Records of a checkpoint to start from; None for an empty replay.
+        slack: Records that a stream on disk can take while a checkpoint is kept
+            (:func:`checkpoint_slack`).
+        latents: Sizes of the latents that records keep, if any.
+        pin_memory: Whether samples are in pinned memory, for a GPU.
 
     Raises:
         CheckpointError: If the records do not fit the settings; names the setting.
     """
 
     def __init__(
-        self, config: RunConfig, folder: Path, records: SavedRecords | None = None
+        self,
+        settings: ReplayConfig,
+        training: TrainingConfig,
+        environment: EnvironmentConfig,
+        folder: Path,
+        records: SavedRecords | None = None,
+        *,
+        slack: int,
+        latents: Fields | None = None,
+        pin_memory: bool = False,
     ) -> None:
         if records is not None:
-            check_layout(config, records.manifest)
-        self.config, self.folder, self.records = config, folder, records
+            check_layout(environment, records.manifest)
+        self.settings, self.training, self.num_envs = settings, training, environment.num_envs
+        self.folder, self.records = folder, records
+        self.slack, self.latents, self.pin_memory = slack, latents, pin_memory
         self._sampling: dict[str, Any] | None = None
         self._buffer: StreamReplayBuffer | None = None
         self._files: ReplayFiles | None = None
@@ -79,21 +96,21 @@ class RunReplay:
         Raises:
             CheckpointError: If the length of the slices has changed.
         """
-        config, replay = self.config, self.config.replay
+        settings = self.settings
         ring, generation = self._ring_and_generation()
-        on_disk = replay.storage == "disk"
+        on_disk = settings.storage == "disk"
         self._buffer = make_replay(
-            capacity=replay.capacity,
-            num_streams=config.environment.num_envs,
-            batch_size=config.training.batch_size,
-            batch_length=config.training.batch_length,
+            capacity=settings.capacity,
+            num_streams=self.num_envs,
+            batch_size=self.training.batch_size,
+            batch_length=self.training.batch_length,
             path=self.folder / generation if on_disk else None,
             ring=ring if on_disk else None,
             exist_ok=True,
-            newest_first=replay.newest_first,
-            pin_memory=config.torch_device().type == "cuda",
+            newest_first=settings.newest_first,
+            pin_memory=self.pin_memory,
             seed=seed,
-            latents=latent_fields(config.model, config.latent) if replay.latents else None,
+            latents=self.latents,
         )
         self._files = ReplayFiles(self._buffer, self.folder, generation, ring)
         if self.records is None:
@@ -120,14 +137,13 @@ class RunReplay:
 
         Both are those of the checkpoint if its files can be continued.
         """
-        capacity = self.config.replay.capacity // self.config.environment.num_envs
+        capacity = self.settings.capacity // self.num_envs
         if self.records is not None:
             manifest = self.records.manifest
             same_folder = self.records.folder.resolve() == self.folder.resolve()
             if same_folder and manifest["capacity"] == capacity:
                 return manifest["ring"], manifest["generation"]
-        slack = checkpoint_slack(self.config)
-        return ring_rows(capacity, slack), new_generation(self.folder)
+        return ring_rows(capacity, self.slack), new_generation(self.folder)
 
 
 def checkpoint_slack(config: RunConfig) -> int:
@@ -145,20 +161,20 @@ def checkpoint_slack(config: RunConfig) -> int:
     return keep * min(between, capacity)
 
 
-def check_layout(config: RunConfig, manifest: Manifest) -> None:
+def check_layout(environment: EnvironmentConfig, manifest: Manifest) -> None:
     """Refuse records that do not fit the run's settings.
 
     Raises:
         CheckpointError: If they do not fit; names the setting.
     """
-    streams, envs = len(manifest["written"]), config.environment.num_envs
+    streams, envs = len(manifest["written"]), environment.num_envs
     if streams != envs:
         raise CheckpointError(
             f"environment.num_envs={envs} must stay {streams}, as the checkpoint's replay has it."
         )
     size = manifest["fields"]["next/pixels"][1][-1]
-    if size != config.environment.image_size:
+    if size != environment.image_size:
         raise CheckpointError(
-            f"environment.image_size={config.environment.image_size} must stay {size}, as the "
+            f"environment.image_size={environment.image_size} must stay {size}, as the "
             "checkpoint's replay has it."
         )

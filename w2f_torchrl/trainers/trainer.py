@@ -70,7 +70,7 @@ class Trainer:
                 raise
         self.run = run
         self.config, self.ranks, self.run_dir = run.config, run.ranks, run.directory
-        self.logger = run.logger
+        self.logger = parts.progress.logger
         self.learner, self.masks, self.collection = parts.learner, parts.masks, parts.collection
         self.evaluator, self.checkpoints = parts.evaluator, parts.checkpoints
         self.counters, self.metrics = parts.progress.counters, parts.progress.metrics
@@ -80,7 +80,7 @@ class Trainer:
         self.bar: Bar = Silent()
         self.started = False
         """Whether workers, writer and progress bar are running."""
-        self._updates = Updates(run, parts)
+        self._progress, self._updates = parts.progress, Updates(run, parts)
         self._restarts_logged = self.collection.restarts
         run.built()
 
@@ -340,7 +340,7 @@ class Trainer:
             ends.append(self.evaluator.close)
         ends.append(self.checkpoints.close)
         if self.ranks.is_first and self.started:
-            ends.append(partial(finish, self.run, self.clock, self.counters, draw=report))
+            ends.append(partial(finish, self.run, self._progress, draw=report))
         errors = end_all([*ends, self.run.leftovers.remove])
         self.run.close()
         return errors

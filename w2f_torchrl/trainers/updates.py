@@ -8,9 +8,9 @@ from tensordict import TensorDictBase
 
 from w2f_torchrl.data.device_copy import DeviceCopy
 from w2f_torchrl.learner.non_finite_guard import FINITE
+from w2f_torchrl.learner.update_metrics import Sums, shown_row
 from w2f_torchrl.trainers.interruptions import save_batch
 from w2f_torchrl.trainers.run import Parts, Run
-from w2f_torchrl.trainers.update_metrics import Sums, shown_row
 from w2f_torchrl.utils.random_state import random_state, restore_random_state
 from w2f_torchrl.utils.stopping import StopRequested, may_be_cut
 
@@ -25,7 +25,7 @@ class Updates:
 
     def __init__(self, run: Run, parts: Parts) -> None:
         self.config, self.ranks, self.directory = run.config, run.ranks, run.directory
-        self.logger = run.logger
+        self.logger = parts.progress.logger
         self.learner, self.masks, self.collection = parts.learner, parts.masks, parts.collection
         self.counters, self.metrics = parts.progress.counters, parts.progress.metrics
         self.clock = parts.progress.clock
