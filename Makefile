@@ -1,7 +1,8 @@
 # World2Filter on TorchRL. `make help` lists the targets; `make train` and `make test` need nothing
 # but a Debian or Ubuntu machine with Python 3.11 or newer.
 .DEFAULT_GOAL := help
-.PHONY: help train smoke test test-all lint format lock extras docs containers dist setup clean gl
+.PHONY: help train smoke test test-all test-oldest lint format lock extras docs containers workflows dist
+.PHONY: setup clean gl
 
 VENV_PYTHON := .venv/bin/python
 EXPERIMENT ?= demo
@@ -36,6 +37,15 @@ test-all: export OMP_NUM_THREADS ?= 1
 test-all: $(STAMP) gl  ## Run every test that this machine can run.
 	$(VENV_PYTHON) -m pytest $(PYTEST_ARGS)
 
+test-oldest: export OMP_NUM_THREADS ?= 1
+test-oldest: $(STAMP) gl  ## Run the tests with the oldest packages that pyproject.toml allows, in .venv-oldest.
+	test -x .venv-oldest/bin/python || $(VENV_PYTHON) -m venv .venv-oldest
+	$(VENV_PYTHON) -m uv pip install --quiet --python .venv-oldest/bin/python --no-deps \
+		-r requirements/oldest.txt
+	$(VENV_PYTHON) -m uv pip install --quiet --python .venv-oldest/bin/python --no-deps \
+		--no-build-isolation --editable .
+	.venv-oldest/bin/python -m pytest -m "not slow" -n $(TEST_PROCESSES) --dist loadfile $(PYTEST_ARGS)
+
 lint: $(STAMP)  ## Ruff's rules and format, mypy's types, the package's structure: what CI refuses.
 	$(VENV_PYTHON) -m ruff check .
 	$(VENV_PYTHON) -m ruff format --check .
@@ -54,6 +64,9 @@ lock: $(STAMP)  ## Lock the requirements again; ARGS=--upgrade takes the newest 
 	$(COMPILE) --all-extras --output-file requirements/locked-extras.txt
 	$(COMPILE) --extra dev --extra docs --constraints requirements/locked-extras.txt \
 		--output-file requirements/locked.txt
+	$(VENV_PYTHON) -m uv pip compile pyproject.toml --quiet --python-version 3.11 --extra dev \
+		--resolution lowest-direct --overrides requirements/overrides.txt --no-annotate \
+		--custom-compile-command "make lock" --output-file requirements/oldest.txt
 
 extras: $(STAMP)  ## Add the locked packages of all extras.
 	$(VENV_PYTHON) -m uv pip install --python $(VENV_PYTHON) --no-deps -r requirements/locked-extras.txt
@@ -70,6 +83,16 @@ containers: $(STAMP)  ## Check Dockerfile and docker-compose.yml; needs no engin
 		--builtin-schema vendor.compose-spec docker-compose.yml
 	sed 's/!reset//' docker-compose.cpu.yml | $(RUN_TOOL) check-jsonschema==0.39.0 check-jsonschema \
 		--force-filetype yaml --builtin-schema vendor.compose-spec -
+
+ZIZMOR = $(VENV_PYTHON) -m uv tool run --quiet zizmor@1.32.0
+SCHEMA = $(RUN_TOOL) check-jsonschema==0.39.0 check-jsonschema --builtin-schema
+
+workflows: $(STAMP)  ## Check the workflows and forms in .github.
+	$(ZIZMOR) --offline --no-progress --quiet .github
+	$(SCHEMA) vendor.github-workflows .github/workflows/*.yml
+	$(SCHEMA) vendor.github-issue-forms .github/ISSUE_TEMPLATE/bug.yml .github/ISSUE_TEMPLATE/idea.yml
+	$(SCHEMA) vendor.github-issue-config .github/ISSUE_TEMPLATE/config.yml
+	$(SCHEMA) vendor.dependabot .github/dependabot.yml
 
 dist: $(STAMP)  ## Build wheel and sdist into dist/, and check what they say about themselves.
 	rm -rf dist
