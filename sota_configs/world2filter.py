@@ -53,6 +53,8 @@ def train(config: DictConfig) -> None:
 
     To swap a part, replace its line; docs/howto has a page for each kind.
     """
+    if os.environ.get("RANK", "0") == "0":
+        logging.getLogger(__name__).info("loading PyTorch and the simulator ...")
     from w2f_torchrl.checkpoint import CheckpointError
     from w2f_torchrl.trainers import Trainer
     from w2f_torchrl.trainers import run as parts

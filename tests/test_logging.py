@@ -429,9 +429,13 @@ def test_the_end_says_what_the_run_came_to(tmp_path, caplog):
     assert (
         f"last {len(returns)} training episodes: return {sum(returns) / len(returns):.1f}" in text
     )
-    for name in ("metrics.jsonl", "curves.png", "videos", "images", "checkpoints", "report.html"):
+    for name in ("metrics.jsonl", "curves.png", "videos", "images", "checkpoints"):
         assert f": {tmp_path / name}" in text
         assert (tmp_path / name).exists()
+    page = Path(text.rpartition("everything on one page: file://")[2].strip())
+    assert page == tmp_path / "report.html"
+    assert page.exists()
+    assert "continue with resume=auto" not in text  # it has all its frames
     assert "NOT MADE" not in text
 
 

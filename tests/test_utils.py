@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import io
 import json
 import logging
 import math
@@ -21,9 +20,9 @@ from torchrl.record.loggers.csv import CSVLogger
 
 from w2f_torchrl.logging import wandb as wandb_logging
 from w2f_torchrl.logging.metric_names import meaning_of
-from w2f_torchrl.logging.metrics import MetricsLogger, ProgressBar, make_wandb_logger, read_metrics
+from w2f_torchrl.logging.metrics import MetricsLogger, make_wandb_logger, read_metrics
 from w2f_torchrl.logging.pictures import plotting
-from w2f_torchrl.logging.pictures.plotting import metric_series, plot_curves, trailing_mean
+from w2f_torchrl.logging.pictures.plotting import mean_over_frames, metric_series, plot_curves
 from w2f_torchrl.logging.pictures.video import (
     contact_sheet,
     panel,
@@ -232,59 +231,6 @@ def test_wandb_gets_one_id_per_run_directory_and_no_secrets(tmp_path, monkeypatc
 # ------------------------------------------------------------------------------------ progress
 
 
-class Clock:
-    """Seconds that a test sets."""
-
-    now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-def test_progress_writes_lines_where_there_is_no_terminal(caplog):
-    clock, stream = Clock(), io.StringIO()
-    with (
-        caplog.at_level(logging.INFO),
-        ProgressBar(
-            10_000, initial_frames=1000, initial_updates=50, stream=stream, clock=clock
-        ) as progress,
-    ):
-        for second in range(1, 66):
-            clock.now = float(second)
-            progress.update(frames=1000 + 20 * second, updates=50 + 2 * second, last_return=123.4)
-    assert stream.getvalue() == ""
-    assert len(caplog.messages) == 3  # at 30 s, at 60 s, and at the end
-    assert caplog.messages[0] == (
-        "1600/10000 frames, 110 updates, 20.0 frames/s, 2.0 updates/s, return 123.4, 0:07:00 left"
-    )
-
-
-def test_rates_are_those_of_the_window_and_a_resumed_run_starts_from_its_own_counts():
-    clock = Clock()
-    progress = ProgressBar(
-        10**6, initial_frames=5 * 10**5, window=10.0, stream=io.StringIO(), clock=clock
-    )
-    assert all(map(math.isnan, progress.rates()))
-    for second, frames in enumerate([0] * 50 + list(range(100, 5000, 100))):
-        clock.now = float(second)
-        progress.update(frames=5 * 10**5 + frames, updates=0)
-    assert progress.rates() == (100.0, 0.0)
-
-
-def test_progress_draws_a_bar_on_a_terminal(caplog):
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
-
-    clock, stream = Clock(), Terminal()
-    with caplog.at_level(logging.INFO), ProgressBar(100, stream=stream, clock=clock) as progress:
-        clock.now = 100.0
-        progress.update(frames=50, updates=5, last_return=7.0)
-    assert "50/100 frames, 5 updates, 0.5 frames/s" in stream.getvalue()
-    assert " 50%|" in stream.getvalue()
-    assert caplog.messages == []
-
-
 # --------------------------------------------------------------------------------------- video
 
 
@@ -383,13 +329,24 @@ def test_a_contact_sheet_has_a_row_for_every_nth_step(tmp_path):
 
 
 @given(
-    values=st.lists(st.floats(-100, 100) | st.just(math.nan), min_size=1, max_size=30),
-    window=st.integers(1, 8),
+    points=st.lists(
+        st.tuples(st.integers(0, 50), st.floats(-100, 100) | st.just(math.nan)),
+        min_size=1,
+        max_size=30,
+    ),
+    window=st.integers(0, 20),
 )
-def test_trailing_mean_is_the_mean_of_what_came_before(values, window):
-    means = trailing_mean(np.array(values), window)
-    for index, mean in enumerate(means):
-        part = [v for v in values[max(0, index - window + 1) : index + 1] if not math.isnan(v)]
+def test_the_mean_over_frames_is_the_mean_of_the_frames_before(points, window):
+    points.sort(key=lambda point: point[0])
+    frames, values = np.array(points, dtype=np.float64).T
+    places, means = mean_over_frames(frames, values, window)
+    assert places.tolist() == sorted({frame for frame, _ in points})
+    for place, mean in zip(places, means, strict=True):
+        part = [
+            value
+            for frame, value in points
+            if (frame == place or place - window < frame < place) and not math.isnan(value)
+        ]
         expected = sum(part) / len(part) if part else math.nan
         assert mean == pytest.approx(expected, abs=1e-9, nan_ok=True)
 
@@ -438,6 +395,27 @@ def test_curves_show_the_logged_points_and_leave_pyplot_alone(tmp_path, monkeypa
     assert returns.get_ylim()[0] == 0
     assert losses.get_yscale() == "log"
     assert returns.get_xlim() == (0, 60_000)
+
+
+def test_episodes_that_end_together_are_points_and_one_place_of_the_curve(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(plotting, "save_figure", lambda figure, path: figures.append(figure))
+    returns = {4000: [2.5, 10.5, 6.5, 10.0], 8000: [20.0, 10.0, 30.0, 40.0]}
+    with MetricsLogger(tmp_path) as metrics:
+        for frames, ended in returns.items():
+            for value in ended:
+                metrics.log({"episode/return": value}, frames=frames, updates=frames // 100)
+            for loss in (3.0, 5.0):  # two rows before the next frame
+                metrics.log({"wm/image_loss": loss}, frames=frames, updates=frames // 100)
+    plot_curves(tmp_path)
+    top, losses = figures[0].axes
+    points = top.collections[0].get_offsets().tolist()
+    assert points == [[frames, value] for frames, ended in returns.items() for value in ended]
+    [mean] = top.lines
+    assert mean.get_label() == "their mean over 400 frames"
+    assert mean.get_xdata().tolist() == [4000.0, 8000.0]
+    assert mean.get_ydata().tolist() == [7.375, 25.0]
+    assert [line.get_ydata().tolist() for line in losses.lines] == [[4.0, 4.0]]
 
 
 def test_a_loss_of_ones_own_is_in_the_curves(tmp_path, monkeypatch):

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import logging
 import sys
 from collections.abc import Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
+
+from w2f_torchrl._known_noise import drop_known_messages
 
 SIMULATORS = ("dm_control", "mujoco")
 
@@ -73,6 +76,8 @@ def install_guard() -> None:
         ImportError: If it is too late for that.
     """
     check_order()
+    # PyOpenGL is imported by MuJoCo, and that by TorchRL.
+    drop_known_messages(logging.getLogger("OpenGL.acceleratesupport"))
     if any(name in sys.modules for name in SIMULATORS):
         import_torch()
     if not any(isinstance(finder, _TorchFirst) for finder in sys.meta_path):

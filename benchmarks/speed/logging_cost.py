@@ -8,6 +8,10 @@ calling thread (what other programs do on the machine doesn't count) and of wall
 - computing the imagination of three windows and handing its two videos over;
 - a row of the spread of weights, gradients and latents; the pictures of a training batch;
 - a row of metrics, with and without CSV files.
+
+Also, in CPU time of the whole process, what a run makes after its last frame: the four videos of
+an evaluation, curves.png and report.html; and the first two videos again with twice the height, as
+they were before. One thread makes them, so on quiet cores the wall-clock time is the same.
 """
 
 from __future__ import annotations
@@ -32,31 +36,39 @@ from w2f_torchrl.evaluation.evaluator import Evaluation
 from w2f_torchrl.logging.diagnostics import Diagnostics
 from w2f_torchrl.logging.file_loggers import make_csv_logger
 from w2f_torchrl.logging.metrics import MetricsLogger
+from w2f_torchrl.logging.pictures.plotting import plot_curves
 from w2f_torchrl.logging.pictures.video import panel, write_video
 from w2f_torchrl.modules import PRESETS
+from w2f_torchrl.report import write_report
 from w2f_torchrl.trainers import Learner
 
 BATCH, LENGTH, EPISODE, ACTION = 8, 16, 501, 6
 
 
 def measure(
-    action: Callable[[], object], rounds: int, before: Callable[[], object] = lambda: None
+    action: Callable[[], object],
+    rounds: int,
+    before: Callable[[], object] = lambda: None,
+    cpu_clock: Callable[[], float] = time.thread_time,
 ) -> dict[str, float]:
     """Median CPU time of this thread and wall-clock time, milliseconds; the first round is free."""
     cpu, wall = [], []
     for _ in range(rounds + 1):
         before()
-        start, thread = time.perf_counter(), time.thread_time()
+        start, thread = time.perf_counter(), cpu_clock()
         action()
-        cpu.append(1e3 * (time.thread_time() - thread))
+        cpu.append(1e3 * (cpu_clock() - thread))
         wall.append(1e3 * (time.perf_counter() - start))
     medians = {"cpu_ms": statistics.median(cpu[1:]), "wall_ms": statistics.median(wall[1:])}
     return {name: round(value, 3) for name, value in medians.items()}
 
 
 def make_records(rows: int, length: int) -> TensorDict:
-    """Records ``[rows, length]`` of moving squares."""
-    pixels = torch.full((rows, length, 3, 64, 64), 60, dtype=torch.uint8)
+    """Records ``[rows, length]`` of squares that move before a texture that moves."""
+    texture = torch.randint(0, 256, (3, 16, 16), dtype=torch.uint8)
+    texture = texture.repeat_interleave(4, -2).repeat_interleave(4, -1)
+    scenery = torch.stack([texture.roll(t, -1) for t in range(length)])
+    pixels = scenery.expand(rows, -1, -1, -1, -1)
     mask = torch.zeros(rows, length, 1, 64, 64, dtype=torch.bool)
     for t in range(length):
         left = t % 48
@@ -96,13 +108,7 @@ def measure_all(run_dir: Path, rounds: int) -> dict[str, dict[str, float]]:
     results["imagine three windows, hand over two videos"] = settled(
         lambda: diagnostics._log_imagination(evaluation, 0, 1)
     )
-    results["encode an episode's two videos (in the background)"] = measure(
-        lambda: (
-            write_video(run_dir / "a.mp4", frames),
-            write_video(run_dir / "b.mp4", panel(columns), scale=1),
-        ),
-        rounds,
-    )
+    results |= measure_end(diagnostics, evaluation, rounds)
     for name, off in (("spreads", "images"), ("pictures", "histograms")):
         setattr(settings, f"{off}_every_updates", 0)
         label = "a row of spreads" if name == "spreads" else "pictures of a training batch"
@@ -112,6 +118,46 @@ def measure_all(run_dir: Path, rounds: int) -> dict[str, dict[str, float]]:
     metrics_logger.close()
     with MetricsLogger(run_dir / "csv_too", [make_csv_logger(run_dir)]) as both:
         results["the same with CSV files"] = measure(lambda: both.log(row, **counts), rounds)
+    return results
+
+
+def measure_end(
+    diagnostics: Diagnostics, evaluation: Evaluation, rounds: int
+) -> dict[str, dict[str, float]]:
+    """What a run makes at its end: the process's CPU time, wall-clock time, and the files' size."""
+    metrics_logger = diagnostics.logger
+    run_dir = metrics_logger.run_dir
+    for frame in range(100):
+        row = {"wm/image_loss": 100.0 / (frame + 1), "episode/return": float(frame)}
+        metrics_logger.log(row, frames=frame, updates=frame)
+
+    def episode() -> None:
+        diagnostics._log_episode(evaluation, 100)
+        metrics_logger.flush()
+
+    def imagination() -> None:
+        diagnostics._log_imagination(evaluation, 100, 100)
+        metrics_logger.flush()
+
+    def twice_the_height() -> None:
+        write_video(run_dir / "twice" / "a.mp4", evaluation.pixels, scale=4)
+        write_video(run_dir / "twice" / "b.mp4", panel(evaluation.columns, scale=4), scale=1)
+
+    jobs: dict[str, tuple[Callable[[], object], str]] = {
+        "make an episode's two videos": (episode, "videos/*_video_*.mp4"),
+        "make them with twice the height": (twice_the_height, "twice/*.mp4"),
+        "make two videos of the imagination": (imagination, "videos/*imagin*.mp4"),
+        "draw curves.png": (lambda: plot_curves(run_dir), "curves.png"),
+        "write report.html": (
+            lambda: write_report([run_dir], run_dir / "report.html"),
+            "report.html",
+        ),
+    }
+    results = {}
+    for name, (job, files) in jobs.items():
+        results[name] = measure(job, rounds, cpu_clock=time.process_time)
+        size = sum(path.stat().st_size for path in run_dir.glob(files))
+        results[name]["megabytes"] = round(size / 1e6, 2)
     return results
 
 

@@ -70,10 +70,7 @@ class UpdateSchedule:
         Raises:
             ValueError: If ``steps`` allows fewer updates than were already returned.
         """
-        due_since = int(
-            self.ratio * max(steps - self.start, 0)
-        )  # int() rounds down, as the product is not negative
-        total = self._before + due_since
+        total = self.total(steps)
         due = total - self.updates
         if due < 0:
             raise ValueError(
@@ -82,6 +79,15 @@ class UpdateSchedule:
             )
         self.updates = total
         return due
+
+    def total(self, steps: int) -> int:
+        """Return all updates of a run after a number of agent steps, without counting any as done.
+
+        Args:
+            steps: Agent steps since the beginning of the run, over all envs and ranks.
+        """
+        # int() rounds down, as the product is not negative.
+        return self._before + int(self.ratio * max(steps - self.start, 0))
 
     def state_dict(self) -> dict[str, Any]:
         """Return the ratio (as "a/b"), the start and the updates so far."""

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from absl.logging import get_absl_logger
+
+from w2f_torchrl._known_noise import drop_known_messages
 from w2f_torchrl.envs.renderers._gl import load_gl_backend
 
+drop_known_messages(get_absl_logger())
 load_gl_backend()
 
 from dm_control import _render, suite  # noqa: E402

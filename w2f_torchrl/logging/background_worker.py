@@ -31,6 +31,7 @@ class BackgroundWorker:
         """Labels of the jobs that raised or were dropped."""
         self._patience = patience
         self._waiting: set[str] = set()
+        self._unfinished: list[str] = []
         self._slots = threading.BoundedSemaphore(pending)
         self._pool = ThreadPoolExecutor(1, "w2f-background", initializer=_lower_priority)
 
@@ -51,8 +52,13 @@ class BackgroundWorker:
             self.failed.append(label)
             return False
         self._waiting.add(label)
+        self._unfinished.append(label)
         self._pool.submit(self._run, label, job)
         return True
+
+    def unfinished(self) -> list[str]:
+        """Return the labels of the jobs that are queued or running, in order."""
+        return list(self._unfinished)
 
     def flush(self) -> None:
         """Wait until all queued jobs are done."""
@@ -70,6 +76,7 @@ class BackgroundWorker:
             logger.exception("%s failed.", label)
             self.failed.append(label)
         finally:
+            self._unfinished.remove(label)
             self._slots.release()
 
 

@@ -7,7 +7,7 @@ logged.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -31,6 +31,9 @@ from w2f_torchrl.utils.seeding import derive_seed
 logger = logging.getLogger(__name__)
 
 FILM_FPS = 5.0
+OBSERVATION_HEIGHT, RECONSTRUCTION_HEIGHT = 192, 128
+"""Minimum heights of the videos' images, pixels. At twice the height a film of six columns takes
+six times as long to encode, and has three times the size."""
 GRID = (4, 8)
 """Sequences and time steps in an image of a training batch."""
 SAMPLED = 100_000
@@ -138,6 +141,7 @@ class Diagnostics:
             updates: Updates so far.
         """
         every = self.settings.videos_every_frames
+        _log_result(evaluation.metrics, frames)
         first = self.videos_at is None
         if first or every == 0 or frames // every > (self.videos_at or 0) // every:
             self.videos_at = frames
@@ -151,14 +155,17 @@ class Diagnostics:
         self.logger.background.submit("curves.png", partial(plot_curves, self.logger.run_dir))
 
     def _log_episode(self, evaluation: Evaluation, frames: int) -> None:
-        name = "train/observation_video"
-        path = self.logger.log_video(name, evaluation.pixels, frames=frames)
-        if path is not None:
-            logger.info("observation video: %s", path)
-        name, video = "train/reconstruction_video", partial(panel, evaluation.columns)
-        path = self.logger.log_video(name, video, frames=frames, scale=1)
-        if path is not None:
-            logger.info("reconstruction video: %s", path)
+        height = evaluation.pixels.shape[-2]
+        self.logger.log_video(
+            "train/observation_video",
+            evaluation.pixels,
+            frames=frames,
+            scale=_enlargement(height, OBSERVATION_HEIGHT),
+        )
+        enlarged = partial(
+            panel, evaluation.columns, scale=_enlargement(height, RECONSTRUCTION_HEIGHT)
+        )
+        self.logger.log_video("train/reconstruction_video", enlarged, frames=frames, scale=1)
 
     def _log_imagination(self, evaluation: Evaluation, frames: int, updates: int) -> None:
         made = imagine_windows(
@@ -253,6 +260,18 @@ def _grid(pictures: Tensor) -> Tensor:
     rows = to_uint8(pictures.flatten(0, 1)).unflatten(0, pictures.shape[:2])
     picture: Tensor = rows.permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)
     return picture
+
+
+def _enlargement(height: int, minimum: int) -> int:
+    """Return the side of the square that a pixel becomes, so that images have a minimum height."""
+    return max(1, -(-minimum // height))
+
+
+def _log_result(metrics: Mapping[str, float], frames: int) -> None:
+    text = f"return {metrics['eval/return_mean']:.1f} +- {metrics['eval/return_std']:.1f}"
+    if "wm/mask_iou" in metrics:
+        text += f", mask IoU {metrics['wm/mask_iou']:.2f}"
+    logger.info("evaluation at %s frames: %s", f"{frames:,}", text)
 
 
 def _is_due(count: int, every: int) -> bool:

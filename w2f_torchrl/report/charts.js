@@ -56,6 +56,28 @@
     });
   }
 
+  // The mean of the values that share a place or are less than `reach` before it: episodes that end
+  // at the same frame make one place of the curve.
+  function meanOver(xs, values, reach) {
+    return xs.map((x) => {
+      const part = values.filter((v, j) => v !== null && (xs[j] === x || (xs[j] < x && xs[j] > x - reach)));
+      return part.length ? part.reduce((a, b) => a + b, 0) / part.length : null;
+    });
+  }
+
+  // One point for each place: several rows may have the same frame.
+  function merged(points, axis, band) {
+    const places = new Map();
+    points.forEach((point, i) => {
+      const at = places.get(point[axis]) || places.set(point[axis], { values: [], band: null }).get(point[axis]);
+      if (point[2] !== null) at.values.push(point[2]);
+      if (band) at.band = band[i];
+    });
+    const rows = [...places.values()];
+    const raw = rows.map(({ values }) => values.length ? values.reduce((a, b) => a + b, 0) / values.length : null);
+    return { xs: [...places.keys()], raw, band: band && rows.map((row) => row.band) };
+  }
+
   function path(xs, ys) {
     let out = "", open = false;
     xs.forEach((x, i) => {
@@ -71,13 +93,14 @@
     const axis = +control("axis").value, half = +control("smooth").value;
     const plot = figure.querySelector(".plot");
     plot.replaceChildren();
-    const series = chart.series.filter((s) => shown[s.run]).map((s) => ({
-      run: s.run,
-      band: s.band,
-      xs: s.points.map((p) => p[axis]),
-      raw: s.points.map((p) => p[2]),
-      ys: smoothed(s.points.map((p) => p[2]), chart.dots ? Math.max(half, 4) : half),
-    }));
+    const series = chart.series.filter((s) => shown[s.run]).map((s) => {
+      if (chart.dots) {
+        const xs = s.points.map((p) => p[axis]), raw = s.points.map((p) => p[2]);
+        return { run: s.run, xs, raw, ys: meanOver(xs, raw, ends[axis] * (5 + half) / 100) };
+      }
+      const { xs, raw, band } = merged(s.points, axis, s.band);
+      return { run: s.run, xs, raw, band, ys: smoothed(raw, half) };
+    });
     const every = series.flatMap((s) => s.raw.concat(
       s.band ? s.raw.flatMap((v, i) => v === null ? [] : [v - s.band[i], v + s.band[i]]) : []
     )).filter((v) => v !== null);

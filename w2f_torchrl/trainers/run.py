@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any
 
 from tensordict.nn import TensorDictModuleBase
 from torchrl.envs import TransformedEnv
@@ -30,7 +30,6 @@ from w2f_torchrl.learner.update_metrics import UpdateMetrics
 from w2f_torchrl.logging.diagnostics import Diagnostics
 from w2f_torchrl.logging.environment import note_environment
 from w2f_torchrl.logging.metrics import MetricsLogger
-from w2f_torchrl.logging.progress import ProgressBar
 from w2f_torchrl.logging.wandb import restore_wandb_run
 from w2f_torchrl.masks.choose import build_mask_source, choose_source
 from w2f_torchrl.masks.prepare import prepare
@@ -40,11 +39,17 @@ from w2f_torchrl.modules.components import encoder_keys
 from w2f_torchrl.trainers.collecting import LATENT_KEYS, Collection, count_workers
 from w2f_torchrl.trainers.counters import RunCounters
 from w2f_torchrl.trainers.opening import Run, open_run
-from w2f_torchrl.trainers.run_logging import RunClock, build_loggers, finish_run
+from w2f_torchrl.trainers.run_logging import (
+    Bar,
+    RunClock,
+    announce_run,
+    build_loggers,
+    finish_run,
+    start_bar,
+)
 from w2f_torchrl.trainers.run_replay import RunReplay, checkpoint_slack
 from w2f_torchrl.trainers.tolerance import Tolerance
 from w2f_torchrl.utils.random_state import RandomStreams
-from w2f_torchrl.utils.ranks import Silent
 from w2f_torchrl.utils.seeding import derive_seed
 
 __all__ = [
@@ -52,6 +57,7 @@ __all__ = [
     "Parts",
     "Progress",
     "Run",
+    "announce_run",
     "build_checkpoints",
     "build_collection",
     "build_counters",
@@ -342,17 +348,6 @@ def train_masks(run: Run, masks: MaskSource) -> None:
     make_env = partial(build_env, run.config.environment)
     prepare(masks, run.config.segmentation, make_env, seed=run.config.seed)
     run.ranks.copy_from_first(masks.learned())
-
-
-Bar: TypeAlias = ProgressBar | Silent
-
-
-def start_bar(run: Run, counters: RunCounters) -> Bar:
-    """Show a run's progress, on rank 0."""
-    total, frames, updates = run.config.training.total_frames, counters.frames, counters.updates
-    return run.ranks.on_first_or_silent(
-        lambda: ProgressBar(total, initial_frames=frames, initial_updates=updates)
-    )
 
 
 def finish(run: Run, progress: Progress, *, draw: bool) -> None:

@@ -1,4 +1,4 @@
-"""The loggers that a run's settings select, and the summary at its end."""
+"""The first lines of a run, the loggers that its settings select, and the summary at its end."""
 
 from __future__ import annotations
 
@@ -7,16 +7,22 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import TypeAlias
 
 from torchrl.record.loggers.common import Logger
 
 from w2f_torchrl.config import RunConfig, config_to_dict
+from w2f_torchrl.learner.learner import Learner
+from w2f_torchrl.logging.announcement import RunPlan, announce, make_plan
 from w2f_torchrl.logging.file_loggers import make_csv_logger, make_tensorboard_logger
 from w2f_torchrl.logging.metrics import MetricsLogger, read_metrics
 from w2f_torchrl.logging.pictures.plotting import plot_curves
-from w2f_torchrl.logging.progress import format_duration
+from w2f_torchrl.logging.progress import ProgressBar, format_duration
 from w2f_torchrl.logging.wandb import make_wandb_logger
 from w2f_torchrl.report import write_report
+from w2f_torchrl.trainers.collecting import count_workers
+from w2f_torchrl.trainers.counters import RunCounters
+from w2f_torchrl.utils.ranks import Ranks, Silent
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +57,54 @@ def build_loggers(config: RunConfig) -> list[Logger]:
             )
         )
     return loggers
+
+
+Bar: TypeAlias = ProgressBar | Silent
+
+
+def announce_run(
+    config: RunConfig, ranks: Ranks, learner: Learner, masks: str, counters: RunCounters, last: int
+) -> RunPlan:
+    """Log what a run is about to do, on rank 0.
+
+    Args:
+        config: The run's settings.
+        ranks: The run's processes.
+        learner: The learner.
+        masks: Name of the source of masks.
+        counters: Steps and updates so far.
+        last: Frames at the last evaluation; 0 before the first.
+
+    Returns:
+        What the run is about to do.
+    """
+    counts = {"steps": counters.steps, "frames": counters.frames, "updates": counters.updates}
+    plan = make_plan(config, counters.schedule, **counts, last=last)
+    lines = announce(
+        config,
+        plan,
+        device=config.torch_device(),
+        execution=learner.execution,
+        parameters=sum(weight.numel() for weight in learner.parameters_trained),
+        workers=count_workers(config, ranks.local_size),
+        masks=masks,
+    )
+    for line in lines if ranks.is_first else ():
+        logger.info("%s", line)
+    return plan
+
+
+def start_bar(config: RunConfig, ranks: Ranks, plan: RunPlan) -> Bar:
+    """Show a run's progress, on rank 0."""
+    return ranks.on_first_or_silent(
+        lambda: ProgressBar(
+            config.training.total_frames,
+            total_updates=plan.total_updates,
+            evaluations=plan.evaluations,
+            initial_frames=plan.frames,
+            initial_updates=plan.updates,
+        )
+    )
 
 
 class RunClock:
@@ -116,19 +170,39 @@ def finish_run(
 
     Arguments as in :func:`summarize_run`, and ``draw``: whether to draw, which takes seconds.
     """
-    run_dir = metrics_logger.run_dir
+    run_dir, background = metrics_logger.run_dir, metrics_logger.background
     clock.stop()
-    metrics_logger.flush()  # the report holds the videos
+    began = time.monotonic()
+    jobs: dict[str, Callable[[], Path]] = {}
     if draw and metrics_logger.path.stat().st_size:
-        jobs: dict[str, Callable[[], Path]] = {"curves.png": partial(plot_curves, run_dir)}
+        jobs["curves.png"] = partial(plot_curves, run_dir)
         if config.logging.report:
             jobs["report.html"] = partial(write_report, [run_dir], run_dir / "report.html")
-        for label, job in jobs.items():
-            metrics_logger.background.submit(label, job)
+    labels = [*background.unfinished(), *jobs]
+    if labels:
+        logger.info("making %s ...", count_jobs(labels))
+    metrics_logger.flush()  # the report holds the videos
+    for label, job in jobs.items():
+        background.submit(label, job)
     metrics_logger.flush()
+    if labels:
+        logger.info("made in %.0f s", time.monotonic() - began)
     for line in summarize_run(config, metrics_logger, clock, frames=frames, updates=updates):
         logger.info("%s", line)
     metrics_logger.close()
+
+
+def count_jobs(labels: Sequence[str]) -> str:
+    """Return labels of background jobs in a few words, such as ``2 videos, curves.png``."""
+    counts: dict[str, int] = {}
+    for label in labels:
+        kind = label.partition(" ")[0]  # "video train/... at frame 4096"
+        counts[kind] = counts.get(kind, 0) + 1
+    plural = {"video": "videos", "picture": "pictures"}
+    return ", ".join(
+        f"{count} {plural[kind] if count > 1 else kind}" if kind in plural else kind
+        for kind, count in counts.items()
+    )
 
 
 def summarize_run(
@@ -158,7 +232,12 @@ def summarize_run(
         *_evaluations(rows),
         *_episodes(rows),
     ]
+    if frames < total:
+        lines.append("continue with resume=auto")
     lines += [f"{label}: {path}" for label, path in _files(run_dir) if path.exists()]
+    page = run_dir / "report.html"
+    if page.exists():
+        lines.append(f"everything on one page: {page.resolve().as_uri()}")
     failed = [*metrics_logger.background.failed, *metrics_logger.sinks.failed]
     if failed:
         lines.append(f"NOT MADE, see the errors above: {'; '.join(failed)}")
@@ -193,5 +272,4 @@ def _files(run_dir: Path) -> list[tuple[str, Path]]:
         ("videos", run_dir / "videos"),
         ("pictures", run_dir / "images"),
         ("checkpoints", run_dir / "checkpoints"),
-        ("everything on one page", run_dir / "report.html"),
     ]

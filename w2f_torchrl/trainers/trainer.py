@@ -22,6 +22,7 @@ from w2f_torchrl.trainers.run import (
     Bar,
     Parts,
     Run,
+    announce_run,
     build_parts,
     finish,
     open_run,
@@ -123,6 +124,8 @@ class Trainer:
     def start(self) -> None:
         """Start processes and threads and allocate memory; :meth:`train` calls it."""
         resumed = self.run.resumption is not None
+        masks, last = self.masks.name, self.evaluations.last
+        plan = announce_run(self.config, self.ranks, self.learner, masks, self.counters, last)
         self.run.leftovers.take()
         if self.evaluator is not None:
             self.evaluator.start()
@@ -130,7 +133,7 @@ class Trainer:
             train_masks(self.run, self.masks)
         self.collection.start(self.steps, resumed=resumed)
         self._restarts_logged = self.collection.restarts
-        self.bar = start_bar(self.run, self.counters)
+        self.bar = start_bar(self.config, self.ranks, plan)
         self.checkpoints.start(self.collection.run_replay.files)
         self.random.resume()
         self.started = True
@@ -161,6 +164,7 @@ class Trainer:
             with may_be_cut(at_once=True):
                 self.start()
             stop = self._run(stopped)
+            self.bar.begin("writing a checkpoint")
             logger.info("checkpoint: %s", self.save())
         except StopRequested:  # before the first step
             logger.info("stopped while the run was starting: nothing new to save")
@@ -252,7 +256,7 @@ class Trainer:
             counts = {"frames": self.frames, "updates": self.updates}
             show = partial(self.diagnostics.after_update, sample, **counts)
             self._attempt("an image or histogram of training", show)
-            self.bar.update(frames=self.frames, updates=self.updates)
+            self.bar.update(**counts, mask_iou=self._updates.mask_iou)
 
     def _attempt(self, work: str, action: Callable[[], T]) -> T | None:
         """Call a function that may fail without ending the run; return None if it fails."""
@@ -285,6 +289,7 @@ class Trainer:
         if (evaluator := self.evaluator) is None:  # only rank 0 evaluates
             evaluations.last = self.frames
             return {}
+        self.bar.begin("evaluating")
         random = random_state()
         try:
             with may_be_cut():

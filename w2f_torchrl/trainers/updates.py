@@ -30,6 +30,8 @@ class Updates:
         self.counters, self.metrics = parts.progress.counters, parts.progress.metrics
         self.clock = parts.progress.clock
         self.to_device = DeviceCopy(run.device)
+        self.mask_iou: float | None = None
+        """IoU of the predicted masks in the last row of metrics; None without such a row."""
         self._compiled = False
 
     def update(self) -> TensorDictBase:
@@ -93,6 +95,7 @@ class Updates:
         bad = sorted(name for name in means if not math.isfinite(row[name]))
         row = shown_row(row, self.ranks.size) | self.clock.metrics(frames, updates)
         self.logger.log(row, frames=frames, updates=updates)
+        self.mask_iou = row.get("train/mask_iou")
         self.metrics.clear()
         if bad:
             raise FloatingPointError(f"not finite at update {updates}: {', '.join(bad)}.")

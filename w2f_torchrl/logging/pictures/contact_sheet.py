@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from matplotlib.image import imsave
 from torch import Tensor
+
+from w2f_torchrl.logging.pictures.video import write_image
 
 TINT = torch.tensor([30.0, 120.0, 90.0]).view(3, 1, 1)
 
@@ -39,8 +40,5 @@ def draw_contact_sheet(pixels: Tensor, masks: Tensor, path: str | Path, columns:
     pairs = torch.cat([pixels, overlay(pixels, masks)], -2)  # [N, 3, 2H, W]
     blank = pairs.new_zeros((-len(pairs) % columns, *pairs.shape[1:]))
     grid = torch.cat([pairs, blank]).unflatten(0, (-1, columns))  # [R, columns, 3, 2H, W]
-    sheet = grid.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)  # [R * 2H, columns * W, 3]
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    imsave(path, sheet.contiguous().numpy())
-    return path
+    sheet = grid.permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)  # [3, R * 2H, columns * W]
+    return write_image(path, sheet)

@@ -6,27 +6,34 @@ user's backend are not changed.
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from collections.abc import Collection, Sequence
 from itertools import cycle
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, MaxNLocator
 from numpy.typing import NDArray
 
+from w2f_torchrl._known_noise import drop_known_messages
 from w2f_torchrl.logging.metric_names import is_own_loss
 from w2f_torchrl.logging.metrics import read_metrics
 from w2f_torchrl.utils.files import atomic_path
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Matplotlib is imported when a figure is drawn: its import delays the start of every run.
+drop_known_messages(logging.getLogger("matplotlib.font_manager"))
+
 Array = NDArray[np.float64]
 
 TRAIN_COLOR, EVAL_COLOR = "#3b6fb6", "#c8553d"
+RETURN_WINDOW, PANEL_WINDOW = 0.05, 0.02
+"""Shares of a run's frames over which the returns and the other metrics are averaged."""
 _COLORS = ("#3b6fb6", "#c8553d", "#4f9d69", "#8d6cab", "#b8923a", "#5b5b5b")
 
 
@@ -86,26 +93,32 @@ def metric_series(records: Sequence[dict[str, float]], name: str) -> tuple[Array
     return table[:, 0], table[:, 1]
 
 
-def trailing_mean(values: Array, window: int) -> Array:
-    """Average each value with up to ``window - 1`` before it.
+def mean_over_frames(frames: Array, values: Array, window: float) -> tuple[Array, Array]:
+    """Average values over a window of frames.
+
+    Several values may share one count of frames, such as the returns of envs whose episodes end
+    together. They become one point, so that the curve never runs up and down at one place.
 
     Args:
+        frames: float64 ``[N]``, ascending.
         values: float64 ``[N]``; NaN entries are excluded from the averages.
-        window: At least 1.
+        window: Frames, not negative. A point is the mean of all values with the same count of
+            frames or less than ``window`` fewer.
 
     Returns:
-        float64 ``[N]``; NaN if a window holds no number.
+        Distinct frames and their means, float64 ``[M]`` each; NaN if a window holds no number.
     """
     finite = np.isfinite(values)
     sums = np.concatenate([[0.0], np.cumsum(np.where(finite, values, 0.0))])
     counts = np.concatenate([[0], np.cumsum(finite)])
-    end = np.arange(1, len(values) + 1)
-    begin = np.maximum(end - window, 0)
+    distinct = np.unique(frames)
+    end = np.searchsorted(frames, distinct, side="right")
+    begin = np.searchsorted(frames, distinct - window, side="right")
+    begin = np.minimum(begin, np.searchsorted(frames, distinct, side="left"))
     number = counts[end] - counts[begin]
-    total = sums[end] - sums[begin]
-    means = np.full(len(values), np.nan)
-    np.divide(total, number, out=means, where=number > 0)
-    return means
+    means = np.full(len(distinct), np.nan)
+    np.divide(sums[end] - sums[begin], number, out=means, where=number > 0)
+    return distinct, means
 
 
 def plot_curves(
@@ -116,9 +129,10 @@ def plot_curves(
 ) -> Path:
     """Plot a run's returns and its main metrics against environment frames.
 
-    The top panel shows the return of each training episode and its trailing mean, and the
-    evaluations' mean with a band of one standard deviation over their episodes. Below is a panel
-    for each group of metrics that the run has.
+    The top panel shows the return of each training episode as a point and their mean over
+    :data:`RETURN_WINDOW` of the run's frames as a curve, and the evaluations' mean with a band of
+    one standard deviation over their episodes. Below is a panel for each group of metrics that the
+    run has, each averaged over :data:`PANEL_WINDOW` of the frames.
 
     Args:
         run_dir: A run directory with ``metrics.jsonl``.
@@ -138,15 +152,18 @@ def plot_curves(
     panels = [panel for panel in _panels(names) if names.intersection(panel.metrics)]
     if not panels and not names & {"episode/return", "eval/return_mean"}:
         raise ValueError(f"{run_dir / 'metrics.jsonl'} holds nothing to plot.")
-    rows = math.ceil(len(panels) / 3)
+    from matplotlib.figure import Figure
+
+    rows, last = math.ceil(len(panels) / 3), max(record["frames"] for record in records)
     figure = Figure(figsize=(10, 3.6 + 2.3 * rows), layout="constrained")
     figure.suptitle(title or run_dir.resolve().name, fontsize=11)
     grid = figure.add_gridspec(1 + rows, 3, height_ratios=[1.6] + [1.0] * rows)
-    _draw_returns(figure.add_subplot(grid[0, :]), records)
+    _draw_returns(figure.add_subplot(grid[0, :]), records, RETURN_WINDOW * last)
     for index, panel in enumerate(panels):
-        _draw_panel(figure.add_subplot(grid[1 + index // 3, index % 3]), panel, records)
+        axes = figure.add_subplot(grid[1 + index // 3, index % 3])
+        _draw_panel(axes, panel, records, PANEL_WINDOW * last)
     for axes in figure.axes:
-        style_frames_axis(axes, max(record["frames"] for record in records))
+        style_frames_axis(axes, last)
     return save_figure(figure, run_dir / "curves.png" if out is None else out)
 
 
@@ -161,6 +178,13 @@ def _label_of(name: str) -> str:
     return name.removeprefix("wm/").removesuffix("_loss").replace("_", " ")
 
 
+def _rounded(frames: float) -> str:
+    """Return a number of frames with two digits, such as ``1.2k``."""
+    from matplotlib.ticker import EngFormatter
+
+    return EngFormatter(sep="")(float(f"{frames:.2g}"))
+
+
 def save_figure(figure: Figure, path: str | os.PathLike[str], dpi: int = 120) -> Path:
     """Write a figure as PNG, atomically.
 
@@ -172,6 +196,8 @@ def save_figure(figure: Figure, path: str | os.PathLike[str], dpi: int = 120) ->
     Returns:
         The path.
     """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     FigureCanvasAgg(figure)
@@ -187,6 +213,8 @@ def style_frames_axis(axes: Axes, last_frame: float) -> None:
         axes: The axes.
         last_frame: Right end of the axis.
     """
+    from matplotlib.ticker import EngFormatter, MaxNLocator
+
     axes.set_xlim(0, max(last_frame, 1.0))
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
@@ -196,16 +224,16 @@ def style_frames_axis(axes: Axes, last_frame: float) -> None:
     axes.set_xlabel("environment frames", fontsize=8)
 
 
-def _draw_returns(axes: Axes, records: Sequence[dict[str, float]]) -> None:
+def _draw_returns(axes: Axes, records: Sequence[dict[str, float]], window: float) -> None:
     frames, returns = metric_series(records, "episode/return")
     if len(frames):
-        window = max(1, min(20, len(frames) // 15))
         axes.scatter(
-            frames, returns, s=9, color=TRAIN_COLOR, alpha=0.35, lw=0, label="training episodes"
+            frames, returns, s=12, color=TRAIN_COLOR, alpha=0.4, lw=0, label="training episodes"
         )
-        if len(frames) > 1:
-            label = f"mean of the last {window}" if window > 1 else None
-            axes.plot(frames, trailing_mean(returns, window), color=TRAIN_COLOR, label=label)
+        places, means = mean_over_frames(frames, returns, window)
+        if len(places) > 1:
+            label = f"their mean over {_rounded(window)} frames"
+            axes.plot(places, means, color=TRAIN_COLOR, label=label)
     frames, means = metric_series(records, "eval/return_mean")
     if len(frames):
         axes.plot(
@@ -227,7 +255,9 @@ def _draw_returns(axes: Axes, records: Sequence[dict[str, float]]) -> None:
         axes.legend(fontsize=8, frameon=False, loc="best")
 
 
-def _draw_panel(axes: Axes, panel: _Panel, records: Sequence[dict[str, float]]) -> None:
+def _draw_panel(
+    axes: Axes, panel: _Panel, records: Sequence[dict[str, float]], window: float
+) -> None:
     drawn = 0
     smallest = math.inf
     for color, (name, label) in zip(cycle(_COLORS), panel.metrics.items(), strict=False):
@@ -236,13 +266,12 @@ def _draw_panel(axes: Axes, panel: _Panel, records: Sequence[dict[str, float]]) 
             continue
         drawn += 1
         smallest = min(smallest, float(np.nanmin(values)))
-        window = max(1, len(frames) // 50)
-        if window > 1:
-            axes.plot(frames, values, color=color, alpha=0.2, linewidth=0.8)
-        marker = "o" if len(frames) == 1 else None
-        axes.plot(
-            frames, trailing_mean(values, window), color=color, lw=1.2, label=label, marker=marker
-        )
+        places, means = mean_over_frames(frames, values, window)
+        raw = mean_over_frames(frames, values, 0.0)[1]
+        if not np.array_equal(raw, means, equal_nan=True):
+            axes.plot(places, raw, color=color, alpha=0.2, linewidth=0.8)
+        marker = "o" if len(places) == 1 else None
+        axes.plot(places, means, color=color, lw=1.2, label=label, marker=marker)
     if panel.scale == "log" and 0 < smallest < math.inf:
         axes.set_yscale("log")
     if panel.limits is not None:

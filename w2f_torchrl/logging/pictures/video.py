@@ -220,7 +220,7 @@ def _encode(path: Path, pictures: np.ndarray, fps: float, scale: int) -> None:
         stream.pix_fmt = "yuv420p"
         stream.thread_count = 1  # the other cores are for training and environments
         # x264's default preset takes more than twice the time, for files of about the same size.
-        x264 = {"crf": "16", "preset": "veryfast"}
+        x264 = {"crf": "18", "preset": "veryfast"}
         stream.options = dict(x264 if codec == "libx264" else {"qscale": "2"})
         for picture in pictures:
             large = picture.repeat(scale, 0).repeat(scale, 1)
