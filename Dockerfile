@@ -31,7 +31,8 @@ WORKDIR /project
 # The locked packages first: they change seldom, and are by far the largest layer. locked.txt
 # leaves out sam3, wandb, TensorBoard and SLURM's launcher.
 ARG LOCK=locked-extras.txt
-ENV UV_NO_CACHE=1
+ENV UV_NO_CACHE=1 \
+    UV_COMPILE_BYTECODE=1
 COPY --chown=w2f requirements/ requirements/
 RUN python3 -m venv /opt/venv \
     && /opt/venv/bin/pip install --no-cache-dir "$(grep '^uv==' "requirements/$LOCK")" \

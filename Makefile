@@ -70,6 +70,7 @@ lock: $(STAMP)  ## Lock the requirements again; ARGS=--upgrade takes the newest 
 
 extras: $(STAMP)  ## Add the locked packages of all extras.
 	$(VENV_PYTHON) -m uv pip install --python $(VENV_PYTHON) --no-deps -r requirements/locked-extras.txt
+	@sh scripts/setup.sh bytecode
 
 docs: export NO_MKDOCS_2_WARNING = 1
 docs: $(STAMP)  ## Build the documentation into site/; a warning is an error.

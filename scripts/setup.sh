@@ -1,6 +1,7 @@
 #!/bin/sh
 # Set-up for the Makefile:
 #   setup.sh packages   .venv with the locked packages and this package
+#   setup.sh bytecode   compile the packages again, as after installing more of them
 #   setup.sh gl         the libraries that MuJoCo renders with
 # PYTHON=/path/to/python3.12 chooses the interpreter of a new .venv.
 set -eu
@@ -85,6 +86,15 @@ packages() {
   # The lock is the whole tested set, so nothing is resolved here: --no-deps.
   $uv pip install --python $venv_python --no-deps -r requirements/locked.txt
   $uv pip install --python $venv_python --no-deps --no-build-isolation --editable .
+  bytecode
+}
+
+# With PYTHONDONTWRITEBYTECODE set, as in many containers, every process would otherwise compile all that
+# it imports, and keep nothing. Up-to-date files are skipped; a few packages have files that are not Python.
+bytecode() {
+  printf 'setup: compiling bytecode\n' >&2
+  site=$($venv_python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+  $venv_python -m compileall -qq -j 0 "$site" w2f_torchrl sota_configs || true
 }
 
 # Only creating a context checks the library, its driver and their versions.
@@ -107,6 +117,6 @@ gl() {
 }
 
 case ${1:-} in
-  packages | gl) "$1" ;;
-  *) fail "usage: scripts/setup.sh packages|gl" ;;
+  packages | bytecode | gl) "$1" ;;
+  *) fail "usage: scripts/setup.sh packages|bytecode|gl" ;;
 esac

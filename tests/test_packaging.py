@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
 import tomllib
+import venv
 import zipfile
 from functools import cache
 from importlib import metadata
@@ -188,3 +190,26 @@ def test_sdist_holds_what_a_checkout_needs(tmp_path: Path):
     assert package_files() | configuration_files() <= names
     assert {"LICENSE", "Makefile", "scripts/setup.sh", "requirements/locked.txt"} <= names
     assert {"sota_configs/world2filter.py", "tests/conftest.py"} <= names
+
+
+def test_set_up_compiles_bytecode_even_where_python_is_told_to_write_none(tmp_path: Path):
+    (tmp_path / "scripts").mkdir()
+    shutil.copy(ROOT / "scripts" / "setup.sh", tmp_path / "scripts")
+    venv.create(tmp_path / ".venv")
+    [site] = (tmp_path / ".venv" / "lib").glob("python*/site-packages")
+    sources = {"w2f_torchrl/part.py": "x = 1", "sota_configs/run.py": "x = 2"}
+    for name, text in {**sources, "good.py": "x = 3", "template.py": "{{ no Python }}"}.items():
+        path = (tmp_path if name in sources else site) / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+    done = subprocess.run(
+        ["sh", "scripts/setup.sh", "bytecode"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (0, "setup: compiling bytecode\n")
+    for folder, name in ((site, "good"), (tmp_path / "w2f_torchrl", "part")):
+        [compiled] = (folder / "__pycache__").glob(f"{name}.*.pyc")
+        assert compiled.stat().st_size
