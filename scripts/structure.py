@@ -59,6 +59,9 @@ ALGORITHM = (
     "objectives/",
 )
 """What a reader of the algorithm reads: its settings, networks and losses."""
+NOT_THE_DEFAULT = ("modules/discrete_actor.py",)
+"""Files in ALGORITHM that take the place of others for some envs: a reader of the algorithm for
+continuous actions never opens them."""
 UPDATE = ("learner/learner.py", ("Learner.update", "Learner._eager_update", "Learner._apply_if"))
 """The rest of it: an update."""
 NO_ATTRIBUTES_LATER = "trainers/"
@@ -161,7 +164,11 @@ def algorithm_lines(package: Package) -> int:
     read = [
         module for module in package.modules.values() if not module.file.endswith("__init__.py")
     ]
-    total = sum(module.lines.code for module in read if module.file.startswith(ALGORITHM))
+    total = sum(
+        module.lines.code
+        for module in read
+        if module.file.startswith(ALGORITHM) and module.file not in NOT_THE_DEFAULT
+    )
     file, names = UPDATE
     functions = [f for module in read if module.file == file for f in module.functions()]
     return total + sum(lines for name, lines in functions if name in names)
@@ -201,8 +208,8 @@ RULES = {
         f"classes of {NO_ATTRIBUTES_LATER} make all attributes in `__init__`", attributes_made_later
     ),
     "algorithm": Rule(
-        "the algorithm has at most 1,500 lines of code: model, loss, modules, objectives, an "
-        "update",
+        "the algorithm for continuous actions has at most 1,500 lines of code: model, loss, "
+        "modules, objectives, an update",
         algorithm_lines,
         1500,
     ),

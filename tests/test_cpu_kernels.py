@@ -7,17 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.models import LATENTS, SIZE, TINY, make_sample
+from helpers.models import LATENTS, make_learner, make_sample
 
 import w2f_torchrl
 from w2f_torchrl.kernels import switch
-from w2f_torchrl.trainers import Learner
 
 PACKAGE = Path(w2f_torchrl.__file__).parent
 
 
+@pytest.mark.parametrize("actions", [None, 4], ids=["continuous", "discrete"])
 @pytest.mark.parametrize("latent", LATENTS)
-def test_an_update_with_kernels_is_that_of_plain_operations(latent, monkeypatch):
+def test_an_update_with_kernels_is_that_of_plain_operations(latent, actions, monkeypatch):
     def update(kernels: bool) -> tuple[dict[str, torch.Tensor], int]:
         asked = []
 
@@ -26,9 +26,8 @@ def test_an_update_with_kernels_is_that_of_plain_operations(latent, monkeypatch)
             return kernels
 
         monkeypatch.setattr(switch, "use_cpu_kernels", answer)
-        torch.manual_seed(0)
-        learner = Learner(TINY, action_size=2, image_size=SIZE, latent=latent)
-        losses = dict(learner.update(make_sample()).items())
+        learner = make_learner(latent, actions=actions)
+        losses = dict(learner.update(make_sample(actions=actions)).items())
         named = learner.loss.named_parameters()
         return losses | {name: p.grad for name, p in named if p.grad is not None}, len(asked)
 

@@ -193,9 +193,16 @@ def test_a_range_that_means_nothing_is_refused(tmp_path, domain, range_, match):
 # ------------------------------------------------------------------ specs
 
 FAULTS = {
-    "one-hot": ({"action": OneHot(3)}, "action is OneHot"),
-    "categorical": ({"action": Categorical(3, shape=(1,))}, "action is Categorical"),
-    "scalar categorical": ({"action": Categorical(3)}, "action is Categorical"),
+    "one-hots": ({"action": OneHot(3, (2, 3))}, r"action is OneHot of 3 with the shape \[2, 3\]"),
+    "two choices": (
+        {"action": Categorical(3, shape=(2,))},
+        r"action is Categorical of 3 with the shape \[2\]",
+    ),
+    "one action": ({"action": Categorical(1)}, "one choice among 2 to 4096 actions"),
+    "masked": (
+        {"action": OneHot(3, mask=torch.tensor([True, True, False]))},
+        "the action spec has a mask",
+    ),
     "multi": ({"action": MultiCategorical([2, 3])}, "action is MultiCategorical"),
     "binary": ({"action": Binary(shape=(2,))}, "action is Binary"),
     "integers": ({"action": Bounded(0, 5, (2,), dtype=torch.int64)}, "action is Bounded int64"),

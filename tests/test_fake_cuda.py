@@ -51,6 +51,7 @@ def make_learner(
     device: str = "cuda",
     on_nan: str = "stop",
     loss: LossConfig | None = None,
+    actions: int | None = None,
 ) -> Learner:
     return tiny_learner(
         latent,
@@ -58,11 +59,12 @@ def make_learner(
         optimizer=OptimizerConfig(lr=1e-3, warmup_updates=3, precision=precision),
         device=device,
         on_nan=on_nan,
+        actions=actions,
     )
 
 
-def fake_sample(device: str = "cuda") -> TensorDictBase:
-    return fake_like(make_sample(2, 4), device)
+def fake_sample(device: str = "cuda", actions: int | None = None) -> TensorDictBase:
+    return fake_like(make_sample(2, 4, actions=actions), device)
 
 
 @pytest.fixture
@@ -166,6 +168,21 @@ def test_an_update_stays_on_the_device_in_the_right_precision(cuda, latent, prec
 
 
 @fake
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("latent", LATENTS)
+def test_an_update_of_discrete_actions_stays_on_the_device_too(cuda, latent, precision):
+    learner = make_learner(latent, precision, actions=4)
+    sample = fake_sample(actions=4)
+    set_counter(learner)
+    with Watch() as watch:
+        metrics = learner.update(sample)
+    assert not watch.found
+    assert {v.device for v in metrics.values()} == {torch.device("cuda", 0)}
+    actor = learner.loss.actor
+    assert all(p.grad is not None and p.grad.device.type == "cuda" for p in actor.parameters())
+
+
+@fake
 @pytest.mark.parametrize(
     "loss",
     [
@@ -253,9 +270,10 @@ def test_a_learner_on_the_second_device_uses_no_other(cuda):
 
 
 @fake
+@pytest.mark.parametrize("actions", [None, 2], ids=["continuous", "discrete"])
 @pytest.mark.parametrize("kind", [ExplorationType.RANDOM, ExplorationType.MODE])
-def test_acting_stays_on_the_device(cuda, kind):
-    learner = make_learner()
+def test_acting_stays_on_the_device(cuda, kind, actions):
+    learner = make_learner(actions=actions)
     td = TensorDict(
         {
             "pixels": torch.zeros(4, 3, SIZE, SIZE, dtype=torch.uint8, device="cuda"),
@@ -271,16 +289,18 @@ def test_acting_stays_on_the_device(cuda, kind):
     assert td["next", "belief"].device.type == "cuda"
 
 
-def episode_like(time: int = 8) -> TensorDictBase:
+def episode_like(time: int = 8, actions: int | None = None) -> TensorDictBase:
     """The shapes of an episode's records [1, T]."""
-    return make_sample(3, 2 * time)[:1, :time]
+    return make_sample(3, 2 * time, actions=actions)[:1, :time]
 
 
 @fake
-@pytest.mark.parametrize("latent", LATENTS)
-def test_pictures_and_films_of_imagination_mix_no_devices(cuda, latent):
-    learner = make_learner(latent).eval()
-    records = fake_like(episode_like())
+@pytest.mark.parametrize(
+    ("latent", "actions"), [*((latent, None) for latent in LATENTS), ("split", 4)]
+)
+def test_pictures_and_films_of_imagination_mix_no_devices(cuda, latent, actions):
+    learner = make_learner(latent, actions=actions).eval()
+    records = fake_like(episode_like(actions=actions))
     with Watch(reads_are_allowed=True) as watch:
         columns, _ = reconstruct(learner.world_model, records)
         made = imagine_windows(learner.world_model, learner.loss.actor, records)
@@ -409,9 +429,9 @@ def test_a_copy_beside_the_updates_is_waited_for_and_kept(cuda):
     assert not streams.not_kept()
 
 
-def graphed_learner(on_nan: str = "stop") -> tuple[Learner, Streams]:
+def graphed_learner(on_nan: str = "stop", actions: int | None = None) -> tuple[Learner, Streams]:
     """A learner on the CPU, with real numbers, that believes it captures and replays a graph."""
-    learner = make_learner(precision="float32", device="cpu", on_nan=on_nan)
+    learner = make_learner(precision="float32", device="cpu", on_nan=on_nan, actions=actions)
     eager = learner._eager_update
     learner.optimizer = CapturableOptimizer(learner.parameters_trained, warmup_steps=3, lr=1e-3)
     learner._modes.optimizer = learner.optimizer
@@ -442,15 +462,17 @@ def assert_same(one: dict[str, Tensor], two: dict[str, Tensor]) -> None:
     assert not different
 
 
-def test_what_a_capture_did_is_undone_before_the_first_replay():
-    learner, streams = graphed_learner()
-    eager, _ = graphed_learner()
+@pytest.mark.parametrize("actions", [None, 4], ids=["continuous", "discrete"])
+def test_what_a_capture_did_is_undone_before_the_first_replay(actions):
+    learner, streams = graphed_learner(actions=actions)
+    eager, _ = graphed_learner(actions=actions)
     eager._update = eager._eager_update
+    sample = make_sample(actions=actions)
     torch.manual_seed(3)
     with streams.installed():
-        graphed = [learner.update(make_sample()) for _ in range(3)]
+        graphed = [learner.update(sample.clone()) for _ in range(3)]
     torch.manual_seed(3)
-    plain = [eager.update(make_sample()) for _ in range(3)]
+    plain = [eager.update(sample.clone()) for _ in range(3)]
     assert len(streams.captured) == 1
     for one, two in zip(graphed, plain, strict=True):
         assert all(torch.equal(one[name], two[name]) for name in two.keys())

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from typing import Any
 
-HEADER = ("config", "action_size", "ranks", "exception")
-"""Plain values about the run, written only by rank 0."""
+HEADER = ("config", "action_size", "discrete_actions", "ranks", "exception")
+"""Plain values about the run, written only by rank 0. Without ``discrete_actions``, as in older
+files, actions are continuous."""
 SHARED_PARTS = ("learner", "counters", "masks", "evaluations")
 """Parts with equal state on all ranks, written by rank 0; the only parts in ``best.pt``."""
 RANK_PARTS = ("metrics", "failures", "diagnostics", "log", "collection", "sampling", "random")

@@ -11,12 +11,13 @@ from w2f_torchrl.utils.settings import Settings, setting
 if TYPE_CHECKING:
     pass
 
+EVALUATION_ACTIONS = ("mode", "sample")
 WANDB_MODES = ("auto", "online", "offline")
 
 
 @dataclass
 class EvaluationConfig(Settings):
-    """Episodes with the mode action, in a separate env."""
+    """Episodes in a separate env."""
 
     every_frames: int = setting(
         10_000,
@@ -25,6 +26,12 @@ class EvaluationConfig(Settings):
         minimum=0,
     )
     episodes: int = setting(2, "Episodes per evaluation.", unit="episodes", minimum=1)
+    action: str = setting(
+        "mode",
+        "mode: the most likely action, which is the mean of continuous ones; or sample: drawn from "
+        "the policy, as during collection and in the reference.",
+        choices=EVALUATION_ACTIONS,
+    )
     video: bool = setting(True, "Write videos of the first episode of each evaluation.")
     sets: list[str] = setting(
         [],

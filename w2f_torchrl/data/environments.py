@@ -12,6 +12,7 @@ from torchrl.envs import Compose, EnvBase, StepCounter, TransformedEnv
 
 from w2f_torchrl.config import ConfigError, EnvironmentConfig, RunConfig
 from w2f_torchrl.envs import EvaluationSet, evaluation_sets, make_env
+from w2f_torchrl.envs.discrete_actions import is_discrete
 from w2f_torchrl.envs.scenery.distractions import shows_video
 from w2f_torchrl.envs.specs import check_env, extra_observations
 from w2f_torchrl.envs.tasks import registered_factory
@@ -23,10 +24,13 @@ class EnvFacts(NamedTuple):
     """What the trainer must know of an env before it makes any networks."""
 
     action_size: int
+    """A: numbers of a continuous action, choices of a discrete one."""
     has_mask: bool
     """Whether it draws ``foreground_mask`` itself."""
     observations: tuple[str, ...] = ()
     """Further entries of its observations, which records keep."""
+    discrete_actions: bool = False
+    """Whether an action is one of A, one-hot."""
 
 
 def probe_env(config: RunConfig) -> EnvFacts:
@@ -49,7 +53,12 @@ def probe_env(config: RunConfig) -> EnvFacts:
         except ValueError as error:
             raise ConfigError(f"evaluation.sets={name}: {error}") from error
     has_mask = MASK in env.observation_spec.keys()
-    facts = EnvFacts(int(env.action_spec.shape[-1]), has_mask, tuple(observations))
+    facts = EnvFacts(
+        int(env.action_spec.shape[-1]),
+        has_mask,
+        tuple(observations),
+        discrete_actions=is_discrete(env.action_spec),
+    )
     env.close()
     return facts
 

@@ -1,4 +1,4 @@
-"""Map the policy's actions to the range of an env's action spec."""
+"""Map the policy's actions to an env's action spec."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import cast
 import torch
 from tensordict import TensorDictBase
 from torch import Tensor
-from torchrl.data import Bounded, Composite, TensorSpec, Unbounded
+from torchrl.data import Bounded, Composite, OneHot, TensorSpec, Unbounded
 from torchrl.envs import EnvBase, Transform
 
-ACTION = "action"
+from w2f_torchrl.envs.discrete_actions import ACTION, discrete_actions, is_discrete
 
 _UNLIMITED = 1e9
 """Larger bounds count as no limit: Gym and MuJoCo write large numbers instead of infinity."""
@@ -51,6 +51,45 @@ class BoxActions(Transform):
             -1.0, 1.0, shape=old.shape, dtype=torch.float32, device=old.device
         )
         return input_spec
+
+
+def action_transform(
+    env: EnvBase, domain: str, action_range: Sequence[float] | None = None
+) -> Transform:
+    """Make the transform between the policy's actions and those of an env.
+
+    Args:
+        env: A single env, or a batch of envs.
+        domain: Name of the env, for the messages.
+        action_range: As for :func:`box_actions`; None for discrete actions.
+
+    Raises:
+        ValueError: If the action space is neither a box nor a choice among A actions, or if a
+            setting does not fit it.
+    """
+    if list(env.action_keys) == [ACTION] and is_discrete(env.action_spec):
+        if action_range is not None:
+            raise ValueError(
+                f"environment.action_range={list(action_range)} must be null for domain "
+                f"{domain!r}, whose actions are discrete: {_describe(env.action_spec)}."
+            )
+        return discrete_actions(env.action_spec, len(env.batch_size), domain)
+    return box_actions(env, domain, action_range)
+
+
+def random_action(spec: OneHot | Bounded, generator: torch.Generator) -> Tensor:
+    """Draw an action of equal chances from the spec of an env of a run, on the CPU.
+
+    Args:
+        spec: Of one-hot actions or of a box.
+        generator: Source of the draw.
+    """
+    if isinstance(spec, OneHot):
+        index = torch.randint(spec.n, spec.shape[:-1], generator=generator)
+        return torch.nn.functional.one_hot(index, spec.n).to(spec.dtype)
+    low, high = spec.space.low.cpu(), spec.space.high.cpu()
+    action: Tensor = low + (high - low) * torch.rand(spec.shape, generator=generator)
+    return action.to(spec.dtype)
 
 
 def box_actions(
@@ -107,7 +146,7 @@ def _action_spec(env: EnvBase, domain: str) -> Bounded | Unbounded:
     if not is_box or len(spec.shape) != wanted or spec.shape[-1] < 1:
         raise ValueError(
             f"domain {domain!r}: action is {_describe(spec)}; allowed: a box, Bounded of a "
-            "floating dtype and the shape [A], A at least 1. Discrete actions are not supported."
+            "floating dtype and the shape [A], A at least 1; or one choice, OneHot or Categorical."
         )
     return cast(Bounded | Unbounded, spec)
 

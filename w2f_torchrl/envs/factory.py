@@ -19,7 +19,7 @@ from torchrl.envs import (
 )
 
 from w2f_torchrl.envs._dm_control import suite
-from w2f_torchrl.envs.actions import box_actions
+from w2f_torchrl.envs.actions import action_transform
 from w2f_torchrl.envs.dm_control import PixelDMControlEnv, make_distractor
 from w2f_torchrl.envs.renderers._gl import require_gl_backend
 from w2f_torchrl.envs.scenery.distractions import Distraction, DistractionConfig
@@ -121,9 +121,10 @@ def make_env(
 
     Returns:
         An env with ``pixels`` uint8 [*B, 3, H, W], ``foreground_mask`` bool [*B, 1, H, W],
-        ``action`` float32 [*B, A] in [-1, 1] (clipped, then scaled to the env's box), ``is_init``
-        bool [*B, 1], ``reward`` and ``episode_reward`` float32 [*B, 1], ``step_count`` int64
-        [*B, 1] in agent steps, and TorchRL's ``done``, ``terminated`` and ``truncated``.
+        ``action`` float32 [*B, A] in [-1, 1] (clipped, then scaled to the env's box) or, if the
+        env's actions are discrete, one-hot, ``is_init`` bool [*B, 1], ``reward`` and
+        ``episode_reward`` float32 [*B, 1], ``step_count`` int64 [*B, 1] in agent steps, and
+        TorchRL's ``done``, ``terminated`` and ``truncated``.
 
     Raises:
         ValueError: If a setting is not allowed; names it, its value and what is allowed.
@@ -160,7 +161,7 @@ def make_env(
     env = _one_or_batch(make_one, num_envs, seed, device)
     transforms = [InitTracker(), RewardSum(), StepCounter()]
     if registered is not None:  # the suite's env clips and scales by itself
-        transforms.insert(0, _box_actions_or_close(env, domain, action_range))
+        transforms.insert(0, _action_transform_or_close(env, domain, action_range))
     return TransformedEnv(env, Compose(*transforms))
 
 
@@ -172,11 +173,11 @@ def _distract(distractions: DistractionConfig, source: str | None, split: str) -
     }
 
 
-def _box_actions_or_close(
+def _action_transform_or_close(
     env: EnvBase, domain: str, action_range: Sequence[float] | None
 ) -> Transform:
     try:
-        return box_actions(env, domain, action_range)
+        return action_transform(env, domain, action_range)
     except ValueError:
         env.close()
         raise

@@ -15,8 +15,9 @@ FLAGS = ("done", "terminated")
 _KNOWN = ("pixels", MASK, "is_init", "episode_reward", "step_count")
 """Observations that every run handles, or that its transforms add."""
 _TAKEN = (
-    *("action", "reward", "done", "terminated", "truncated", "loc", "scale", "encoded_latents"),
+    *("action", "reward", "done", "terminated", "truncated", "loc", "scale", "logits"),
     *("state", "belief", "previous_action", "background_state", "background_belief"),
+    *("encoded_latents",),
     *("stream", "index", "previous", "initial", "latents"),
 )
 _KEPT = (

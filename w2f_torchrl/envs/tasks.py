@@ -30,7 +30,8 @@ def register_env(domain: str, factory: EnvFactory) -> None:
     The factory is called once per env, as ``factory(task, image_size=..., action_repeat=...,
     render=..., camera_id=..., foreground_mask=..., seed=..., device=...)``. It returns a TorchRL
     env with ``pixels`` uint8 [3, H, W] and, unless ``foreground_mask`` is False,
-    ``foreground_mask`` bool [1, H, W]; ``action`` [A], a box with limits; ``reward`` float32 [1],
+    ``foreground_mask`` bool [1, H, W]; ``action`` [A], a box with limits, or one choice, OneHot or
+    Categorical; ``reward`` float32 [1],
     summed over the action repeat; ``done`` and ``terminated`` bool [1], and ``truncated`` if
     episodes may be truncated. ``make_env`` clips the policy's actions to [-1, 1] and scales them to
     the box, so that the env never receives an action outside its spec. The factory raises

@@ -12,13 +12,14 @@ from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 from torchrl.data import Unbounded
 from torchrl.envs import EnvBase, TensorDictPrimer, TransformedEnv
-from torchrl.envs.utils import ExplorationType, set_exploration_type, step_mdp
+from torchrl.envs.utils import set_exploration_type, step_mdp
 
 from w2f_torchrl.config import EvaluationConfig
 from w2f_torchrl.data import records_from_rollout
 from w2f_torchrl.data.environments import control_steps
 from w2f_torchrl.data.records import keys_of_observations
 from w2f_torchrl.envs import EvaluationSet, evaluation_sets
+from w2f_torchrl.evaluation.policy import exploration_type
 from w2f_torchrl.keys import MASK, NEXT_MASK
 from w2f_torchrl.modules import WorldModel, compose
 from w2f_torchrl.segmenters import mask_iou
@@ -55,7 +56,7 @@ class Evaluation:
 
 
 class Evaluator:
-    """Play episodes with the mode action, in a separate env and one per evaluation set.
+    """Play episodes in a separate env and one per evaluation set; ``evaluation.action`` says how.
 
     Args:
         settings: Evaluation sets, and the length of an episode.
@@ -167,7 +168,7 @@ class Evaluator:
         repeat = self.action_repeat
         limit = self.settings.max_control_steps or control_steps(env, repeat) or CONTROL_STEPS
         steps = -(-limit // repeat)
-        with torch.no_grad(), set_exploration_type(ExplorationType.MODE):
+        with torch.no_grad(), set_exploration_type(exploration_type(self.settings)):
             episode: TensorDictBase = env.rollout(min(steps, KEPT_STEPS), self._act)
             total, length, last = float(episode["next", "reward"].sum()), len(episode), episode[-1]
             while length < steps and not last["next", "done"].any():

@@ -57,6 +57,7 @@ def export_policy(checkpoint: str | Path, out: str | Path) -> Path:
     payload = {
         "config": config,
         "action_size": action_size,
+        "discrete_actions": bool(saved.payload.get("discrete_actions", False)),
         "learner": {"loss": _halved(learner.loss)},
         "exported": True,
     }

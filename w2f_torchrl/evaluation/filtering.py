@@ -200,11 +200,8 @@ def _replacement(
     """Return the change of action and value, absolute and relative to random pairs of frames."""
 
     def act(features: Tensor) -> Tensor:
-        belief, state = features.split(
-            [model.world_model.config.belief_size, model.world_model.config.state_size], -1
-        )
-        mean: Tensor = model.actor(state, belief)[0]
-        return mean
+        mode: Tensor = model.actor.distribution(*model.actor.from_features(features)).mode
+        return mode
 
     def value(features: Tensor) -> Tensor:
         return model.world_model.two_hot.decode(model.critic(features).float()).unsqueeze(-1)

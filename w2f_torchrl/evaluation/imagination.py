@@ -13,7 +13,7 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
 from w2f_torchrl.keys import NEXT_MASK
-from w2f_torchrl.modules import GaussianActor, WorldModel, compose
+from w2f_torchrl.modules import Actor, WorldModel, compose
 from w2f_torchrl.modules.rssm import RSSMRollout
 from w2f_torchrl.segmenters import mask_iou
 
@@ -61,7 +61,7 @@ def roll(
     world_model: WorldModel,
     records: TensorDictBase,
     context: int,
-    actor: GaussianActor | None = None,
+    actor: Actor | None = None,
 ) -> TensorDict:
     """Infer the latents of the context, then continue with the priors only.
 
@@ -96,7 +96,8 @@ def roll(
             elif actor is None:
                 action = actions[:, t]
             else:
-                action = actions[:, t] = actor(state, belief)[0]
+                parameters = actor.from_features(torch.cat((belief, state), -1))
+                action = actions[:, t] = actor.distribution(*parameters).mode
             _, state, belief = prior(state, belief, action)
             states.append(state)
             beliefs.append(belief)
@@ -132,7 +133,7 @@ def decode(world_model: WorldModel, latents: TensorDictBase) -> dict[str, Tensor
 
 def imagine_windows(
     world_model: WorldModel,
-    actor: GaussianActor,
+    actor: Actor,
     records: TensorDictBase,
     *,
     count: int = 3,

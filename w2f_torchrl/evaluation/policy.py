@@ -17,7 +17,7 @@ from w2f_torchrl.checkpoint.file import (
     malformed_is_an_error,
 )
 from w2f_torchrl.checkpoint.older import complete_model
-from w2f_torchrl.config import RunConfig, to_run_config
+from w2f_torchrl.config import EvaluationConfig, RunConfig, to_run_config
 from w2f_torchrl.data.environments import build_env
 from w2f_torchrl.envs import evaluation_sets
 from w2f_torchrl.learner.learner import Learner
@@ -27,11 +27,18 @@ from w2f_torchrl.utils.settings import unregistered
 from w2f_torchrl.utils.tensors import check_tensor
 
 
+def exploration_type(settings: EvaluationConfig) -> ExplorationType:
+    """Return how evaluations act: ``evaluation.action``."""
+    samples = settings.action == "sample"
+    return ExplorationType.RANDOM if samples else ExplorationType.MODE
+
+
 class LoadedPolicy(TensorDictModuleBase):
     """A trained policy that plays in any TorchRL env with ``pixels`` and ``is_init``.
 
-    It takes the mode action. The tensordict carries its state, belief and previous action: append
-    :meth:`make_tensordict_primer` to your env, or call :meth:`make_env`.
+    It acts as in the run's evaluations (``evaluation.action``). The tensordict carries its state,
+    belief and previous action: append :meth:`make_tensordict_primer` to your env, or call
+    :meth:`make_env`.
     """
 
     def __init__(self, config: RunConfig, learner: Learner, action_size: int):
@@ -59,7 +66,7 @@ class LoadedPolicy(TensorDictModuleBase):
         size = self.config.environment.image_size
         check_tensor("pixels", tensordict.get("pixels"), torch.uint8, ("...", 3, size, size))
         check_tensor("is_init", tensordict.get("is_init"), torch.bool, ("...", 1))
-        with torch.no_grad(), set_exploration_type(ExplorationType.MODE):
+        with torch.no_grad(), set_exploration_type(exploration_type(self.config.evaluation)):
             return self.policy(tensordict)
 
     def make_tensordict_primer(self) -> TensorDictPrimer:
@@ -124,7 +131,8 @@ def load_learner(
         payload["config"]["model"] = complete_model(payload["config"]["model"])
         config = to_run_config(payload["config"]).thawed(device=str(device))
         _check_registered(config, checkpoint)
-        learner = Learner.from_config(config, payload["action_size"])
+        discrete = bool(payload.get("discrete_actions", False))
+        learner = Learner.from_config(config, payload["action_size"], discrete_actions=discrete)
         if payload.get("exported"):
             learner.load_networks(payload["learner"]["loss"])
         else:

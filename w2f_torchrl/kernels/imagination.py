@@ -8,11 +8,11 @@ Shape letters: N rows, S = K x C state (K categoricals, C classes), D belief, A 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchrl.modules import RSSMPriorV3
 
 from w2f_torchrl.kernels.block_gru import BlockGRUStep
@@ -29,27 +29,39 @@ from w2f_torchrl.kernels.products import product
 Method = TypeVar("Method", bound=Callable[..., Any])
 
 
-class Actor(Protocol):
-    """A policy's network: layers, a linear head each for mean and deviation, and their ranges."""
+class Actor(nn.Module):
+    """A policy's network, its distribution, and how imagination draws actions from it."""
 
-    backbone: Any
-    mean: Any
-    std: Any
+    from_features: Callable[[Tensor], tuple[Tensor, ...]]
+    """Maps ``[..., D + S]`` to the parameters of the distribution, such as mean and deviation. An
+    actor that computes them by ``backbone``, linear heads and ``squash`` marks this method with
+    :func:`linear_heads`, so that its weights are cast once for all imagined steps."""
+    noise: Callable[[Tensor], Tensor]
+    """Returns noise for actions of the shape of its argument, ``[..., A]``."""
+    draw: Callable[..., Tensor]
+    """Draws actions ``[..., A]`` from the parameters, followed by the noise."""
+    distribution: Callable[..., Any]
+    """Makes a distribution of the parameters, with ``log_prob``, ``entropy`` and ``mode``."""
 
-    def from_features(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """Map ``[..., D + S]`` to mean and standard deviation ``[..., A]``."""
 
-    def squash(self, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
-        """Map the outputs of the two heads ``[..., A]`` to their ranges."""
-
-
-def two_heads(from_features: Method) -> Method:
-    """Mark the ``from_features`` that :class:`CastActor` computes: layers, two heads, their ranges.
+def linear_heads(*names: str) -> Callable[[Method], Method]:
+    """Mark a ``from_features`` that :class:`CastActor` computes: ``backbone``, heads, ``squash``.
 
     A subclass that replaces the method has no mark, and is called as it is.
+
+    Args:
+        names: The actor's linear heads of ``[..., A]``, in the order in which ``squash`` takes
+            their outputs.
     """
-    from_features.two_heads = True  # type: ignore[attr-defined]
-    return from_features
+
+    def mark(from_features: Method) -> Method:
+        from_features.heads = names  # type: ignore[attr-defined]
+        return from_features
+
+    return mark
+
+
+two_heads = linear_heads("mean", "std")
 
 
 class PriorHead:
@@ -96,19 +108,22 @@ class CastActor:
     Args:
         actor: The network.
         dtype: Precision of the products.
+        names: Its linear heads.
     """
 
-    def __init__(self, actor: Actor, dtype: torch.dtype):
+    def __init__(self, actor: Any, dtype: torch.dtype, names: Sequence[str] = ("mean", "std")):
         self.hidden = cast_maps(dtype, actor.backbone.model)
-        heads = [head.model[0] for head in (actor.mean, actor.std)]  # a linear layer each
+        layers = [getattr(actor, name) for name in names]
+        heads = [getattr(layer, "model", [layer])[0] for layer in layers]  # a linear layer each
         weight, bias = (torch.cat([getattr(h, x) for h in heads]) for x in ("weight", "bias"))
-        self.heads = Affine(weight.to(dtype), bias.to(dtype))
-        self.squash = actor.squash
+        self.heads, self.count = Affine(weight.to(dtype), bias.to(dtype)), len(heads)
+        self.squash, self.draw = actor.squash, actor.draw
 
-    def from_features(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """Map ``[..., D + S]`` to mean and standard deviation ``[..., A]``, as the actor does."""
-        mean, std = self.heads(run_layers(self.hidden, features)).chunk(2, -1)
-        return self.squash(mean, std)
+    def from_features(self, features: Tensor) -> tuple[Tensor, ...]:
+        """Map ``[..., D + S]`` to the distribution's parameters ``[..., A]``, as the actor does."""
+        outputs = self.heads(run_layers(self.hidden, features)).chunk(self.count, -1)
+        parameters: tuple[Tensor, ...] = self.squash(*outputs)
+        return parameters
 
 
 class Prepared(NamedTuple):
@@ -130,5 +145,5 @@ def prepare(prior: RSSMPriorV3, actor: Actor, belief: Tensor) -> Prepared:
     dtype = torch.get_autocast_dtype(device)
     step.cast_weights(dtype)
     head.cast_weights(dtype)
-    cast = getattr(type(actor).from_features, "two_heads", False)
-    return Prepared(step, head, CastActor(actor, dtype) if cast else actor, dtype)
+    heads = getattr(type(actor).from_features, "heads", None)
+    return Prepared(step, head, CastActor(actor, dtype, heads) if heads else actor, dtype)

@@ -5,10 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, cast
 
-from tensordict.nn import TensorDictModuleBase
+from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModuleBase
 
 from w2f_torchrl.config import ConfigError, LossConfig, ModelConfig
-from w2f_torchrl.modules import build_actor, build_critic, build_policy, build_world_model
+from w2f_torchrl.modules import (
+    GaussianActor,
+    build_actor,
+    build_critic,
+    build_discrete_actor,
+    build_policy,
+    build_world_model,
+)
 from w2f_torchrl.objectives import World2FilterLoss
 from w2f_torchrl.registry import algorithms, losses
 
@@ -24,6 +31,7 @@ class AlgorithmSettings:
         action_size: A.
         image_size: Side of the square image, pixels.
         loss_class: The class of ``algo.loss``.
+        discrete_actions: Whether the env's actions are one of A, and not A numbers.
     """
 
     model: ModelConfig
@@ -32,6 +40,12 @@ class AlgorithmSettings:
     action_size: int
     image_size: int
     loss_class: type[World2FilterLoss] = World2FilterLoss
+    discrete_actions: bool = False
+
+    def build_actor(self) -> ProbabilisticTensorDictSequential:
+        """Build the actor that the env's actions need; its network is ``[0].module``."""
+        build = build_discrete_actor if self.discrete_actions else build_actor
+        return build(self.model, self.action_size)
 
 
 class Algorithm(NamedTuple):
@@ -53,7 +67,7 @@ def build_world2filter(settings: AlgorithmSettings) -> Algorithm:
         image_size=settings.image_size,
         latent=cast(Any, settings.latent),
     )
-    actor = build_actor(model, action_size)
+    actor = settings.build_actor()
     loss = settings.loss_class(world_model, actor[0].module, build_critic(model), settings.loss)
     # Shares the encoder, the foreground's prior and posterior and the actor.
     return Algorithm(loss, build_policy(world_model, actor))
@@ -70,7 +84,8 @@ def build_algorithm(
         loss_name: A registered loss; None for the settings' class.
 
     Raises:
-        ConfigError: If a name is unknown, or a registered builder returns something else.
+        ConfigError: If a name is unknown, or a registered builder returns something else, or an
+            actor for continuous actions where they are discrete.
         ValueError: If a size or a weight is wrong.
     """
     loss_class = losses.get(loss_name) or settings.loss_class
@@ -82,4 +97,9 @@ def build_algorithm(
     made = build(replace(settings, loss_class=loss_class))
     if not isinstance(made, Algorithm):
         raise ConfigError(f"algo={name}: {build!r} returned {made!r}; it must be an Algorithm.")
+    if settings.discrete_actions and isinstance(made.loss.actor, GaussianActor):
+        raise ConfigError(
+            f"algo={name} builds a {type(made.loss.actor).__name__}, for continuous actions, but "
+            f"the env's action is one of {settings.action_size}: use settings.build_actor()."
+        )
     return made

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -38,6 +39,7 @@ class Learner(nn.Module):
     Args:
         model: Sizes of the networks.
         action_size: A.
+        discrete_actions: Whether an action is one of A, one-hot, and not A numbers.
         image_size: Side of the square picture, pixels.
         latent: ``whole``, ``split``, ``shared`` or ``foreground``.
         loss: Scales and constants of the losses.
@@ -72,6 +74,7 @@ class Learner(nn.Module):
         execution: str = "eager",
         gradients: str = "none",
         on_nan: str = "stop",
+        discrete_actions: bool = False,
     ):
         super().__init__()
         settings = optimizer or OptimizerConfig()
@@ -80,6 +83,7 @@ class Learner(nn.Module):
         check_choice("gradients", gradients, ("none", "ddp", "flat"))
         check_choice("on_nan", on_nan, ON_NAN)
         parts = AlgorithmSettings(model, loss or LossConfig(), latent, action_size, image_size)
+        parts = replace(parts, discrete_actions=discrete_actions)
         self.loss, self.policy = build_algorithm(algorithm, parts, loss_name)
         self.guard = FiniteGuard(self.loss, on_nan)
         self.to(device)
@@ -105,7 +109,12 @@ class Learner(nn.Module):
 
     @classmethod
     def from_config(
-        cls, config: RunConfig, action_size: int, *, gradients: str = "none"
+        cls,
+        config: RunConfig,
+        action_size: int,
+        *,
+        gradients: str = "none",
+        discrete_actions: bool = False,
     ) -> Learner:
         """Build the learner of a run."""
         return cls(
@@ -121,6 +130,7 @@ class Learner(nn.Module):
             execution=config.training.execution,
             gradients=gradients,
             on_nan=config.training.on_nan,
+            discrete_actions=discrete_actions,
         )
 
     @property

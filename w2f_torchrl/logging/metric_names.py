@@ -13,7 +13,7 @@ class Meaning(NamedTuple):
 
 
 METRICS: dict[str, Meaning] = {
-    "eval/return_mean": Meaning("reward", "mean return of the evaluation episodes, mode action"),
+    "eval/return_mean": Meaning("reward", "mean return of the evaluation episodes"),
     "eval/return_std": Meaning("reward", "standard deviation of the return over those episodes"),
     "eval/length_mean": Meaning("agent steps", "mean length of the evaluation episodes"),
     "episode/return": Meaning("reward", "return of a training episode, at the frame it ended"),

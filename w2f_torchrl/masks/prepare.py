@@ -11,6 +11,7 @@ from torch import Tensor
 from torchrl.envs import EnvBase
 
 from w2f_torchrl.config import SegmentationConfig
+from w2f_torchrl.envs.actions import random_action
 from w2f_torchrl.keys import MASK, PIXELS
 from w2f_torchrl.masks.labels import load_backgrounds
 from w2f_torchrl.masks.sources import MaskSource, SegmentedSource, TaughtSource
@@ -90,13 +91,11 @@ def collect_frames(env: EnvBase, count: int, seed: int, every: int = 2) -> Tenso
         renders it.
     """
     generator = torch.Generator().manual_seed(seed)
-    spec = env.action_spec
-    low, high = spec.space.low.cpu(), spec.space.high.cpu()
     data, frames = env.reset(), []
     for step in range(count * every):
         if step % REPEAT == 0:
-            action = low + (high - low) * torch.rand(spec.shape, generator=generator)
-        data["action"] = action.to(spec.dtype)
+            action = random_action(env.action_spec, generator)
+        data["action"] = action
         transition, data = env.step_and_maybe_reset(data)
         if step % every == every - 1:
             keys = {PIXELS, MASK} & set(transition["next"].keys())

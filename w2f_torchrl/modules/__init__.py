@@ -16,11 +16,13 @@ from w2f_torchrl.registry import register_decoder, register_encoder
 if TYPE_CHECKING:
     from w2f_torchrl.kernels.block_gru import BlockGRUStep
     from w2f_torchrl.modules.actor_critic import (
+        Actor,
         GaussianActor,
         action_distribution,
         build_actor,
         build_critic,
     )
+    from w2f_torchrl.modules.discrete_actor import CategoricalActor, build_discrete_actor
     from w2f_torchrl.modules.dual_decoder import DualImageDecoder, compose
     from w2f_torchrl.modules.imagination import imagine, imagine_step
     from w2f_torchrl.modules.policy import build_policy, latent_sizes
@@ -31,11 +33,13 @@ else:
         __name__,
         {
             "actor_critic": (
+                "Actor",
                 "GaussianActor",
                 "action_distribution",
                 "build_actor",
                 "build_critic",
             ),
+            "discrete_actor": ("CategoricalActor", "build_discrete_actor"),
             "dual_decoder": ("DualImageDecoder", "compose"),
             "imagination": ("imagine", "imagine_step"),
             "policy": ("build_policy", "latent_sizes"),
@@ -47,7 +51,9 @@ else:
 __all__ = [
     "LATENTS",
     "PRESETS",
+    "Actor",
     "BlockGRUStep",
+    "CategoricalActor",
     "DualImageDecoder",
     "GaussianActor",
     "ModelConfig",
@@ -57,6 +63,7 @@ __all__ = [
     "action_distribution",
     "build_actor",
     "build_critic",
+    "build_discrete_actor",
     "build_policy",
     "build_world_model",
     "compose",

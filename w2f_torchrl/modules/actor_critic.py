@@ -12,16 +12,22 @@ from tensordict.nn import (
     ProbabilisticTensorDictSequential,
     TensorDictModule,
 )
-from torch import Tensor, nn
+from torch import Tensor
 from torchrl.modules.distributions import IndependentNormal
 
 from w2f_torchrl.config.model import ModelConfig
+from w2f_torchrl.kernels.imagination import Actor as Actor
 from w2f_torchrl.kernels.imagination import two_heads
 from w2f_torchrl.modules.networks import MLP
 from w2f_torchrl.utils.checks import check_number
 
 
-class GaussianActor(nn.Module):
+def action_distribution(mean: Tensor, std: Tensor) -> IndependentNormal:
+    """Return the distribution over actions ``[..., A]``, whose log-probabilities are ``[...]``."""
+    return IndependentNormal(mean, std, validate_args=False)
+
+
+class GaussianActor(Actor):
     """The paper's policy for continuous actions: a Normal with a mean squashed into [-1, 1].
 
     The standard deviation lies in [0.1, 1] and starts near 0.9, the mean near 0 (output scale
@@ -60,10 +66,15 @@ class GaussianActor(nn.Module):
         std = torch.sigmoid(std.float() + 2.0)
         return mean.float().tanh(), (self.max_std - self.min_std) * std + self.min_std
 
+    distribution = staticmethod(action_distribution)
 
-def action_distribution(mean: Tensor, std: Tensor) -> IndependentNormal:
-    """Return the distribution over actions ``[..., A]``, whose log-probabilities are ``[...]``."""
-    return IndependentNormal(mean, std, validate_args=False)
+    def noise(self, like: Tensor) -> Tensor:
+        """Return the noise that :meth:`draw` needs for actions of this shape, ``[..., A]``."""
+        return torch.randn_like(like)
+
+    def draw(self, mean: Tensor, std: Tensor, noise: Tensor) -> Tensor:
+        """Draw actions ``[..., A]`` from mean, deviation and noise of the same shape."""
+        return mean + std * noise
 
 
 def build_actor(config: ModelConfig, action_size: int) -> ProbabilisticTensorDictSequential:

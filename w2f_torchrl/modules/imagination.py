@@ -13,15 +13,14 @@ from torch import Tensor
 from torchrl.modules import RSSMPriorV3
 
 from w2f_torchrl.kernels.block_gru import BlockGRUStep
-from w2f_torchrl.kernels.imagination import CastActor, PriorHead, prepare
-from w2f_torchrl.modules.actor_critic import GaussianActor
+from w2f_torchrl.kernels.imagination import Actor, CastActor, PriorHead, prepare
 from w2f_torchrl.utils.checks import check_number
 
 
 def imagine_step(
     step: BlockGRUStep,
     prior: PriorHead,
-    actor: GaussianActor | CastActor,
+    actor: Actor | CastActor,
     features: Tensor,
     state: Tensor,
     belief: Tensor,
@@ -37,14 +36,13 @@ def imagine_step(
         features: Belief and state joined ``[N, D + S]``, in the precision of the products.
         state: The state ``[N, S]``, in the same precision.
         belief: The belief ``[N, D]``.
-        noise: Standard normal draws ``[N, A]``.
+        noise: What the actor's ``draw`` needs: of :class:`GaussianActor` normal draws ``[N, A]``.
         uniform: Draws from U[0, 1) ``[N, K]``.
 
     Returns:
         State and belief after the step, and the action that led there ``[N, A]``.
     """
-    mean, std = actor.from_features(features)  # [N, A]
-    action = mean + std * noise  # [N, A]
+    action = actor.draw(*actor.from_features(features), noise)  # [N, A]
     same = features.dtype is belief.dtype
     multiplied = belief if same else features[:, : belief.shape[-1]]
     belief, multiplied = step.imagine(state, belief, multiplied, action)  # [N, D]
@@ -53,7 +51,7 @@ def imagine_step(
 
 def imagine(
     prior: RSSMPriorV3,
-    actor: GaussianActor,
+    actor: Actor,
     state: Tensor,
     belief: Tensor,
     horizon: int,
@@ -83,7 +81,7 @@ def imagine(
         step, head, acting, dtype = prepare(prior, actor, belief)
         rows = len(state)
         uniforms = torch.rand(horizon, rows, prior.num_categoricals, device=state.device)  # [H,N,K]
-        noise = torch.randn_like(belief.new_empty(horizon, rows, *prior.action_shape))  # [H, N, A]
+        noise = actor.noise(belief.new_empty(horizon, rows, *prior.action_shape))  # [H, N, A]
         size = belief.shape[-1] + state.shape[-1]
         # Features are only multiplied by weights, so the precision of the products suffices.
         features = belief.new_empty(horizon + 1, rows, size, dtype=dtype)  # [H + 1, N, D + S]

@@ -17,13 +17,7 @@ from torchrl.objectives import LossModule, categorical_kl_terms
 
 from w2f_torchrl.config.loss import ForegroundScale, ForegroundTarget, LossConfig
 from w2f_torchrl.keys import MASK, NEXT_MASK
-from w2f_torchrl.modules import (
-    GaussianActor,
-    WorldModel,
-    action_distribution,
-    imagine,
-    imagine_step,
-)
+from w2f_torchrl.modules import Actor, WorldModel, imagine, imagine_step
 from w2f_torchrl.modules.packed_latents import LATENTS, initial_keys
 from w2f_torchrl.objectives import reconstruction
 from w2f_torchrl.objectives.returns import ReturnNorm, lambda_return
@@ -42,7 +36,8 @@ class World2FilterLoss(LossModule):
 
     Args:
         world_model: The world model.
-        actor: Maps ``state, belief`` to mean and standard deviation.
+        actor: Maps belief and state to the parameters of its distribution: a
+            :class:`~w2f_torchrl.modules.GaussianActor`, or one for discrete actions.
         critic: Maps ``belief, state`` to logits over the world model's bins.
         config: Scales and constants.
 
@@ -70,7 +65,7 @@ class World2FilterLoss(LossModule):
     def __init__(
         self,
         world_model: WorldModel,
-        actor: GaussianActor,
+        actor: Actor,
         critic: DreamerV3MLP,
         config: LossConfig | None = None,
     ):
@@ -277,7 +272,7 @@ class World2FilterLoss(LossModule):
                 self.return_norm.update(returns.unsqueeze(-1))
             advantage = (returns - value[:-1]) / self.return_norm.scale()
             slow_value = decode(self.slow_critic(before).float())
-        policy = action_distribution(*self.actor.from_features(before))
+        policy = self.actor.distribution(*self.actor.from_features(before))
         entropy = policy.entropy()
         actor_loss = -(
             weight * (policy.log_prob(actions) * advantage + self.config.entropy * entropy)

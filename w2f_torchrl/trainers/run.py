@@ -118,7 +118,12 @@ def build_learner(run: Run, env: EnvFacts) -> Learner:
         )
     gradients = run.config.gradients
     try:
-        learner = Learner.from_config(run.config, env.action_size, gradients=gradients)
+        learner = Learner.from_config(
+            run.config,
+            env.action_size,
+            gradients=gradients,
+            discrete_actions=env.discrete_actions,
+        )
     except ValueError as error:
         raise ConfigError(str(error)) from error
     offered = ("pixels", *env.observations)
@@ -297,6 +302,7 @@ def build_checkpoints(
     header = {
         "config": config_to_dict(run.config),
         "action_size": env.action_size,
+        "discrete_actions": env.discrete_actions,
         "ranks": run.ranks.size,
     }
     checkpoints = Checkpoints(
