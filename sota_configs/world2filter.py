@@ -24,6 +24,7 @@ from w2f_torchrl.trainers import ConfigError, RunConfig, to_run_config
 store = ConfigStore.instance()
 node = OmegaConf.structured(RunConfig)
 OmegaConf.set_struct(node.loss.extra, False)  # loss.extra.NAME= adds a weight
+OmegaConf.set_struct(node.environment.kwargs, False)  # environment.kwargs.NAME= an argument
 store.store(name="run_config", node=node)
 for name, preset in PRESETS.items():
     store.store(group="model", name=name, node=preset)

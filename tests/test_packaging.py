@@ -26,7 +26,16 @@ import w2f_torchrl
 PACKAGED = {".py", ".yaml", ".typed", ".html", ".css", ".js"}
 LOCKS = {
     "locked.txt": ["dev", "docs"],
-    "locked-extras.txt": ["dev", "docs", "sam3", "wandb", "tensorboard", "slurm", "analysis"],
+    "locked-extras.txt": [
+        "dev",
+        "docs",
+        "sam3",
+        "wandb",
+        "tensorboard",
+        "slurm",
+        "analysis",
+        "gym",
+    ],
 }
 
 

@@ -68,6 +68,8 @@ ANSWERED = {
     "cuda": "CUDA",
     "use_wandb": "pip install",
     "tensorboard": "pip install",
+    "environment=gym": "pip install",
+    "experiment=gym": "pip install",
 }
 """What a checked run may lack here, and what its error then has to say."""
 TRAINING = (

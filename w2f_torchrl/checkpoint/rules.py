@@ -30,7 +30,7 @@ RULES = (
     ),
     Rule(("model.preset",), True, "only a name; the sizes must stay the same"),
     Rule(
-        ("environment.domain", "environment.task"),
+        ("environment.domain", "environment.task", "environment.kwargs"),
         False,
         "the replay's records and rewards, and the networks, belong to the old task",
     ),

@@ -28,8 +28,17 @@ TEACHERS = ("simulator", "sam3")
 class EnvironmentConfig(Settings):
     """The task and how it is rendered."""
 
-    domain: str = setting("walker", "Domain of the Control Suite, or one added by `register_env`.")
-    task: str = setting("walk", "Task of the domain.")
+    domain: str = setting(
+        "walker",
+        "Domain of the Control Suite; gym for Gymnasium's environments; or one added by "
+        "`register_env`.",
+    )
+    task: str = setting("walk", "Task of the domain; of gym an id such as CartPole-v1.")
+    kwargs: dict[str, Any] = setting(
+        {},
+        "Further arguments of `gymnasium.make`, or of a registered factory, by name: "
+        "`environment.kwargs.continuous=false`. Empty for the Control Suite.",
+    )
     num_envs: int = setting(
         4, "Number of environments stepped together, on each rank.", unit="environments", minimum=1
     )

@@ -20,6 +20,7 @@ from w2f_torchrl.envs.scenery.distractions import Distraction, shows_video
 from w2f_torchrl.envs.tasks import (
     registered_factory,
     validate_action_range,
+    validate_kwargs,
 )
 from w2f_torchrl.plugins import load_plugins
 from w2f_torchrl.segmenters.sam3_requirements import missing_requirement
@@ -131,6 +132,7 @@ def _is_file(path: str) -> bool:
 
 def _validate_environment(environment: EnvironmentConfig) -> None:
     validate_task(environment.domain, environment.task)
+    validate_kwargs(environment.domain, environment.kwargs)
     if environment.action_range is not None:
         validate_action_range(environment.action_range)
 
@@ -142,7 +144,7 @@ def _validate_distractions(config: RunSettings) -> None:
     ):
         raise ConfigError(
             f"environment.distraction={environment.distraction!r} must be none, and "
-            f"evaluation.sets={config.evaluation.sets} empty, for the registered domain "
+            f"evaluation.sets={config.evaluation.sets} empty, for the domain "
             f"{environment.domain!r}, whose factory renders its own images."
         )
     source, sets = environment.background_source, evaluation_sets()
@@ -238,7 +240,7 @@ def _validate_filtering(config: RunSettings) -> None:
     if registered_factory(config.environment.domain):
         raise ConfigError(
             "evaluation.filtering=true reads the agent's state from the Control Suite's simulator, "
-            f"but environment.domain={config.environment.domain} is registered; allowed: false."
+            f"but environment.domain={config.environment.domain} has another; allowed: false."
         )
     if importlib.util.find_spec("sklearn") is None:
         raise ConfigError(

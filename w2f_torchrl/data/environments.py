@@ -96,6 +96,7 @@ def build_env(
         foreground_mask=foreground_mask,
         seed=seed,
         action_range=environment.action_range,
+        kwargs=environment.kwargs,
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -31,6 +31,7 @@ from w2f_torchrl.envs.tasks import (
     validate_camera,
     validate_distraction,
     validate_integer,
+    validate_kwargs,
     validate_pixel_settings,
     validate_task,
 )
@@ -93,6 +94,7 @@ def make_env(
     camera_id: int | None = None,
     foreground_mask: bool = True,
     action_range: Sequence[float] | None = None,
+    kwargs: Mapping[str, Any] | None = None,
 ) -> TransformedEnv:
     """Make one env, or a batch of envs that run in separate processes.
 
@@ -100,8 +102,9 @@ def make_env(
     same seed gives the same batch, bit for bit.
 
     Args:
-        domain: A Control Suite domain, or one of :func:`~w2f_torchrl.envs.register_env`.
-        task: Task of the domain.
+        domain: A Control Suite domain; ``"gym"``; or one of
+            :func:`~w2f_torchrl.envs.register_env`.
+        task: Task of the domain; of ``"gym"`` an id of Gymnasium.
         image_size: Height H and width W in pixels, at least 16.
         action_repeat: Control steps per agent step, at least 1.
         distraction: ``"none"``; ``"easy"``, ``"medium"`` or ``"hard"``, as the Distracting Control
@@ -118,6 +121,7 @@ def make_env(
         foreground_mask: Whether to render ``foreground_mask``.
         action_range: Lowest and highest action of a registered env whose spec has no limits; None
             if it has.
+        kwargs: Further arguments of ``gymnasium.make`` or of a registered factory.
 
     Returns:
         An env with ``pixels`` uint8 [*B, 3, H, W], ``foreground_mask`` bool [*B, 1, H, W],
@@ -140,16 +144,14 @@ def make_env(
     clips = background_source, background_split
     distractions = validate_distraction(distraction, background_source, background_split)
     validate_task(domain, task)
+    validate_kwargs(domain, kwargs or {})
     _validate_action_range(action_range, domain)
     registered = registered_factory(domain)
     pixels: dict[str, Any] = {"image_size": image_size, "camera_id": camera_id, "render": render}
     if registered is None:
         _validate_simulation(domain, task, distractions, clips, **pixels)
     elif distractions is not None:
-        raise ValueError(
-            f"distraction is {distraction!r}: must be 'none' for the registered domain {domain!r}, "
-            "whose factory renders its own images."
-        )
+        raise _no_distraction(domain, distraction)
     make_one = partial(
         registered or partial(PixelDMControlEnv, domain),
         task,
@@ -157,12 +159,20 @@ def make_env(
         action_repeat=action_repeat,
         foreground_mask=foreground_mask,
         **({} if distractions is None else _distract(distractions, *clips)),
+        **(kwargs or {}),
     )
     env = _one_or_batch(make_one, num_envs, seed, device)
     transforms = [InitTracker(), RewardSum(), StepCounter()]
     if registered is not None:  # the suite's env clips and scales by itself
         transforms.insert(0, _action_transform_or_close(env, domain, action_range))
     return TransformedEnv(env, Compose(*transforms))
+
+
+def _no_distraction(domain: str, distraction: Distraction) -> ValueError:
+    return ValueError(
+        f"distraction is {distraction!r}: must be 'none' for the domain {domain!r}, whose factory "
+        "renders its own images."
+    )
 
 
 def _distract(distractions: DistractionConfig, source: str | None, split: str) -> dict[str, Any]:

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Literal, get_args
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from w2f_torchrl.envs.gym.tasks import (
+    DOMAIN,
+    make_gym,
+    validate_gym_settings,
+    validate_gym_task,
+)
 from w2f_torchrl.envs.scenery.backgrounds import select_clips, validate_split
 from w2f_torchrl.envs.scenery.distractions import Distraction, DistractionConfig, parse_distraction
 from w2f_torchrl.envs.suite_tasks import TASKS_BY_DOMAIN
@@ -21,7 +27,14 @@ MAX_IMAGE_SIZE = 1024
 
 EnvFactory = Callable[..., "EnvBase"]
 
+OWN_ARGUMENTS = (
+    *("task", "image_size", "action_repeat", "render", "camera_id", "foreground_mask", "seed"),
+    "device",
+)
+"""Arguments of a factory that come from the settings of a run."""
+
 _REGISTRY: dict[str, EnvFactory] = {}
+_BUILTIN: dict[str, EnvFactory] = {DOMAIN: make_gym}
 
 
 def register_env(domain: str, factory: EnvFactory) -> None:
@@ -42,42 +55,48 @@ def register_env(domain: str, factory: EnvFactory) -> None:
     ``load_resume_state(state)``, a resumed run continues within its episodes; otherwise it starts
     new ones.
 
+    ``environment.kwargs`` are further arguments of the factory, by name.
+
     Args:
         domain: The name that users pass to :func:`~w2f_torchrl.envs.make_env`.
         factory: Builds one env.
 
     Raises:
-        ValueError: If the name is empty, or taken by the Control Suite or an earlier call.
+        ValueError: If the name is empty, or taken by the package or an earlier call.
         TypeError: If the factory is not callable.
     """
     if not isinstance(domain, str) or not domain.strip():
         raise ValueError(f"domain is {domain!r}: must be a name.")
     if not callable(factory):
         raise TypeError(f"factory is {factory!r}: must be callable, see register_env.")
-    if domain in _REGISTRY or domain in TASKS_BY_DOMAIN:
+    if domain in {*_REGISTRY, *_BUILTIN, *TASKS_BY_DOMAIN}:
         raise ValueError(f"domain {domain!r} is taken: register the env under another name.")
     _REGISTRY[domain] = factory
 
 
 def registered_factory(domain: str) -> EnvFactory | None:
-    """Return the factory registered for this domain, None for the Control Suite's domains."""
-    return _REGISTRY.get(domain)
+    """Return the factory of a domain outside the Control Suite, None for the suite's domains."""
+    return _REGISTRY.get(domain) or _BUILTIN.get(domain)
 
 
 def validate_task(domain: str, task: str) -> None:
     """Check that a task exists, without loading a model.
 
     Args:
-        domain: A domain of the Control Suite, such as ``"walker"``, or a registered one.
-        task: One of its tasks, such as ``"walk"``. A registered factory checks it itself.
+        domain: A domain of the Control Suite, such as ``"walker"``; ``"gym"``; or a registered one.
+        task: One of its tasks, such as ``"walk"``; of ``"gym"`` an id of Gymnasium. A registered
+            factory checks it itself.
 
     Raises:
         ValueError: If the domain or task does not exist; the message lists those that do.
     """
     if domain in _REGISTRY:
         return
+    if domain == DOMAIN:
+        validate_gym_task(task)
+        return
     if domain not in TASKS_BY_DOMAIN:
-        domains = sorted([*TASKS_BY_DOMAIN, *_REGISTRY])
+        domains = sorted([*TASKS_BY_DOMAIN, *_BUILTIN, *_REGISTRY])
         raise ValueError(
             f"domain is {domain!r}: must be one of {', '.join(domains)}. To use a domain that a "
             "file registers with register_env, pass plugins=[FILE.py]; from Python, import the "
@@ -86,6 +105,31 @@ def validate_task(domain: str, task: str) -> None:
     tasks = TASKS_BY_DOMAIN[domain]
     if task not in tasks:
         raise ValueError(f"task is {task!r}: {domain} has {', '.join(tasks)}.")
+
+
+def validate_kwargs(domain: str, kwargs: Mapping[str, Any]) -> None:
+    """Check the further arguments of an env, as far as they can be without building it.
+
+    Args:
+        domain: As for :func:`validate_task`.
+        kwargs: ``environment.kwargs``.
+
+    Raises:
+        ValueError: If the domain takes none, or if one is set by the run.
+    """
+    if kwargs and registered_factory(domain) is None:
+        raise ValueError(
+            f"environment.kwargs={dict(kwargs)} must be empty for {domain!r}: the Control Suite's "
+            "tasks take none."
+        )
+    for name in OWN_ARGUMENTS:
+        if name in kwargs:
+            raise ValueError(
+                f"environment.kwargs={dict(kwargs)}: {name} comes from the run's own settings; "
+                "leave it out."
+            )
+    if domain == DOMAIN:
+        validate_gym_settings(kwargs)
 
 
 def validate_integer(name: str, value: object, minimum: int) -> None:

@@ -1,0 +1,1 @@
+"""Gymnasium's environments from pixels: ``environment=gym environment.task=ID``."""
