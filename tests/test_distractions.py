@@ -22,7 +22,7 @@ from w2f_torchrl.envs.scenery.camera_walk import (
     to_cartesian,
     to_sphere,
 )
-from w2f_torchrl.envs.scenery.distractions import DIFFICULTIES, parse_distraction
+from w2f_torchrl.envs.scenery.distractions import DIFFICULTIES, REACTIVE, parse_distraction
 from w2f_torchrl.envs.scenery.walks import ColorWalk, VideoWalk
 
 STARTS = {  # the paper's cameras, from the centre of the walk
@@ -310,7 +310,8 @@ def test_evaluation_sets_are_clean_and_six_at_each_difficulty() -> None:
     sets = evaluation_sets()
     kinds = ("train_videos", "unseen_videos", "unseen_procedural", "color", "camera", "all")
     names = [f"{kind}_{difficulty}" for difficulty in DIFFICULTIES for kind in kinds]
-    assert list(sets) == ["clean", *names]
+    reactive = [name for each in REACTIVE for name in (each, f"unseen_{each}")]
+    assert list(sets) == ["clean", *names, *reactive]
     assert sets["clean"].distraction is None
     for difficulty, (scale, videos) in DIFFICULTIES.items():
         for kind in kinds:

@@ -66,7 +66,9 @@ class EnvironmentConfig(Settings):
     )
     distraction: Any = setting(
         "none",
-        "none; easy, medium or hard, as in the Distracting Control Suite; or the fields of a "
+        "none; easy, medium or hard, as in the Distracting Control Suite; reactive_action, "
+        "reactive_reward, reactive_time or reactive_action_time, a grid of colours that depends on "
+        "these; or the fields of a "
         "DistractionConfig, for example {camera: {scale: 0.2}, step_unit: agent}.",
     )
     background_source: str | None = setting(
@@ -74,7 +76,9 @@ class EnvironmentConfig(Settings):
         "Background videos: a folder, davis, procedural or procedural:SEED. null uses procedural.",
     )
     background_split: str = setting(
-        "train", "Which clips of the source to use: train or val.", choices=SPLITS
+        "train",
+        "Which clips of the source to use, or which colours of scenery that reacts: train or val.",
+        choices=SPLITS,
     )
     action_range: list[float] | None = setting(
         None,

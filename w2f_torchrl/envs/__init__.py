@@ -17,6 +17,7 @@ from w2f_torchrl.envs.scenery.distractions import (
     CameraConfig,
     ColorConfig,
     DistractionConfig,
+    ReactiveConfig,
 )
 from w2f_torchrl.envs.scenery.evaluation_sets import EvaluationSet, evaluation_sets
 from w2f_torchrl.envs.tasks import register_env, validate_distraction, validate_task
@@ -41,6 +42,7 @@ __all__ = [
     "DistractionConfig",
     "EvaluationSet",
     "PixelDMControlEnv",
+    "ReactiveConfig",
     "evaluation_sets",
     "make_env",
     "register_env",

@@ -24,6 +24,7 @@ from w2f_torchrl.envs.renderers.rendering import SceneRenderer
 from w2f_torchrl.envs.scenery.backgrounds import load_clips
 from w2f_torchrl.envs.scenery.distractions import Distraction, DistractionConfig
 from w2f_torchrl.envs.scenery.distractor import Distractor
+from w2f_torchrl.envs.scenery.reactive import ReactiveGrid
 from w2f_torchrl.envs.simulation_state import SimulationState
 from w2f_torchrl.envs.tasks import (
     RenderMode,
@@ -70,11 +71,13 @@ class PixelDMControlEnv(DMControlEnv):
         action_repeat: Control steps per agent step, at least 1.
         render: ``"fast"`` (no multisampling, shadows or reflections) or ``"reference"``
             (as dm_control renders; with distractions, the same without multisampling).
-        distraction: ``"none"``, ``"easy"``, ``"medium"``, ``"hard"``, or a
-            :class:`~w2f_torchrl.envs.DistractionConfig`.
+        distraction: ``"none"``, ``"easy"``, ``"medium"``, ``"hard"``, ``"reactive_action"`` and
+            others, or a :class:`~w2f_torchrl.envs.DistractionConfig`; see
+            :func:`~w2f_torchrl.envs.scenery.distractions.parse_distraction`.
         background_source: Source of the videos, see
             :func:`~w2f_torchrl.envs.scenery.backgrounds.list_clips`; None for the procedural clips.
-        background_split: Which of its clips: ``"train"`` or ``"val"``.
+        background_split: Which of its clips, or which colours of scenery that reacts: ``"train"``
+            or ``"val"``.
         foreground_mask: Whether to render ``foreground_mask``.
         state_observations: Whether to add the suite's own observations (``position``, ``velocity``,
             ...) as float32 entries; scalars become [1].
@@ -230,17 +233,21 @@ class PixelDMControlEnv(DMControlEnv):
                 f"The episode of {self.env_name} {self.task_name} is over: call reset() before the "
                 "next step."
             )
-        control = self._action_map(tensordict.get("action"))
-        reward = 0.0
+        action = tensordict.get("action")
+        control = self._action_map(action)
+        reward, steps = 0.0, 0
         for _ in range(self.wrapper_frame_skip):
             time_step = self._env.step(control)
             reward += time_step.reward
+            steps += 1
             if self._distracts_each == "control":
                 self._distract()
             if time_step.last():
                 break
         if self._distracts_each == "agent":
             self._distract()
+        if self.distractor is not None:
+            self.distractor.react(action.detach().cpu().numpy(), reward / steps)
         self._episode_over = time_step.last()
         terminated = self._episode_over and time_step.discount < 1.0
         output = self._observe(time_step)
@@ -326,15 +333,24 @@ def make_distractor(
         seed: The env's seed; None draws one.
 
     Raises:
-        ValueError: If a video cannot be read, or the camera cannot wander.
+        ValueError: If a video cannot be read, the camera cannot wander, or the scenery reacts to
+            more action dimensions than there are.
     """
     clips: list[npt.NDArray[np.uint8]] = []
-    if config.background is not None:
+    reactive, (source, split) = None, backgrounds
+    size = image_size
+    if config.scenery is not None:
         size = frame_size(physics, image_size=image_size, camera_id=camera_id, render=render)
-        clips = load_clips(*backgrounds, config.background.num_videos, size)
+    if config.background is not None:
+        clips = load_clips(source, split, config.background.num_videos, size)
+    if config.reactive is not None:
+        actions = int(physics.model.nu)
+        reactive = ReactiveGrid(config.reactive, action_size=actions, size=size, split=split)
     if seed is None:
         seed = int(np.random.SeedSequence().generate_state(1)[0])
-    return Distractor(config, physics, camera_id=camera_id, clips=clips, seed=seed)
+    return Distractor(
+        config, physics, camera_id=camera_id, clips=clips, reactive=reactive, seed=seed
+    )
 
 
 class _ActionMap:

@@ -108,14 +108,17 @@ def make_env(
         image_size: Height H and width W in pixels, at least 16.
         action_repeat: Control steps per agent step, at least 1.
         distraction: ``"none"``; ``"easy"``, ``"medium"`` or ``"hard"``, as the Distracting Control
-            Suite defines them; or a :class:`~w2f_torchrl.envs.DistractionConfig`.
+            Suite defines them; ``"reactive_action"``, ``"reactive_reward"``, ``"reactive_time"`` or
+            ``"reactive_action_time"``, a grid of colours that depends on these; or a
+            :class:`~w2f_torchrl.envs.DistractionConfig`.
         num_envs: B, the number of envs. 1 makes an env without a batch dimension.
         seed: Non-negative seed of the batch.
         render: ``"fast"`` or ``"reference"``, see :class:`PixelDMControlEnv`.
         background_source: Source of the distraction's videos: a folder, ``"davis"``,
             ``"procedural"`` or ``"procedural:SEED"`` (see
             :func:`~w2f_torchrl.envs.scenery.backgrounds.list_clips`); None for procedural.
-        background_split: Which of its clips: ``"train"`` or ``"val"``.
+        background_split: Which of its clips, or which colours of scenery that reacts: ``"train"``
+            or ``"val"``.
         device: Device of the tensors.
         camera_id: Index of the model's camera, None for the domain's usual one.
         foreground_mask: Whether to render ``foreground_mask``.

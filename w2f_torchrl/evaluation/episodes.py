@@ -44,7 +44,7 @@ class Episode:
         agent: The suite's observations of the agent, float ``[T, K]`` each: ``velocity``, and
             ``pose``, which is all the others.
         scenery: State of the distractions that exist, float ``[T, K]`` each: ``clip`` (its index),
-            ``frame``, ``camera``, ``color``.
+            ``frame``, ``camera``, ``color``, ``grid``.
         physics: The simulation's state, float ``[T, K]``.
     """
 
@@ -109,24 +109,34 @@ def record_episodes(
 def replace_backgrounds(env: PixelDMControlEnv, episodes: Sequence[Episode]) -> list[Episode]:
     """Replay episodes with another clip, but the same actions, physics, camera and colours.
 
+    Scenery that reacts shows the colours of the other split instead.
+
     Args:
-        env: The env that they were recorded in, with at least two background clips.
+        env: The env that they were recorded in, with at least two background clips, or with
+            scenery that reacts.
         episodes: From :func:`record_episodes`.
 
     Raises:
-        ValueError: If the env has no video, or only one clip.
+        ValueError: If the env has neither, or only one clip.
         RuntimeError: If the physics differ.
     """
-    if env.distractor is None or env.distractor.video is None:
-        raise ValueError("replacing the background needs an env with a background video.")
-    replaced = []
-    for episode in episodes:
-        differs = partial(operator.ne, int(episode.scenery["clip"][0, 0]))
-        other = _record(env, episode.seed, actions=episode.actions, accept=differs)
-        if not np.array_equal(other.physics, episode.physics):
-            raise RuntimeError(f"the episode of seed {episode.seed} did not repeat exactly.")
-        replaced.append(other)
-    return replaced
+    if env.distractor is None or not env.distractor.replaceable:
+        raise ValueError(
+            "replacing the background needs an env with a background video of at least two clips, "
+            "or with scenery that reacts."
+        )
+    with env.distractor.other_split():
+        return [_repeat(env, episode) for episode in episodes]
+
+
+def _repeat(env: PixelDMControlEnv, episode: Episode) -> Episode:
+    """Replay an episode, with another clip if the env has a video."""
+    clip = episode.scenery.get("clip")
+    differs = None if clip is None else partial(operator.ne, int(clip[0, 0]))
+    other = _record(env, episode.seed, actions=episode.actions, accept=differs)
+    if not np.array_equal(other.physics, episode.physics):
+        raise RuntimeError(f"the episode of seed {episode.seed} did not repeat exactly.")
+    return other
 
 
 def _record(

@@ -50,9 +50,9 @@ def measure_filtering(
     Returns:
         ``leakage`` and ``content``: scores of the probes for the latent ``foreground`` (which the
         actor reads; the only one in a model with one latent), for ``background`` if it exists, and
-        for ``untrained``: the accuracy for ``clip``; R2 for ``camera``, ``color``, ``pose``,
-        ``velocity``. ``reconstruction``: ``foreground_psnr`` inside the simulator's mask and
-        ``background_psnr`` outside, in dB, and ``mask_iou``. ``replacement``: the change of the
+        for ``untrained``: the accuracy for ``clip``; R2 for ``camera``, ``color``, ``grid``,
+        ``pose``, ``velocity``. ``reconstruction``: ``foreground_psnr`` inside the simulator's mask
+        and ``background_psnr`` outside, in dB, and ``mask_iou``. ``replacement``: the change of the
         mean action and of the value with another background, as a mean absolute difference
         (``action_change`` in [0, 2], ``value_change``), and relative to the difference between two
         random frames (``..._relative``: 0 is no influence, 1 equals that difference).
@@ -115,9 +115,11 @@ def _leakage(
     if "clip" in episodes[0].scenery and len({e.scenery["clip"][0, 0] for e in episodes}) > 1:
         clips = _joined(episodes, "scenery", "clip")[rows, 0].astype(np.int64)
         found["clip"] = probe_class(features, clips, owner, seeds=seeds, probes=probes)
-    for key in ("camera", "color"):
+    for key in ("camera", "color", "grid"):
         if key in episodes[0].scenery:
             values = _joined(episodes, "scenery", key)[rows]
+            if key == "grid" and (values == values[0]).all():
+                continue  # the reward has stayed in one bin
             found[key] = probe_values(features, values, owner, seeds=seeds)
     return found
 

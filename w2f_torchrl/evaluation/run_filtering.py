@@ -49,8 +49,7 @@ class FilteringMeter:
         assert isinstance(base, PixelDMControlEnv), "no registered env (validated)"
         self.episodes: list[Episode] = record_episodes(base, count, seed=seed, max_steps=MAX_STEPS)
         self.replaced: list[Episode] = []
-        video = None if base.distractor is None else base.distractor.video
-        if video is not None and video.num_clips > 1:
+        if base.distractor is not None and base.distractor.replaceable:
             self.replaced = replace_backgrounds(base, self.episodes[:REPLACED])
         env.close()
 

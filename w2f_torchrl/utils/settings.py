@@ -23,6 +23,7 @@ Unit = Literal[
     "blocks",
     "bins",
     "categoricals",
+    "cells",
     "channels",
     "checkpoints",
     "classes",

@@ -88,21 +88,21 @@ def make_distracted_renderer(
         image_size: Height and width in pixels.
         camera_id: Index of the model's camera.
         domain: The suite's domain, which decides how opaque the floor is.
-        render: ``"fast"`` lays the agent over the video's frame; ``"reference"`` puts the frame on
+        render: ``"fast"`` lays the agent over the background's frame; ``"reference"`` puts it on
             the sky box and renders shadows and reflections. Neither multisamples, so that the mask
             is exact.
         foreground_mask: Whether to render the mask too.
     """
     settings: dict[str, Any] = {"image_size": image_size, "camera_id": camera_id}
-    background = distractor.config.background
-    if background is not None and render == "fast":
-        alpha = background.alpha(domain)
+    scenery = distractor.config.scenery
+    if scenery is not None and render == "fast":
+        alpha = scenery.alpha(domain)
         return CompositeRenderer(physics, distractor, alpha, foreground_mask, **settings)
     quality = FAST if render == "fast" else SHARP
     scene = SceneRenderer(physics, foreground_mask=foreground_mask, quality=quality, **settings)
-    if background is None:
+    if scenery is None:
         return DistractedRenderer(scene, distractor)
-    return SkyBoxRenderer(scene, distractor, physics, background.alpha(domain))
+    return SkyBoxRenderer(scene, distractor, physics, scenery.alpha(domain))
 
 
 class DistractedRenderer:
@@ -132,7 +132,7 @@ class DistractedRenderer:
 
 
 class SkyBoxRenderer(DistractedRenderer):
-    """A scene whose sky box shows the video, the same frame on its six faces.
+    """A scene whose sky box shows the background, the same frame on its six faces.
 
     Args:
         scene: Renders the scene.
@@ -147,7 +147,7 @@ class SkyBoxRenderer(DistractedRenderer):
         super().__init__(scene, distractor)
         self._model = physics.model
         self._texture = _sky_texture(physics)
-        self._shown: tuple[int, int] | None = None
+        self._shown: tuple[object, ...] | None = None
         names = [physics.model.id2name(i, "material") for i in range(physics.model.nmat)]
         self._alphas = [
             (names.index(name), alpha)
@@ -157,11 +157,10 @@ class SkyBoxRenderer(DistractedRenderer):
 
     def draw(self) -> tuple[UInt8Array, BoolArray | None]:
         """Return the image and the mask."""
-        video = self._distractor.video
-        assert video is not None, "made only with a background"
-        if self._shown != (video.clip, video.frame):
+        key = self._distractor.frame_key
+        if self._shown != key:
             self._upload(self._distractor.frame)
-            self._shown = (video.clip, video.frame)
+            self._shown = key
         with self._distractor.applied():  # restores the alphas as well
             for material, alpha in self._alphas:
                 self._model.mat_rgba[material, 3] = alpha
@@ -187,7 +186,7 @@ def _sky_texture(physics: Physics) -> int:
 
 
 class CompositeRenderer:
-    """A video's frame, the floor blended over it, and the foreground in front of both.
+    """A background's frame, the floor blended over it, and the foreground in front of both.
 
     All other scenery (sky, rails, walls, bases) is left out: each background pixel is the frame's,
     or a mixture of it and the floor's. An opaque floor hides everything below it.

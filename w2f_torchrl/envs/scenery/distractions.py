@@ -1,7 +1,7 @@
-"""The distractions of an environment: a background video, a moving camera, changing colours.
+"""The distractions of an environment: a video or a grid, a moving camera, changing colours.
 
-:data:`DIFFICULTIES` has the Distracting Control Suite's difficulties; a :class:`DistractionConfig`
-sets each distraction separately.
+:data:`DIFFICULTIES` has the Distracting Control Suite's difficulties, :data:`REACTIVE` the grids
+that react to the agent; a :class:`DistractionConfig` sets each distraction separately.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ DIFFICULTIES: dict[str, tuple[float, int | None]] = {
     "hard": (0.3, None),
 }
 """Scale of camera and colours, and number of videos (None: all of the split)."""
-DISTRACTIONS = ("none", *DIFFICULTIES)
+ReactiveFunction = Literal["action", "reward", "time", "action_time"]
+REACTIVE_FUNCTIONS: tuple[str, ...] = get_args(ReactiveFunction)
 
 _GROUND_ALPHA = {"reacher": 0.0, "walker": 1.0, "cheetah": 1.0}
 _OTHER_GROUND_ALPHA = 0.3
@@ -84,6 +85,83 @@ class ColorConfig:
 
 
 @dataclass(frozen=True)
+class ReactiveConfig:
+    """A grid that reacts; see :class:`~w2f_torchrl.envs.scenery.reactive.ReactiveGrid`."""
+
+    function: ReactiveFunction = setting(
+        "action",
+        "What the colours are a function of: the action that led to the picture, the reward that "
+        "came with it, the time in the episode, or action and time together.",
+        choices=REACTIVE_FUNCTIONS,
+    )
+    grid: int = setting(16, "Cells along each side of the picture.", unit="cells", minimum=1)
+    action_bins: int = setting(
+        3, "Equal parts of [-1, 1] that are told apart in each action dimension.", unit="bins",
+        minimum=1,
+    )  # fmt: skip
+    action_dimensions: int | None = setting(
+        None, "How many of the first action dimensions are read; null reads all.", minimum=1
+    )
+    reward_bins: int = setting(
+        256,
+        "Equal parts of [0, 1] that are told apart in the mean reward of a control step.",
+        unit="bins",
+        minimum=1,
+    )
+    time_period: int = setting(
+        1000, "Agent steps after which the pictures of the time repeat.", unit="agent steps",
+        minimum=1,
+    )  # fmt: skip
+    ground_alpha: float = setting(
+        0.0,
+        "Opacity of the floor in front of the grid; with 0 the grid is everywhere but on the "
+        "foreground.",
+        unit="share",
+        minimum=0,
+        maximum=1,
+    )
+    seed: int = setting(
+        0,
+        "Seed of the colours, for all envs of a run. background_split=val shows other colours "
+        "than train.",
+        unit="seed",
+        minimum=0,
+    )
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        check_fields("reactive", self)
+
+    @property
+    def reads_action(self) -> bool:
+        """Whether the colours depend on the action."""
+        return self.function in ("action", "action_time")
+
+    @property
+    def reads_time(self) -> bool:
+        """Whether the colours depend on the time."""
+        return self.function in ("time", "action_time")
+
+    def alpha(self, domain: str) -> float:
+        """Return the floor's opacity, the same in every domain."""
+        del domain
+        return self.ground_alpha
+
+
+REACTIVE: dict[str, ReactiveConfig] = {
+    "reactive_action": ReactiveConfig("action"),
+    "reactive_reward": ReactiveConfig("reward"),
+    "reactive_time": ReactiveConfig("time"),
+    "reactive_action_time": ReactiveConfig(
+        "action_time", action_bins=4, action_dimensions=1, time_period=625
+    ),
+}
+"""Grids by name, with the bins of the World2Filter repository's ``benchmark_suite.yaml``; 2,500
+pictures of action and time, as in Policy-Shaped Prediction."""
+DISTRACTIONS = ("none", *DIFFICULTIES, *REACTIVE)
+
+
+@dataclass(frozen=True)
 class DistractionConfig:
     """The distractions of an environment."""
 
@@ -96,6 +174,9 @@ class DistractionConfig:
         "repeat makes them faster, or once per agent step.",
         choices=STEP_UNITS,
     )
+    reactive: ReactiveConfig | None = setting(
+        None, "A grid that reacts to the agent, instead of a video, or null."
+    )
 
     def __post_init__(self) -> None:
         """Check the values."""
@@ -103,7 +184,17 @@ class DistractionConfig:
             value = getattr(self, name)
             if not isinstance(value, kind | None):
                 raise ValueError(f"{name}={value!r} must be a {kind.__name__} or null.")
+        if self.background is not None and self.reactive is not None:
+            raise ValueError(
+                "distraction.background and distraction.reactive are both behind the agent: set "
+                "only one."
+            )
         check_fields("distraction", self)
+
+    @property
+    def scenery(self) -> BackgroundConfig | ReactiveConfig | None:
+        """What is shown behind the agent, None for the task's own sky."""
+        return self.background or self.reactive
 
     @classmethod
     def of_difficulty(
@@ -141,6 +232,7 @@ _PARTS: dict[str, type] = {
     "background": BackgroundConfig,
     "camera": CameraConfig,
     "color": ColorConfig,
+    "reactive": ReactiveConfig,
 }
 
 Distraction = str | DistractionConfig | Mapping[str, Any]
@@ -150,8 +242,9 @@ def parse_distraction(value: Distraction) -> DistractionConfig | None:
     """Parse a ``distraction`` setting.
 
     Args:
-        value: ``"none"``, ``"easy"``, ``"medium"``, ``"hard"``, a :class:`DistractionConfig`, or a
-            mapping of its fields, as in a YAML file: ``{camera: {scale: 0.2}}``.
+        value: One of :data:`DISTRACTIONS`, such as ``"none"``, ``"easy"`` or
+            ``"reactive_action"``; a :class:`DistractionConfig`; or a mapping of its fields, as in a
+            YAML file: ``{camera: {scale: 0.2}}``.
 
     Returns:
         The distractions, or None for none.
@@ -165,6 +258,8 @@ def parse_distraction(value: Distraction) -> DistractionConfig | None:
         config = _from_mapping(value)
     elif isinstance(value, str) and value in DIFFICULTIES:
         config = DistractionConfig.of_difficulty(value)
+    elif isinstance(value, str) and value in REACTIVE:
+        config = DistractionConfig(reactive=REACTIVE[value])
     elif value == "none":
         return None
     else:
@@ -172,8 +267,7 @@ def parse_distraction(value: Distraction) -> DistractionConfig | None:
             f"distraction is {value!r}: must be one of {', '.join(DISTRACTIONS)}, or a "
             "DistractionConfig."
         )
-    nothing = config.background is None and config.camera is None and config.color is None
-    return None if nothing else config
+    return config if any(getattr(config, name) is not None for name in _PARTS) else None
 
 
 def shows_video(value: Distraction) -> bool:

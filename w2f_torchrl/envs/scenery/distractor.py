@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from w2f_torchrl.envs.scenery.camera_walk import CameraPose, CameraWalk, camera_box
 from w2f_torchrl.envs.scenery.distractions import DistractionConfig
+from w2f_torchrl.envs.scenery.reactive import ReactiveGrid
 from w2f_torchrl.envs.scenery.walks import ColorWalk, VideoWalk
 from w2f_torchrl.utils.seeding import derive_seed
 
@@ -29,13 +30,15 @@ class Distractor:
     rewards and ``physics.render`` are those of the undistracted task.
 
     Each distraction has a separate generator, so that it is the same with and without the others.
-    Call :meth:`reset` after the task's reset, and :meth:`step` once per step.
+    Call :meth:`reset` after the task's reset, :meth:`step` once per step, and :meth:`react` after
+    each agent step.
 
     Args:
         config: The distractions.
         physics: The simulation.
         camera_id: The camera that wanders.
         clips: Backgrounds, arrays uint8 [T, S, S, 3]; needed if the configuration has one.
+        reactive: A grid of the configuration's settings; needed if it has one.
         seed: Seed of all distractions.
 
     Raises:
@@ -49,11 +52,13 @@ class Distractor:
         *,
         camera_id: int,
         clips: Sequence[UInt8Array] = (),
+        reactive: ReactiveGrid | None = None,
         seed: int = 0,
     ) -> None:
         self.config = config
         self._model, self._data, self._camera_id = physics.model, physics.data, camera_id
         self._clips = clips
+        self.reactive = reactive
         self.video: VideoWalk | None = None
         self.camera: CameraWalk | None = None
         self.color: ColorWalk | None = None
@@ -85,7 +90,7 @@ class Distractor:
         Returns:
             For the distractions that exist: ``clip`` (index of the video) and ``frame``, both [1];
             ``camera`` [4]: radius, azimuth and polar angle relative to its target, and roll;
-            ``color`` [3 M], the materials' colours.
+            ``color`` [3 M], the materials' colours; ``grid`` [K], the bins of a grid that reacts.
         """
         found: dict[str, npt.NDArray[np.float64]] = {}
         if self.video is not None:
@@ -95,6 +100,8 @@ class Distractor:
             found["camera"] = np.array([*self.camera.sphere, self.camera.roll], dtype=np.float64)
         if self.color is not None:
             found["color"] = self.color.colors.ravel().copy()
+        if self.reactive is not None:
+            found["grid"] = self.reactive.labels()
         return found
 
     def reset(self) -> None:
@@ -106,6 +113,8 @@ class Distractor:
             self.camera.start(box, self._generators["camera"])
         if self.color is not None:
             self.color.start(self._generators["color"])
+        if self.reactive is not None:
+            self.reactive.start()
 
     def step(self) -> None:
         """Advance each distraction by one step."""
@@ -116,12 +125,51 @@ class Distractor:
         if self.color is not None:
             self.color.step(self._generators["color"])
 
+    def react(self, action: npt.ArrayLike, reward: float) -> None:
+        """Show the agent step that was made, if the scenery reacts.
+
+        Args:
+            action: [A], in [-1, 1].
+            reward: Mean reward of its control steps.
+        """
+        if self.reactive is not None:
+            self.reactive.step(action, reward)
+
     @property
     def frame(self) -> UInt8Array:
         """The background's present frame, uint8 [S, S, 3]."""
+        if self.reactive is not None:
+            return self.reactive.frame
         assert self.video is not None, "only called with a background"
         frame: UInt8Array = self._clips[self.video.clip][self.video.frame]
         return frame
+
+    @property
+    def frame_key(self) -> tuple[object, ...]:
+        """What tells the present frame from other frames of this env."""
+        if self.reactive is not None:
+            return self.reactive.key
+        assert self.video is not None, "only called with a background"
+        return self.video.clip, self.video.frame
+
+    @property
+    def replaceable(self) -> bool:
+        """Whether the same episode can be shown in front of another background."""
+        return self.reactive is not None or (self.video is not None and self.video.num_clips > 1)
+
+    @contextlib.contextmanager
+    def other_split(self) -> Iterator[None]:
+        """Show the other split's colours of scenery that reacts; a video does not change."""
+        grid = self.reactive
+        if grid is None:
+            yield
+            return
+        saved = grid.split
+        grid.split = "train" if saved == "val" else "val"
+        try:
+            yield
+        finally:
+            grid.split = saved
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
@@ -169,6 +217,7 @@ class Distractor:
 
     def _walks(self) -> dict[str, Any]:
         walks: dict[str, Any] = {"video": self.video, "camera": self.camera, "color": self.color}
+        walks["reactive"] = self.reactive
         if self.camera is not None:
             walks["pose"] = self._pose
         return {name: walk for name, walk in walks.items() if walk is not None}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from w2f_torchrl.envs.scenery.backgrounds import PROCEDURAL
-from w2f_torchrl.envs.scenery.distractions import DIFFICULTIES, DistractionConfig
+from w2f_torchrl.envs.scenery.distractions import DIFFICULTIES, REACTIVE, DistractionConfig
 
 
 @dataclass(frozen=True)
@@ -15,7 +15,7 @@ class EvaluationSet:
     Attributes:
         name: Name in settings, metrics and tables.
         distraction: The distractions; None for none.
-        split: Which of the source's clips to use.
+        split: Which of the source's clips to use, or which colours of scenery that reacts.
         source: Source of the clips; None for the run's source.
     """
 
@@ -44,6 +44,12 @@ def evaluation_sets() -> dict[str, EvaluationSet]:
     - ``color_easy``, ``camera_easy``: only colours, or only the camera;
     - ``all_easy``: background with validation clips, camera and colours.
 
+    Then, for each function of scenery that reacts (``action``, ``reward``, ``time``,
+    ``action_time``):
+
+    - ``reactive_action``: a grid with the colours of training;
+    - ``unseen_reactive_action``: the same with other colours.
+
     Returns:
         The sets, in this order. For a run with procedural clips ``unseen_videos`` and
         ``unseen_procedural`` are the same clips.
@@ -55,6 +61,10 @@ def evaluation_sets() -> dict[str, EvaluationSet]:
     sets = [EvaluationSet("clean")]
     for difficulty in DIFFICULTIES:
         sets += _sets_of(difficulty)
+    for name, config in REACTIVE.items():
+        distraction = DistractionConfig(reactive=config)
+        sets.append(EvaluationSet(name, distraction))
+        sets.append(EvaluationSet(f"unseen_{name}", distraction, "val"))
     return {each.name: each for each in sets}
 
 
