@@ -311,7 +311,7 @@ def test_evaluation_sets_are_clean_and_six_at_each_difficulty() -> None:
     kinds = ("train_videos", "unseen_videos", "unseen_procedural", "color", "camera", "all")
     names = [f"{kind}_{difficulty}" for difficulty in DIFFICULTIES for kind in kinds]
     reactive = [name for each in REACTIVE for name in (each, f"unseen_{each}")]
-    assert list(sets) == ["clean", *names, *reactive]
+    assert list(sets) == ["clean", *names, *reactive, "corruption"]
     assert sets["clean"].distraction is None
     for difficulty, (scale, videos) in DIFFICULTIES.items():
         for kind in kinds:

@@ -1,12 +1,12 @@
-"""Compare the CPU time of frames with scenery that reacts and with a background video.
+"""Compare the CPU time of frames with a video, with scenery that reacts, and with a corruption.
 
     python benchmarks/speed/scenery_cost.py
 
 Every variant of a task lives in this process, and they take turns. A frame is all that is drawn for
 one agent step: the distraction's step, the picture and the mask; the simulation is not stepped. The
 action, the reward and the time change at every step, so that no picture of a grid is shown twice in
-a row. A figure is the median over the rounds of the process's CPU time per frame, all its threads
-together.
+a row. A corruption is of one kind, in every frame. A figure is the median over the rounds of the
+process's CPU time per frame, all its threads together.
 """
 
 from __future__ import annotations
@@ -25,17 +25,32 @@ import numpy as np
 import torch
 from results_file import RESULTS, write_results
 
-from w2f_torchrl.envs import BackgroundConfig, DistractionConfig, PixelDMControlEnv
-from w2f_torchrl.envs.scenery.distractions import REACTIVE
+from w2f_torchrl.envs import (
+    BackgroundConfig,
+    CorruptionConfig,
+    DistractionConfig,
+    PixelDMControlEnv,
+)
+from w2f_torchrl.envs.scenery.distractions import CORRUPTIONS, REACTIVE
 
 TASKS = ("cartpole swingup", "reacher easy", "walker walk")
 SIZE = 64
+VIDEO = BackgroundConfig(4, ground_alpha=0.0)
+"""Its floor is left out, as the grid's is, so that both draw the same passes."""
+
+
+def always(kind: str) -> CorruptionConfig:
+    """Return a corruption of one kind that never clears again for long."""
+    others = dict.fromkeys(set(CORRUPTIONS) - {kind}, 0.0)
+    return CorruptionConfig(**others, start=1.0, stop=1e-9)
+
+
 VARIANTS: dict[str, DistractionConfig | None] = {
     "no distraction": None,
-    "video": DistractionConfig(background=BackgroundConfig(4, ground_alpha=0.0)),
+    "video": DistractionConfig(background=VIDEO),
     **{name: DistractionConfig(reactive=config) for name, config in REACTIVE.items()},
+    **{f"video, {kind}": DistractionConfig(VIDEO, corruption=always(kind)) for kind in CORRUPTIONS},
 }
-"""The video's floor is left out, as the grid's is, so that both draw the same passes."""
 
 
 def frames_of(name: str, variant: str, render: str) -> tuple[PixelDMControlEnv, Callable[[], None]]:

@@ -68,7 +68,7 @@ class EnvironmentConfig(Settings):
         "none",
         "none; easy, medium or hard, as in the Distracting Control Suite; reactive_action, "
         "reactive_reward, reactive_time or reactive_action_time, a grid of colours that depends on "
-        "these; or the fields of a "
+        "these; corruption, a camera that is disturbed at times; or the fields of a "
         "DistractionConfig, for example {camera: {scale: 0.2}, step_unit: agent}.",
     )
     background_source: str | None = setting(

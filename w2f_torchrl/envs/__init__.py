@@ -16,6 +16,7 @@ from w2f_torchrl.envs.scenery.distractions import (
     BackgroundConfig,
     CameraConfig,
     ColorConfig,
+    CorruptionConfig,
     DistractionConfig,
     ReactiveConfig,
 )
@@ -39,6 +40,7 @@ __all__ = [
     "BackgroundError",
     "CameraConfig",
     "ColorConfig",
+    "CorruptionConfig",
     "DistractionConfig",
     "EvaluationSet",
     "PixelDMControlEnv",

@@ -15,12 +15,8 @@ from torchrl.data import Bounded, Categorical, Composite, Unbounded
 from torchrl.envs import DMControlEnv
 
 from w2f_torchrl.envs._dm_control import Environment, Physics, suite
-from w2f_torchrl.envs.renderers.distracted_rendering import (
-    Renderer,
-    frame_size,
-    make_distracted_renderer,
-)
-from w2f_torchrl.envs.renderers.rendering import SceneRenderer
+from w2f_torchrl.envs.renderers.distracted_rendering import frame_size, make_distracted_renderer
+from w2f_torchrl.envs.renderers.rendering import Renderer, SceneRenderer
 from w2f_torchrl.envs.scenery.backgrounds import load_clips
 from w2f_torchrl.envs.scenery.distractions import Distraction, DistractionConfig
 from w2f_torchrl.envs.scenery.distractor import Distractor

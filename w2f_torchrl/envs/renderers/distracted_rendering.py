@@ -5,15 +5,16 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import mujoco
 import numpy as np
 import numpy.typing as npt
 
 from w2f_torchrl.envs.renderers._gl import require_gl_backend
+from w2f_torchrl.envs.renderers.corruption import CorruptedRenderer
 from w2f_torchrl.envs.renderers.foreground import BoolArray, StaticTargets
-from w2f_torchrl.envs.renderers.rendering import SceneRenderer
+from w2f_torchrl.envs.renderers.rendering import Renderer, SceneRenderer
 from w2f_torchrl.envs.renderers.scene import (
     ALL,
     FAST,
@@ -35,22 +36,6 @@ BACKDROP_MATERIAL = "background"
 """A wall that would hide the sky."""
 
 _HIDDEN_GROUP = 5
-
-
-class Renderer(Protocol):
-    """Renders an environment."""
-
-    image_size: int
-    foreground_mask: bool
-
-    def draw(self) -> tuple[UInt8Array, BoolArray | None]:
-        """Return the image uint8 [3, H, W], and the mask bool [1, H, W] or None."""
-
-    def upload_height_fields(self) -> None:
-        """Upload terrain to OpenGL."""
-
-    def close(self) -> None:
-        """Free OpenGL's resources."""
 
 
 def frame_size(physics: Physics, *, image_size: int, camera_id: int, render: RenderMode) -> int:
@@ -94,6 +79,20 @@ def make_distracted_renderer(
         foreground_mask: Whether to render the mask too.
     """
     settings: dict[str, Any] = {"image_size": image_size, "camera_id": camera_id}
+    renderer = _clear_renderer(physics, distractor, domain, render, foreground_mask, settings)
+    if distractor.corruption is None:
+        return renderer
+    return CorruptedRenderer(renderer, distractor.corruption)
+
+
+def _clear_renderer(
+    physics: Physics,
+    distractor: Distractor,
+    domain: str,
+    render: RenderMode,
+    foreground_mask: bool,
+    settings: dict[str, Any],
+) -> Renderer:
     scenery = distractor.config.scenery
     if scenery is not None and render == "fast":
         alpha = scenery.alpha(domain)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -23,6 +23,22 @@ from w2f_torchrl.envs.tasks import RenderMode
 
 if TYPE_CHECKING:
     from dm_control.mujoco import Physics
+
+
+class Renderer(Protocol):
+    """Renders an environment."""
+
+    image_size: int
+    foreground_mask: bool
+
+    def draw(self) -> tuple[UInt8Array, BoolArray | None]:
+        """Return the image uint8 [3, H, W], and the mask bool [1, H, W] or None."""
+
+    def upload_height_fields(self) -> None:
+        """Upload terrain to OpenGL."""
+
+    def close(self) -> None:
+        """Free OpenGL's resources."""
 
 
 class SceneRenderer:

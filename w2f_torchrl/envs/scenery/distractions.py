@@ -1,4 +1,4 @@
-"""The distractions of an environment: a video or a grid, a moving camera, changing colours.
+"""The distractions of an environment: a video or a grid, colours, a camera that moves or fails.
 
 :data:`DIFFICULTIES` has the Distracting Control Suite's difficulties, :data:`REACTIVE` the grids
 that react to the agent; a :class:`DistractionConfig` sets each distraction separately.
@@ -158,7 +158,66 @@ REACTIVE: dict[str, ReactiveConfig] = {
 }
 """Grids by name, with the bins of the World2Filter repository's ``benchmark_suite.yaml``; 2,500
 pictures of action and time, as in Policy-Shaped Prediction."""
-DISTRACTIONS = ("none", *DIFFICULTIES, *REACTIVE)
+CORRUPTION = "corruption"
+CORRUPTIONS = ("noise", "blur", "brightness", "occluder")
+DISTRACTIONS = ("none", *DIFFICULTIES, *REACTIVE, CORRUPTION)
+
+
+@dataclass(frozen=True)
+class CorruptionConfig:
+    """A camera that is disturbed at times; see :mod:`w2f_torchrl.envs.renderers.corruption`."""
+
+    noise: float = setting(
+        40.0,
+        "Standard deviation of the noise; 0 leaves this kind out.",
+        unit="colour levels",
+        minimum=0,
+        maximum=255,
+    )
+    blur: float = setting(
+        0.04,
+        "Standard deviation of the blur, as a share of the picture's side; 0 leaves this kind out.",
+        unit="share",
+        minimum=0,
+        maximum=1,
+    )
+    brightness: float = setting(
+        0.6,
+        "Share by which the picture is darker or brighter; 0 leaves this kind out.",
+        unit="share",
+        minimum=0,
+        maximum=1,
+    )
+    occluder: float = setting(
+        0.4,
+        "Side of an opaque square, as a share of the picture's side; 0 leaves this kind out. Masks "
+        "hold what is visible: not what it covers.",
+        unit="share",
+        minimum=0,
+        maximum=1,
+    )
+    start: float = setting(
+        0.05,
+        "Probability that a clear view is disturbed in a step, by one of the kinds.",
+        unit="probability",
+        above=0,
+        maximum=1,
+    )
+    stop: float = setting(
+        0.1,
+        "Probability that a disturbed view clears in a step.",
+        unit="probability",
+        above=0,
+        maximum=1,
+    )
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        check_fields("corruption", self)
+        if not any(getattr(self, kind) for kind in CORRUPTIONS):
+            raise ValueError(
+                f"one of corruption.{', corruption.'.join(CORRUPTIONS)} must be above 0."
+            )
 
 
 @dataclass(frozen=True)
@@ -176,6 +235,9 @@ class DistractionConfig:
     )
     reactive: ReactiveConfig | None = setting(
         None, "A grid that reacts to the agent, instead of a video, or null."
+    )
+    corruption: CorruptionConfig | None = setting(
+        None, "Noise, blur, brightness or an occluder in front of the camera at times, or null."
     )
 
     def __post_init__(self) -> None:
@@ -233,6 +295,7 @@ _PARTS: dict[str, type] = {
     "camera": CameraConfig,
     "color": ColorConfig,
     "reactive": ReactiveConfig,
+    "corruption": CorruptionConfig,
 }
 
 Distraction = str | DistractionConfig | Mapping[str, Any]
@@ -260,6 +323,8 @@ def parse_distraction(value: Distraction) -> DistractionConfig | None:
         config = DistractionConfig.of_difficulty(value)
     elif isinstance(value, str) and value in REACTIVE:
         config = DistractionConfig(reactive=REACTIVE[value])
+    elif value == CORRUPTION:
+        config = DistractionConfig(corruption=CorruptionConfig())
     elif value == "none":
         return None
     else:

@@ -10,9 +10,9 @@ import numpy as np
 import numpy.typing as npt
 
 from w2f_torchrl.envs.scenery.camera_walk import CameraPose, CameraWalk, camera_box
-from w2f_torchrl.envs.scenery.distractions import DistractionConfig
+from w2f_torchrl.envs.scenery.distractions import CORRUPTIONS, DistractionConfig
 from w2f_torchrl.envs.scenery.reactive import ReactiveGrid
-from w2f_torchrl.envs.scenery.walks import ColorWalk, VideoWalk
+from w2f_torchrl.envs.scenery.walks import ColorWalk, CorruptionWalk, VideoWalk
 from w2f_torchrl.utils.seeding import derive_seed
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 UInt8Array = npt.NDArray[np.uint8]
 
-_STREAMS = ("background", "camera", "color")
+_STREAMS = ("background", "camera", "color", "corruption")
 
 
 class Distractor:
@@ -62,6 +62,7 @@ class Distractor:
         self.video: VideoWalk | None = None
         self.camera: CameraWalk | None = None
         self.color: ColorWalk | None = None
+        self.corruption: CorruptionWalk | None = None
         if config.background is not None:
             lengths = [len(clip) for clip in clips]
             self.video = VideoWalk(lengths, dynamic=config.background.dynamic)
@@ -71,6 +72,8 @@ class Distractor:
         if config.color is not None:
             original = np.array(self._model.mat_rgba[:, :3], dtype=np.float64)
             self.color = ColorWalk(original, config.color.scale, dynamic=config.color.dynamic)
+        if config.corruption is not None:
+            self.corruption = CorruptionWalk(config.corruption)
         self._generators: dict[str, np.random.Generator] = {}
         self.seed(seed)
 
@@ -79,7 +82,7 @@ class Distractor:
 
         Args:
             seed: Any non-negative number.
-            streams: Which of ``"background"``, ``"camera"``, ``"color"`` to seed.
+            streams: Which of ``"background"``, ``"camera"``, ``"color"``, ``"corruption"`` to seed.
         """
         for name in streams:
             self._generators[name] = np.random.default_rng(derive_seed(seed, "distraction", name))
@@ -90,7 +93,9 @@ class Distractor:
         Returns:
             For the distractions that exist: ``clip`` (index of the video) and ``frame``, both [1];
             ``camera`` [4]: radius, azimuth and polar angle relative to its target, and roll;
-            ``color`` [3 M], the materials' colours; ``grid`` [K], the bins of a grid that reacts.
+            ``color`` [3 M], the materials' colours; ``grid`` [K], the bins of a grid that reacts;
+            ``corruption`` [4], 1 for the kind that disturbs the camera, in the order of
+            :data:`~w2f_torchrl.envs.scenery.distractions.CORRUPTIONS`.
         """
         found: dict[str, npt.NDArray[np.float64]] = {}
         if self.video is not None:
@@ -102,6 +107,10 @@ class Distractor:
             found["color"] = self.color.colors.ravel().copy()
         if self.reactive is not None:
             found["grid"] = self.reactive.labels()
+        if self.corruption is not None:
+            found["corruption"] = (
+                np.array([self.corruption.kind == kind for kind in CORRUPTIONS]) * 1.0
+            )
         return found
 
     def reset(self) -> None:
@@ -113,6 +122,8 @@ class Distractor:
             self.camera.start(box, self._generators["camera"])
         if self.color is not None:
             self.color.start(self._generators["color"])
+        if self.corruption is not None:
+            self.corruption.start(self._generators["corruption"])
         if self.reactive is not None:
             self.reactive.start()
 
@@ -124,6 +135,8 @@ class Distractor:
             self.camera.step(self._generators["camera"])
         if self.color is not None:
             self.color.step(self._generators["color"])
+        if self.corruption is not None:
+            self.corruption.step(self._generators["corruption"])
 
     def react(self, action: npt.ArrayLike, reward: float) -> None:
         """Show the agent step that was made, if the scenery reacts.
@@ -217,7 +230,7 @@ class Distractor:
 
     def _walks(self) -> dict[str, Any]:
         walks: dict[str, Any] = {"video": self.video, "camera": self.camera, "color": self.color}
-        walks["reactive"] = self.reactive
+        walks |= {"reactive": self.reactive, "corruption": self.corruption}
         if self.camera is not None:
             walks["pose"] = self._pose
         return {name: walk for name, walk in walks.items() if walk is not None}

@@ -5,7 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from w2f_torchrl.envs.scenery.backgrounds import PROCEDURAL
-from w2f_torchrl.envs.scenery.distractions import DIFFICULTIES, REACTIVE, DistractionConfig
+from w2f_torchrl.envs.scenery.distractions import (
+    CORRUPTION,
+    DIFFICULTIES,
+    REACTIVE,
+    CorruptionConfig,
+    DistractionConfig,
+)
 
 
 @dataclass(frozen=True)
@@ -50,6 +56,8 @@ def evaluation_sets() -> dict[str, EvaluationSet]:
     - ``reactive_action``: a grid with the colours of training;
     - ``unseen_reactive_action``: the same with other colours.
 
+    Then ``corruption``: only a camera that is disturbed at times.
+
     Returns:
         The sets, in this order. For a run with procedural clips ``unseen_videos`` and
         ``unseen_procedural`` are the same clips.
@@ -65,6 +73,7 @@ def evaluation_sets() -> dict[str, EvaluationSet]:
         distraction = DistractionConfig(reactive=config)
         sets.append(EvaluationSet(name, distraction))
         sets.append(EvaluationSet(f"unseen_{name}", distraction, "val"))
+    sets.append(EvaluationSet(CORRUPTION, DistractionConfig(corruption=CorruptionConfig())))
     return {each.name: each for each in sets}
 
 

@@ -1,4 +1,4 @@
-"""Wandering colours, and videos that play back and forth, as in the Distracting Control Suite."""
+"""Wandering colours, videos that play back and forth, and a camera that is disturbed at times."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from w2f_torchrl.envs.scenery.distractions import CORRUPTIONS, CorruptionConfig
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -95,3 +97,54 @@ class VideoWalk:
         """Continue from a state of :meth:`state_dict`."""
         self.clip, self.frame = state["clip"], state["frame"]
         self.direction = state["direction"]
+
+
+class CorruptionWalk:
+    """A Markov chain of what disturbs the camera.
+
+    Its states are the clear view and the kinds of corruption. A clear view is disturbed with the
+    probability ``start`` per step, by a kind drawn uniformly; a disturbed one clears with the
+    probability ``stop``. So disturbances last 1 / stop steps on average, and the share of disturbed
+    steps is start / (start + stop), which is also the probability at an episode's start.
+
+    Args:
+        config: The kinds and their probabilities.
+    """
+
+    def __init__(self, config: CorruptionConfig) -> None:
+        self.config = config
+        self._kinds = [kind for kind in CORRUPTIONS if getattr(config, kind) > 0]
+        self.kind: str | None = None
+        """What disturbs the view, None if it is clear."""
+        self.values: list[float] = [0.0] * 5
+        """Uniform in [0, 1), drawn when a disturbance begins: where it is, what it looks like."""
+        self.noise_seed = 0
+        """Seed of the noise, new at every step."""
+
+    def start(self, generator: np.random.Generator) -> None:
+        """Draw the state of an episode's start."""
+        self.kind = None
+        self._move(generator, self.config.start / (self.config.start + self.config.stop))
+
+    def step(self, generator: np.random.Generator) -> None:
+        """Make a step of the chain."""
+        self._move(generator, self.config.start)
+
+    def _move(self, generator: np.random.Generator, start: float) -> None:
+        """Switch, with the given probability for a clear view; every step draws as many numbers."""
+        switch, which, *values = generator.random(7).tolist()
+        self.noise_seed = int(generator.integers(2**31))
+        if self.kind is None and switch < start:
+            self.kind = self._kinds[int(which * len(self._kinds))]
+            self.values = values
+        elif self.kind is not None and switch < self.config.stop:
+            self.kind = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything that the next steps depend on, except the generator."""
+        return {"kind": self.kind, "values": list(self.values), "noise_seed": self.noise_seed}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a state of :meth:`state_dict`."""
+        self.kind, self.noise_seed = state["kind"], state["noise_seed"]
+        self.values = list(state["values"])
