@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 
+from w2f_torchrl.config import EnvironmentConfig, RunConfig, config_to_dict
 from w2f_torchrl.envs import (
     BackgroundConfig,
     CameraConfig,
@@ -327,3 +329,19 @@ def test_evaluation_sets_are_clean_and_six_at_each_difficulty() -> None:
             source = each.background_source("my/clips")
             expected = "my/clips" if kind[0] in "tua" else None
             assert source == ("procedural" if "procedural" in kind else expected)
+
+
+@pytest.mark.parametrize(
+    "distraction",
+    [
+        DistractionConfig.of_difficulty("easy"),
+        DistractionConfig(background=BackgroundConfig(num_videos=2), step_unit="agent"),
+        parse_distraction("reactive_action_time"),
+        parse_distraction("corruption"),
+    ],
+)
+def test_settings_from_python_are_kept_as_plain_values(distraction):
+    config = RunConfig(environment=EnvironmentConfig("finger", "spin", distraction=distraction))
+    saved = config_to_dict(config.validated())["environment"]["distraction"]
+    assert json.loads(json.dumps(saved)) == saved
+    assert parse_distraction(saved) == distraction

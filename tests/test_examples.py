@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
+import nbformat
 import own_env_and_segmenter
 import pytest
 import render_imagination
@@ -12,6 +14,7 @@ import torch
 import train_without_hydra
 from helpers.checkout import ROOT
 from helpers.runs import tiny_run
+from nbclient import NotebookClient
 from torchrl.envs.utils import check_env_specs
 
 from w2f_torchrl.envs import make_env
@@ -80,3 +83,20 @@ def test_the_imagination_of_a_checkpoint_is_filmed(tmp_path: Path, capsys):
     assert "train/imagination/error: 0." in capsys.readouterr().out
     with pytest.raises(SystemExit, match="leaves nothing to imagine"):
         render_imagination.main([*command[:-1], "2"])
+
+
+@pytest.mark.render
+@pytest.mark.timeout(900)
+def test_the_notebook_runs_from_top_to_bottom(monkeypatch):
+    notebook = nbformat.read(ROOT / "examples" / "quickstart.ipynb", as_version=4)
+    assert not any(cell.get("outputs") for cell in notebook.cells), "committed without outputs"
+    monkeypatch.setenv("W2F_FRAMES", "800")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(ROOT)}}).execute()
+    shown = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    kinds = [kind for output in shown for kind in output.get("data", {})]
+    assert kinds.count("image/png") == 4
+    assert any("video/mp4" in output.get("data", {}).get("text/html", "") for output in shown)
+    text = "".join(output.text for output in shown if output.output_type == "stream")
+    assert "24 updates, 896 frames" in text
+    assert "Warning" not in text.replace("TqdmWarning", "")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from w2f_torchrl.config.model import LATENTS
 from w2f_torchrl.envs.scenery.backgrounds import SPLITS
@@ -16,9 +16,6 @@ from w2f_torchrl.envs.tasks import (
 from w2f_torchrl.registry import algorithms, losses, segmenters
 from w2f_torchrl.utils.checks import check_choice as check_choice
 from w2f_torchrl.utils.settings import Settings, setting
-
-if TYPE_CHECKING:
-    pass
 
 SEGMENTATIONS = segmenters.builtin
 TEACHERS = ("simulator", "sam3")

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from w2f_torchrl.config.groups import RunSettings
 from w2f_torchrl.config.validation import ConfigError, validate
+from w2f_torchrl.envs.scenery.distractions import DistractionConfig
 from w2f_torchrl.utils.checks import check_choice as check_choice
 from w2f_torchrl.utils.files import atomic_path
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass
@@ -32,6 +30,9 @@ class RunConfig(RunSettings):
             return self
         config = self.thawed()
         config.distributed.ranks = ranks
+        if isinstance(config.environment.distraction, DistractionConfig):
+            # As in a YAML file: config.yaml and checkpoints hold plain values.
+            config.environment.distraction = asdict(config.environment.distraction)
         config.validate()
         return config.freeze()
 

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from w2f_torchrl.utils.checks import check_choice as check_choice
 from w2f_torchrl.utils.settings import Settings, check_fields, setting
-
-if TYPE_CHECKING:
-    pass
 
 STORAGES = ("memory", "disk")
 PRECISIONS = ("auto", "float32", "bfloat16")

@@ -9,7 +9,6 @@ import re
 from dataclasses import fields, is_dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from w2f_torchrl.config.environment import EnvironmentConfig
 from w2f_torchrl.config.groups import RunSettings
@@ -26,9 +25,6 @@ from w2f_torchrl.plugins import load_plugins
 from w2f_torchrl.segmenters.sam3_requirements import missing_requirement
 from w2f_torchrl.utils.checks import check_choice as check_choice
 from w2f_torchrl.utils.settings import check_fields
-
-if TYPE_CHECKING:
-    pass
 
 LOGGER_PACKAGES = {"use_wandb": ("wandb", "moviepy"), "tensorboard": ("tensorboard",)}
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,9})?")
