@@ -17,6 +17,7 @@ from w2f_torchrl.envs import (
     DistractionConfig,
     evaluation_sets,
 )
+from w2f_torchrl.envs.protocols.dmcgb import MODES
 from w2f_torchrl.envs.scenery.camera_walk import (
     CameraWalk,
     camera_box,
@@ -313,7 +314,8 @@ def test_evaluation_sets_are_clean_and_six_at_each_difficulty() -> None:
     kinds = ("train_videos", "unseen_videos", "unseen_procedural", "color", "camera", "all")
     names = [f"{kind}_{difficulty}" for difficulty in DIFFICULTIES for kind in kinds]
     reactive = [name for each in REACTIVE for name in (each, f"unseen_{each}")]
-    assert list(sets) == ["clean", *names, *reactive, "corruption"]
+    dmcgb = [f"dmcgb_{mode}{end}" for mode in MODES for end in ("", "_stand_in")]
+    assert list(sets) == ["clean", *names, *reactive, "corruption", "unseen", *dmcgb]
     assert sets["clean"].distraction is None
     for difficulty, (scale, videos) in DIFFICULTIES.items():
         for kind in kinds:

@@ -383,7 +383,7 @@ def test_names_and_fields_say_the_same():
         ({"reactive": {"action_bins": 2.5}}, "reactive.action_bins=2.5 must be an integer"),
         ({"reactive": {"ground_alpha": 2}}, r"reactive.ground_alpha=2 must be in \[0, 1\]"),
         ({"reactive": "time"}, "reactive='time' must be a ReactiveConfig or null"),
-        ({"reactive": {}, "background": {}}, "background and distraction.reactive are both behind"),
+        ({"reactive": {}, "background": {}}, "background and distraction.reactive change the"),
     ],
 )
 def test_bad_settings_are_named(value, message):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from w2f_torchrl.config.model import LATENTS
-from w2f_torchrl.envs.scenery.backgrounds import SPLITS
+from w2f_torchrl.envs.scenery.backgrounds import ALL, SPLITS
 from w2f_torchrl.envs.tasks import (
     MAX_IMAGE_SIZE,
     MIN_IMAGE_SIZE,
@@ -74,8 +74,14 @@ class EnvironmentConfig(Settings):
     )
     background_split: str = setting(
         "train",
-        "Which clips of the source to use, or which colours of scenery that reacts: train or val.",
-        choices=SPLITS,
+        "Which clips of the source to use, train, val or all; or which colours of scenery that "
+        "reacts, train or val.",
+        choices=(*SPLITS, ALL),
+    )
+    dmcgb_data: str | None = setting(
+        None,
+        "Data of DMControl-GB for the evaluation sets dmcgb_*: the folder src/env/data of a "
+        "checkout. null uses dmcgb in the cache of clips, if it exists.",
     )
     action_range: list[float] | None = setting(
         None,

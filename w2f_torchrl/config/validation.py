@@ -144,14 +144,17 @@ def _validate_distractions(config: RunSettings) -> None:
             f"{environment.domain!r}, whose factory renders its own images."
         )
     source, sets = environment.background_source, evaluation_sets()
+    wanted_by_sets = set()
     for name in config.evaluation.sets:
         check_choice("evaluation.sets", name, tuple(sets))
-        wanted = sets[name].background_source(source)
-        _validate_distraction(
-            f"evaluation.sets={name}", sets[name].distraction, wanted, sets[name].split
-        )
+        try:
+            chosen = sets[name].resolved(environment.distraction, environment.dmcgb_data)
+        except ValueError as error:
+            raise ConfigError(f"evaluation.sets={name}: {error}") from error
+        wanted = chosen.background_source(source)
+        _validate_distraction(f"evaluation.sets={name}", chosen.distraction, wanted, chosen.split)
+        wanted_by_sets.add(wanted)
     # The videos may be meant for the evaluation only.
-    wanted_by_sets = {sets[name].background_source(source) for name in config.evaluation.sets}
     if source in wanted_by_sets and not shows_video(environment.distraction):
         source = None
     _validate_distraction(

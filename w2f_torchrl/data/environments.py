@@ -5,6 +5,7 @@ Collectors' worker processes import this module: it imports nothing that only th
 
 from __future__ import annotations
 
+import logging
 import math
 from typing import Any, NamedTuple
 
@@ -18,6 +19,8 @@ from w2f_torchrl.envs.specs import check_env, extra_observations
 from w2f_torchrl.envs.tasks import registered_factory
 from w2f_torchrl.keys import MASK
 from w2f_torchrl.plugins import load_plugins
+
+logger = logging.getLogger(__name__)
 
 
 class EnvFacts(NamedTuple):
@@ -48,8 +51,15 @@ def probe_env(config: RunConfig) -> EnvFacts:
     except ValueError as error:  # a camera that the model lacks, a video that can't be read
         raise ConfigError(f"environment: {error}") from error
     for name in config.evaluation.sets:
+        chosen = evaluation_sets()[name]
+        if chosen.is_stand_in:
+            logger.warning(
+                "evaluation.sets=%s is a built-in stand-in: its scores are not comparable with "
+                "published ones",
+                name,
+            )
         try:
-            build_env(environment, 0, evaluation_set=evaluation_sets()[name]).close()
+            build_env(environment, 0, evaluation_set=chosen).close()
         except ValueError as error:
             raise ConfigError(f"evaluation.sets={name}: {error}") from error
     has_mask = MASK in env.observation_spec.keys()
@@ -125,10 +135,11 @@ def _distraction_settings(
     environment: EnvironmentConfig, evaluation_set: EvaluationSet | None
 ) -> dict[str, Any]:
     if evaluation_set is not None:
+        chosen = evaluation_set.resolved(environment.distraction, environment.dmcgb_data)
         return {
-            "distraction": evaluation_set.distraction or "none",
-            "background_source": evaluation_set.background_source(environment.background_source),
-            "background_split": evaluation_set.split,
+            "distraction": chosen.distraction or "none",
+            "background_source": chosen.background_source(environment.background_source),
+            "background_split": chosen.split,
         }
     videos = shows_video(environment.distraction)
     return {

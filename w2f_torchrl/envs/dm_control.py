@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from torchrl.envs import DMControlEnv
 from w2f_torchrl.envs._dm_control import Environment, Physics, suite
 from w2f_torchrl.envs.renderers.distracted_rendering import frame_size, make_distracted_renderer
 from w2f_torchrl.envs.renderers.rendering import Renderer, SceneRenderer
-from w2f_torchrl.envs.scenery.backgrounds import load_clips
+from w2f_torchrl.envs.scenery.backgrounds import LazyClips, load_clips, select_clips
 from w2f_torchrl.envs.scenery.distractions import Distraction, DistractionConfig
 from w2f_torchrl.envs.scenery.distractor import Distractor
 from w2f_torchrl.envs.scenery.reactive import ReactiveGrid
@@ -332,13 +332,19 @@ def make_distractor(
         ValueError: If a video cannot be read, the camera cannot wander, or the scenery reacts to
             more action dimensions than there are.
     """
-    clips: list[npt.NDArray[np.uint8]] = []
+    clips: Sequence[npt.NDArray[np.uint8]] = []
     reactive, (source, split) = None, backgrounds
     size = image_size
     if config.scenery is not None:
-        size = frame_size(physics, image_size=image_size, camera_id=camera_id, render=render)
+        size = frame_size(
+            physics, config, image_size=image_size, camera_id=camera_id, render=render
+        )
     if config.background is not None:
-        clips = load_clips(source, split, config.background.num_videos, size)
+        count = config.background.num_videos
+        if config.background.playback == "in_order":
+            clips = LazyClips(select_clips(source, split, count), size)
+        else:
+            clips = load_clips(source, split, count, size)
     if config.reactive is not None:
         actions = int(physics.model.nu)
         reactive = ReactiveGrid(config.reactive, action_size=actions, size=size, split=split)

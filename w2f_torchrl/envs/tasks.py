@@ -11,7 +11,7 @@ from w2f_torchrl.envs.gym.tasks import (
     validate_gym_settings,
     validate_gym_task,
 )
-from w2f_torchrl.envs.scenery.backgrounds import select_clips, validate_split
+from w2f_torchrl.envs.scenery.backgrounds import SPLITS, select_clips, validate_split
 from w2f_torchrl.envs.scenery.distractions import Distraction, DistractionConfig, parse_distraction
 from w2f_torchrl.envs.suite_tasks import TASKS_BY_DOMAIN
 from w2f_torchrl.utils.checks import check_number
@@ -190,7 +190,7 @@ def validate_distraction(
     Args:
         distraction: See :func:`~w2f_torchrl.envs.scenery.distractions.parse_distraction`.
         background_source: Source of the videos; None for the procedural ones.
-        background_split: ``"train"`` or ``"val"``.
+        background_split: ``"train"``, ``"val"`` or, for videos, ``"all"``.
 
     Returns:
         The distractions, None for none.
@@ -200,6 +200,11 @@ def validate_distraction(
     """
     validate_split(background_split)
     config = parse_distraction(distraction)
+    if config is not None and config.reactive is not None and background_split not in SPLITS:
+        raise ValueError(
+            f"background_split is {background_split!r}: must be one of {', '.join(SPLITS)} for "
+            "scenery that reacts."
+        )
     if config is not None and config.background is not None:
         select_clips(background_source, background_split, config.background.num_videos)
     elif background_source is not None:

@@ -21,35 +21,53 @@ from w2f_torchrl.envs.renderers.scene import (
     SHARP,
     STATIC,
     FloatArray,
+    Quality,
     RenderContext,
     SceneView,
     UInt8Array,
 )
+from w2f_torchrl.envs.renderers.textured_rendering import (
+    FLOOR_MATERIAL,
+    DistractedRenderer,
+    PaletteRenderer,
+    SkyBoxRenderer,
+    sky_texture,
+)
+from w2f_torchrl.envs.scenery.distractions import DistractionConfig
 from w2f_torchrl.envs.scenery.distractor import Distractor
 from w2f_torchrl.envs.tasks import RenderMode
 
 if TYPE_CHECKING:
     from dm_control.mujoco import Physics
 
-FLOOR_MATERIAL = "grid"
-BACKDROP_MATERIAL = "background"
-"""A wall that would hide the sky."""
-
 _HIDDEN_GROUP = 5
 
 
-def frame_size(physics: Physics, *, image_size: int, camera_id: int, render: RenderMode) -> int:
+def is_composite(config: DistractionConfig, render: RenderMode) -> bool:
+    """Return whether a background is fixed to the screen, and not on the sky box."""
+    background = config.background
+    return render == "fast" or (background is not None and background.replaces != "scenery")
+
+
+def frame_size(
+    physics: Physics,
+    config: DistractionConfig,
+    *,
+    image_size: int,
+    camera_id: int,
+    render: RenderMode,
+) -> int:
     """Return the side of a background's frames, pixels, as far as an image can resolve them.
 
     A composite shows a frame unchanged. The sky box stretches it over 90 degrees, of which the
     camera sees its field of view. OpenGL halves the reference's 800 x 800 texels until they match
     the image's resolution; the frame starts at that size.
     """
-    if render == "fast":
+    if is_composite(config, render):
         return image_size
     field_of_view = math.radians(float(physics.model.cam_fovy[camera_id]))
     needed = image_size / math.tan(field_of_view / 2)
-    size = int(physics.model.tex_width[_sky_texture(physics)])
+    size = int(physics.model.tex_width[sky_texture(physics)])
     while size % 2 == 0 and size // 2 >= needed:
         size //= 2
     return size
@@ -94,107 +112,41 @@ def _clear_renderer(
     settings: dict[str, Any],
 ) -> Renderer:
     scenery = distractor.config.scenery
-    if scenery is not None and render == "fast":
-        alpha = scenery.alpha(domain)
-        return CompositeRenderer(physics, distractor, alpha, foreground_mask, **settings)
     quality = FAST if render == "fast" else SHARP
+    if scenery is not None and is_composite(distractor.config, render):
+        return CompositeRenderer(
+            physics,
+            distractor,
+            scenery.alpha(domain),
+            foreground_mask,
+            quality=quality,
+            keep_rest=getattr(scenery, "replaces", "scenery") != "scenery",
+            **settings,
+        )
     scene = SceneRenderer(physics, foreground_mask=foreground_mask, quality=quality, **settings)
+    if distractor.palette is not None:
+        return PaletteRenderer(scene, distractor, physics)
     if scenery is None:
         return DistractedRenderer(scene, distractor)
     return SkyBoxRenderer(scene, distractor, physics, scenery.alpha(domain))
-
-
-class DistractedRenderer:
-    """A scene with another camera and other colours.
-
-    Args:
-        scene: Renders the scene.
-        distractor: Changes the scene.
-    """
-
-    def __init__(self, scene: SceneRenderer, distractor: Distractor) -> None:
-        self.image_size, self.foreground_mask = scene.image_size, scene.foreground_mask
-        self._scene, self._distractor = scene, distractor
-
-    def draw(self) -> tuple[UInt8Array, BoolArray | None]:
-        """Return the image and the mask, as :class:`SceneRenderer` does."""
-        with self._distractor.applied():
-            return self._scene.draw()
-
-    def upload_height_fields(self) -> None:
-        """Upload terrain to OpenGL."""
-        self._scene.upload_height_fields()
-
-    def close(self) -> None:
-        """Free OpenGL's resources."""
-        self._scene.close()
-
-
-class SkyBoxRenderer(DistractedRenderer):
-    """A scene whose sky box shows the background, the same frame on its six faces.
-
-    Args:
-        scene: Renders the scene.
-        distractor: Changes the scene.
-        physics: The simulation.
-        ground_alpha: Opacity of the floor; a backdrop that hides the sky is left out.
-    """
-
-    def __init__(
-        self, scene: SceneRenderer, distractor: Distractor, physics: Physics, ground_alpha: float
-    ) -> None:
-        super().__init__(scene, distractor)
-        self._model = physics.model
-        self._texture = _sky_texture(physics)
-        self._shown: tuple[object, ...] | None = None
-        names = [physics.model.id2name(i, "material") for i in range(physics.model.nmat)]
-        self._alphas = [
-            (names.index(name), alpha)
-            for name, alpha in ((FLOOR_MATERIAL, ground_alpha), (BACKDROP_MATERIAL, 0.0))
-            if name in names
-        ]
-
-    def draw(self) -> tuple[UInt8Array, BoolArray | None]:
-        """Return the image and the mask."""
-        key = self._distractor.frame_key
-        if self._shown != key:
-            self._upload(self._distractor.frame)
-            self._shown = key
-        with self._distractor.applied():  # restores the alphas as well
-            for material, alpha in self._alphas:
-                self._model.mat_rgba[material, 3] = alpha
-            return self._scene.draw()
-
-    def _upload(self, frame: UInt8Array) -> None:
-        """Upload a frame to OpenGL through the model's texture, which is then restored."""
-        model, index = self._model, self._texture
-        start = int(model.tex_adr[index])
-        texels = slice(start, start + frame.size)
-        saved = model.tex_data[texels].copy(), model.tex_height[index], model.tex_width[index]
-        model.tex_data[texels] = frame.reshape(-1)
-        model.tex_height[index], model.tex_width[index] = frame.shape[:2]
-        try:
-            self._scene.context.upload_texture(index)
-        finally:
-            model.tex_data[texels], model.tex_height[index], model.tex_width[index] = saved
-
-
-def _sky_texture(physics: Physics) -> int:
-    types = np.asarray(physics.model.tex_type)
-    return int(np.flatnonzero(types == mujoco.mjtTexture.mjTEXTURE_SKYBOX)[0])
 
 
 class CompositeRenderer:
     """A background's frame, the floor blended over it, and the foreground in front of both.
 
     All other scenery (sky, rails, walls, bases) is left out: each background pixel is the frame's,
-    or a mixture of it and the floor's. An opaque floor hides everything below it.
+    or a mixture of it and the floor's. An opaque floor hides everything below it. With
+    ``keep_rest`` rails, walls and bases stay, opaque, and only the sky is left out, and the floor
+    if its opacity is 0.
 
     Args:
         physics: The simulation.
         distractor: Its distractions, with a background whose frames have the image's size.
         ground_alpha: Opacity of the floor, in [0, 1].
         foreground_mask: Whether :meth:`draw` returns the mask.
+        quality: Quality without multisampling.
+        keep_rest: Whether to keep the scenery that is neither sky nor floor; the floor must be
+            opaque or left out.
         image_size: Height and width in pixels.
         camera_id: Index of the model's camera.
     """
@@ -206,25 +158,31 @@ class CompositeRenderer:
         ground_alpha: float,
         foreground_mask: bool,
         *,
+        quality: Quality = FAST,
+        keep_rest: bool = False,
         image_size: int,
         camera_id: int,
     ) -> None:
         require_gl_backend()
         self.image_size, self.foreground_mask = image_size, foreground_mask
-        self._distractor, self._alpha = distractor, np.float32(ground_alpha)
+        self._distractor = distractor
+        self._alpha = np.float32(1.0 if keep_rest else ground_alpha)
         self._model = physics.model
-        self._context = RenderContext(physics, image_size, FAST)
-        self._everything = self._view(physics, camera_id)
-        self._floor = self._view(physics, camera_id) if ground_alpha > 0 else None
+        self._context = RenderContext(physics, image_size, quality)
+        self._everything = self._view(physics, camera_id, quality)
+        static = ground_alpha > 0 or keep_rest
+        self._floor = self._view(physics, camera_id, quality) if static else None
         self._targets = StaticTargets(physics)
-        self._scenery = _scenery(physics, self._targets, keep_floor=ground_alpha > 0)
+        self._scenery = _scenery(
+            physics, self._targets, keep_floor=ground_alpha > 0, keep_rest=keep_rest
+        )
         self._pixels: UInt8Array = np.empty((image_size, image_size, 3), dtype=np.uint8)
         self._nearness: FloatArray = np.empty((image_size, image_size), dtype=np.float32)
         self._floor_nearness = np.zeros_like(self._nearness)
 
     @staticmethod
-    def _view(physics: Physics, camera_id: int) -> SceneView:
-        view = SceneView(physics, camera_id, FAST, hidden_group=_HIDDEN_GROUP)
+    def _view(physics: Physics, camera_id: int, quality: Quality) -> SceneView:
+        view = SceneView(physics, camera_id, quality, hidden_group=_HIDDEN_GROUP)
         view.leave_out_sky()
         return view
 
@@ -277,9 +235,9 @@ IndexArray = npt.NDArray[np.intp]
 
 
 def _scenery(
-    physics: Physics, targets: StaticTargets, *, keep_floor: bool
+    physics: Physics, targets: StaticTargets, *, keep_floor: bool, keep_rest: bool
 ) -> tuple[IndexArray, IndexArray]:
-    """Return the indices of the geoms and sites that are neither foreground nor floor."""
+    """Return the indices of the geoms and sites to hide: neither foreground nor kept."""
     model = physics.model
     floors = (mujoco.mjtGeom.mjGEOM_PLANE, mujoco.mjtGeom.mjGEOM_HFIELD)
     materials = [model.id2name(index, "material") for index in range(model.nmat)]
@@ -295,6 +253,7 @@ def _scenery(
         return [index for index in still.tolist() if not targets(int(kind), index)]
 
     geoms = hidden(mujoco.mjtObj.mjOBJ_GEOM, np.asarray(model.geom_bodyid))
-    geoms = [index for index in geoms if not (keep_floor and is_floor(index))]
+    geoms = [index for index in geoms if not (keep_floor if is_floor(index) else keep_rest)]
     sites = hidden(mujoco.mjtObj.mjOBJ_SITE, np.asarray(model.site_bodyid))
+    sites = [] if keep_rest else sites
     return np.array(geoms, dtype=np.intp), np.array(sites, dtype=np.intp)

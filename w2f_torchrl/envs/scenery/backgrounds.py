@@ -6,6 +6,7 @@ import hashlib
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +17,10 @@ from w2f_torchrl.envs.scenery.clip_files import BackgroundError, FileClip, find_
 from w2f_torchrl.envs.scenery.procedural import ProceduralClip
 
 SPLITS = ("train", "val")
+ALL = "all"
+"""Instead of a split: all clips of a source."""
+TEST = "test"
+"""Another name for the folder of validation clips."""
 PROCEDURAL = "procedural"
 DAVIS = "davis"
 NUM_PROCEDURAL = {"train": 60, "val": 30}
@@ -32,10 +37,11 @@ def validate_split(split: str) -> None:
     """Check the name of a split.
 
     Raises:
-        ValueError: If it is not the name of a split.
+        ValueError: If it is neither the name of a split nor ``"all"``.
     """
-    if split not in SPLITS:
-        raise ValueError(f"background_split is {split!r}: must be one of {', '.join(SPLITS)}.")
+    allowed = (*SPLITS, ALL)
+    if split not in allowed:
+        raise ValueError(f"background_split is {split!r}: must be one of {', '.join(allowed)}.")
 
 
 def list_clips(source: str | None, split: str) -> Sequence[Clip]:
@@ -46,14 +52,14 @@ def list_clips(source: str | None, split: str) -> Sequence[Clip]:
     - ``"procedural"`` (or None) and ``"procedural:7"``: computed clips of seed 0, or 7;
     - ``"davis"``: DAVIS 2017 as installed by ``download_davis.py``;
     - a folder in the layout of DAVIS 2017 (``JPEGImages/480p``): the dataset's fixed lists;
-    - a folder with the subfolders ``train`` and ``val``: their clips;
+    - a folder with the subfolders ``train`` and ``val`` (or ``test``): their clips;
     - any other folder: the split of a clip depends only on its name, so that adding or removing
       other clips does not move it; about one in three is for validation
       (:func:`is_for_validation`).
 
     Args:
         source: One of these.
-        split: ``"train"`` or ``"val"``.
+        split: ``"train"``, ``"val"``, or ``"all"`` for the clips of both.
 
     Returns:
         At least one clip.
@@ -62,6 +68,8 @@ def list_clips(source: str | None, split: str) -> Sequence[Clip]:
         BackgroundError: If the source does not exist or has no clips; the message names it.
     """
     validate_split(split)
+    if split == ALL:
+        return _all_clips(source)
     matched = _PROCEDURAL.fullmatch(PROCEDURAL if source is None else source)
     if matched:
         seed = int(matched[1] or 0)
@@ -76,6 +84,25 @@ def list_clips(source: str | None, split: str) -> Sequence[Clip]:
     return _folder_split(folder, split)
 
 
+def _all_clips(source: str | None) -> list[Clip]:
+    """Return all clips of a source; a folder without splits need not have any for validation."""
+    folder = Path(source or "").expanduser()
+    plain = source is not None and folder.is_dir() and davis.frames_directory(folder) is None
+    if plain and len(_halves(folder)) < len(SPLITS):
+        return list(find_clips(folder))
+    return [clip for half in SPLITS for clip in list_clips(source, half)]
+
+
+def _halves(folder: Path) -> dict[str, Path]:
+    """Return the subfolders for training and validation that a folder has."""
+    named = {"train": ("train",), "val": ("val", TEST)}
+    found = {
+        split: next((folder / name for name in names if (folder / name).is_dir()), None)
+        for split, names in named.items()
+    }
+    return {split: path for split, path in found.items() if path is not None}
+
+
 def _missing(source: str, folder: Path) -> str:
     if source == DAVIS:
         return f"background_source is 'davis', but {folder} is missing. {davis.HOW_TO_GET_IT}"
@@ -86,8 +113,8 @@ def _missing(source: str, folder: Path) -> str:
 
 
 def _folder_split(folder: Path, split: str) -> list[FileClip]:
-    halves = {name: folder / name for name in SPLITS}
-    if all(half.is_dir() for half in halves.values()):
+    halves = _halves(folder)
+    if len(halves) == len(SPLITS):
         clips = {name: find_clips(half) for name, half in halves.items()}
         resolved = [{clip.path.resolve() for clip in half} for half in clips.values()]
         if shared := set.intersection(*resolved):
@@ -154,3 +181,27 @@ def load_clips(
         BackgroundError: If a clip cannot be read, or there are too few; the message names it.
     """
     return [mapped_clip(clip, size) for clip in select_clips(source, split, num_videos)]
+
+
+class LazyClips(Sequence[UInt8Array]):
+    """Clips that are decoded when they are first shown, for sources of many.
+
+    Args:
+        clips: The clips.
+        size: Side of the frames, pixels.
+    """
+
+    def __init__(self, clips: Sequence[Clip], size: int) -> None:
+        self._clips, self._size = clips, size
+
+    def __len__(self) -> int:
+        """Return the number of clips."""
+        return len(self._clips)
+
+    def __getitem__(self, index: Any) -> Any:
+        """Map a clip into memory, uint8 [T, size, size, 3].
+
+        Raises:
+            BackgroundError: If it cannot be read.
+        """
+        return mapped_clip(self._clips[index], self._size)

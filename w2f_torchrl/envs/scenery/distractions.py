@@ -10,8 +10,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
+from w2f_torchrl.envs.protocols.palette import PaletteConfig
 from w2f_torchrl.utils.settings import check_fields, setting
 
+Playback = Literal["pingpong", "loop", "in_order"]
+Replaces = Literal["scenery", "floor", "sky"]
 StepUnit = Literal["control", "agent"]
 STEP_UNITS: tuple[str, ...] = get_args(StepUnit)
 DIFFICULTIES: dict[str, tuple[float, int | None]] = {
@@ -49,12 +52,34 @@ class BackgroundConfig:
         maximum=1,
     )
 
+    playback: Playback = setting(
+        "pingpong",
+        "pingpong: from a random frame of a random clip, forwards or backwards, turning at its "
+        "ends; loop: forwards from there, and from the start again; in_order: clip after clip, "
+        "each episode from the next one's first frame.",
+        choices=get_args(Playback),
+    )
+    replaces: Replaces = setting(
+        "scenery",
+        "What the video is shown instead of: scenery, all but the floor, which is as opaque as "
+        "ground_alpha says; floor, the sky and the floor; sky, only the sky. The last two are "
+        "fixed to the screen in both render modes.",
+        choices=get_args(Replaces),
+    )
+
     def __post_init__(self) -> None:
         """Check the values."""
         check_fields("background", self)
+        if self.replaces != "scenery" and self.ground_alpha is not None:
+            raise ValueError(
+                f"background.ground_alpha={self.ground_alpha} must be null with "
+                f"background.replaces={self.replaces}."
+            )
 
     def alpha(self, domain: str) -> float:
         """Return the floor's opacity in a domain."""
+        if self.replaces != "scenery":
+            return 0.0 if self.replaces == "floor" else 1.0
         if self.ground_alpha is not None:
             return self.ground_alpha
         return _GROUND_ALPHA.get(domain, _OTHER_GROUND_ALPHA)
@@ -236,6 +261,9 @@ class DistractionConfig:
     reactive: ReactiveConfig | None = setting(
         None, "A grid that reacts to the agent, instead of a video, or null."
     )
+    palette: PaletteConfig | None = setting(
+        None, "Colours of sky, floor and agent from a table at each reset, or null."
+    )
     corruption: CorruptionConfig | None = setting(
         None, "Noise, blur, brightness or an occluder in front of the camera at times, or null."
     )
@@ -246,11 +274,11 @@ class DistractionConfig:
             value = getattr(self, name)
             if not isinstance(value, kind | None):
                 raise ValueError(f"{name}={value!r} must be a {kind.__name__} or null.")
-        if self.background is not None and self.reactive is not None:
-            raise ValueError(
-                "distraction.background and distraction.reactive are both behind the agent: set "
-                "only one."
-            )
+        for one, other in _EXCLUSIVE:
+            if getattr(self, one) is not None and getattr(self, other) is not None:
+                raise ValueError(
+                    f"distraction.{one} and distraction.{other} change the same: set only one."
+                )
         check_fields("distraction", self)
 
     @property
@@ -290,11 +318,18 @@ class DistractionConfig:
         )
 
 
+_EXCLUSIVE = (
+    ("background", "reactive"),
+    ("background", "palette"),
+    ("reactive", "palette"),
+    ("color", "palette"),
+)
 _PARTS: dict[str, type] = {
     "background": BackgroundConfig,
     "camera": CameraConfig,
     "color": ColorConfig,
     "reactive": ReactiveConfig,
+    "palette": PaletteConfig,
     "corruption": CorruptionConfig,
 }
 

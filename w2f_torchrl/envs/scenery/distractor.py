@@ -9,10 +9,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from w2f_torchrl.envs.protocols.palette import PaletteWalk, load_table
 from w2f_torchrl.envs.scenery.camera_walk import CameraPose, CameraWalk, camera_box
-from w2f_torchrl.envs.scenery.distractions import CORRUPTIONS, DistractionConfig
+from w2f_torchrl.envs.scenery.distractions import (
+    CORRUPTIONS,
+    BackgroundConfig,
+    DistractionConfig,
+)
 from w2f_torchrl.envs.scenery.reactive import ReactiveGrid
-from w2f_torchrl.envs.scenery.walks import ColorWalk, CorruptionWalk, VideoWalk
+from w2f_torchrl.envs.scenery.walks import ClipsInOrder, ColorWalk, CorruptionWalk, VideoWalk
 from w2f_torchrl.utils.seeding import derive_seed
 
 if TYPE_CHECKING:
@@ -21,6 +26,8 @@ if TYPE_CHECKING:
 UInt8Array = npt.NDArray[np.uint8]
 
 _STREAMS = ("background", "camera", "color", "corruption")
+"""The palette's is the colours', which it replaces."""
+AGENT_MATERIAL = "self"
 
 
 class Distractor:
@@ -59,19 +66,23 @@ class Distractor:
         self._model, self._data, self._camera_id = physics.model, physics.data, camera_id
         self._clips = clips
         self.reactive = reactive
-        self.video: VideoWalk | None = None
+        self.video: VideoWalk | ClipsInOrder | None = None
         self.camera: CameraWalk | None = None
         self.color: ColorWalk | None = None
+        self.palette: PaletteWalk | None = None
         self.corruption: CorruptionWalk | None = None
         if config.background is not None:
-            lengths = [len(clip) for clip in clips]
-            self.video = VideoWalk(lengths, dynamic=config.background.dynamic)
+            self.video = _video_walk(config.background, clips)
         if config.camera is not None:
             self.camera = CameraWalk(config.camera.scale, dynamic=config.camera.dynamic)
             self._pose = CameraPose(physics, camera_id)
         if config.color is not None:
             original = np.array(self._model.mat_rgba[:, :3], dtype=np.float64)
             self.color = ColorWalk(original, config.color.scale, dynamic=config.color.dynamic)
+        if config.palette is not None:
+            self.palette = PaletteWalk(load_table(config.palette))
+            names = [self._model.id2name(i, "material") for i in range(self._model.nmat)]
+            self._agent = [index for index, name in enumerate(names) if name == AGENT_MATERIAL]
         if config.corruption is not None:
             self.corruption = CorruptionWalk(config.corruption)
         self._generators: dict[str, np.random.Generator] = {}
@@ -86,6 +97,8 @@ class Distractor:
         """
         for name in streams:
             self._generators[name] = np.random.default_rng(derive_seed(seed, "distraction", name))
+        if "background" in streams and isinstance(self.video, ClipsInOrder):
+            self.video.rewind()
 
     def labels(self) -> dict[str, npt.NDArray[np.float64]]:
         """Return the present distractions as vectors, for probes of a model's latents.
@@ -122,6 +135,8 @@ class Distractor:
             self.camera.start(box, self._generators["camera"])
         if self.color is not None:
             self.color.start(self._generators["color"])
+        if self.palette is not None:
+            self.palette.start(self._generators["color"])
         if self.corruption is not None:
             self.corruption.start(self._generators["corruption"])
         if self.reactive is not None:
@@ -154,7 +169,8 @@ class Distractor:
         if self.reactive is not None:
             return self.reactive.frame
         assert self.video is not None, "only called with a background"
-        frame: UInt8Array = self._clips[self.video.clip][self.video.frame]
+        clip = self._clips[self.video.clip]
+        frame: UInt8Array = clip[self.video.frame % len(clip)]
         return frame
 
     @property
@@ -194,6 +210,8 @@ class Distractor:
             self._pose.apply(self.camera)
         if self.color is not None:
             model.mat_rgba[:, :3] = self.color.colors
+        if self.palette is not None:
+            model.mat_rgba[self._agent, :3] = self.palette.palette.agent
         try:
             yield
         finally:
@@ -230,7 +248,18 @@ class Distractor:
 
     def _walks(self) -> dict[str, Any]:
         walks: dict[str, Any] = {"video": self.video, "camera": self.camera, "color": self.color}
-        walks |= {"reactive": self.reactive, "corruption": self.corruption}
+        walks |= {
+            "reactive": self.reactive,
+            "palette": self.palette,
+            "corruption": self.corruption,
+        }
         if self.camera is not None:
             walks["pose"] = self._pose
         return {name: walk for name, walk in walks.items() if walk is not None}
+
+
+def _video_walk(config: BackgroundConfig, clips: Sequence[UInt8Array]) -> VideoWalk | ClipsInOrder:
+    if config.playback == "in_order":
+        return ClipsInOrder(len(clips), dynamic=config.dynamic)
+    lengths = [len(clip) for clip in clips]
+    return VideoWalk(lengths, dynamic=config.dynamic, playback=config.playback)

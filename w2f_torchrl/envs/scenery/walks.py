@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from w2f_torchrl.envs.scenery.distractions import CORRUPTIONS, CorruptionConfig
+from w2f_torchrl.envs.scenery.distractions import CORRUPTIONS, CorruptionConfig, Playback
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -56,16 +56,21 @@ class VideoWalk:
     """The visible frame of a clip.
 
     Each episode draws a clip, a first frame and a direction; a dynamic walk then moves one frame
-    per step, and turns around at the clip's ends.
+    per step, and turns around at the clip's ends. A loop has only one direction, and its first
+    frame follows the last.
 
     Args:
         lengths: Frames of each clip, at least 2.
         dynamic: Whether the frame changes after its start.
+        playback: ``"pingpong"`` or ``"loop"``.
     """
 
-    def __init__(self, lengths: Sequence[int], *, dynamic: bool = True) -> None:
+    def __init__(
+        self, lengths: Sequence[int], *, dynamic: bool = True, playback: Playback = "pingpong"
+    ) -> None:
         self._lengths = list(lengths)
         self.dynamic = dynamic
+        self._loops = playback == "loop"
         self.clip = 0
         self.frame = 0
         self.direction = 1
@@ -79,11 +84,14 @@ class VideoWalk:
         """Draw clip, frame and direction, each uniformly."""
         self.clip = int(generator.integers(len(self._lengths)))
         self.frame = int(generator.integers(self._lengths[self.clip]))
-        self.direction = 1 if generator.integers(2) else -1
+        self.direction = 1 if self._loops or generator.integers(2) else -1
 
     def step(self) -> None:
         """Move to the next frame, if the walk is dynamic."""
         if not self.dynamic:
+            return
+        if self._loops:
+            self.frame = (self.frame + 1) % self._lengths[self.clip]
             return
         if not 0 <= self.frame + self.direction < self._lengths[self.clip]:
             self.direction = -self.direction
@@ -97,6 +105,42 @@ class VideoWalk:
         """Continue from a state of :meth:`state_dict`."""
         self.clip, self.frame = state["clip"], state["frame"]
         self.direction = state["direction"]
+
+
+class ClipsInOrder:
+    """The visible frame of clips that are played one after another.
+
+    Each episode shows the next clip from its first frame; the first follows the last.
+
+    Args:
+        num_clips: Number of clips.
+        dynamic: Whether the frame changes after its start.
+    """
+
+    def __init__(self, num_clips: int, *, dynamic: bool = True) -> None:
+        self.num_clips, self.dynamic = num_clips, dynamic
+        self.clip, self.frame = -1, 0
+
+    def rewind(self) -> None:
+        """Let the next episode show the first clip."""
+        self.clip = -1
+
+    def start(self, generator: np.random.Generator) -> None:
+        """Show the next clip; nothing is drawn."""
+        del generator
+        self.clip, self.frame = (self.clip + 1) % self.num_clips, 0
+
+    def step(self) -> None:
+        """Move to the next frame, if the walk is dynamic; it is counted beyond a clip's end."""
+        self.frame += self.dynamic
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything that the next steps depend on."""
+        return {"clip": self.clip, "frame": self.frame}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a state of :meth:`state_dict`."""
+        self.clip, self.frame = state["clip"], state["frame"]
 
 
 class CorruptionWalk:

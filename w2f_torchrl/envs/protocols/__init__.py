@@ -1,0 +1,1 @@
+"""What published protocols show an agent: DMControl-GB's colours and videos."""
