@@ -32,7 +32,7 @@ from w2f_torchrl.logging.pictures.video import (
 )
 from w2f_torchrl.utils.seeding import derive_seed
 
-REFERENCE = Path(__file__).parents[1] / "benchmarks" / "evidence" / "reference"
+REFERENCE = Path(__file__).parents[1] / "benchmarks" / "reference"
 PUBLISHED = REFERENCE / "dmc_vision_dreamerv3.csv"
 
 
@@ -505,6 +505,25 @@ def test_another_protocol_is_not_compared_with_the_published_curve(curves, tmp_p
     curves.main([str(run), "--task", "cartpole_balance", *out])
     assert json.loads(result.read_text())["runs"][0]["at_published_points"] == []
     assert "world2filter, seed 0 ran another protocol" in capsys.readouterr().err
+
+
+def test_curves_compare_evaluation_sets_with_published_scores(curves, tmp_path):
+    """Only if all runs follow the protocol and have played the set."""
+    runs, name = [], "eval/dmcgb_video_easy/return_mean"
+    for seed, repeat in ((0, 8), (1, 8), (2, 2)):
+        run = make_run(tmp_path / str(seed), seed=seed)
+        text = (run / "config.yaml").read_text().replace("task: balance", "task: swingup")
+        (run / "config.yaml").write_text(text.replace("repeat: 2", f"repeat: {repeat}"))
+        with (run / "metrics.jsonl").open("a") as stream:
+            stream.write(json.dumps({"frames": 60_000, "updates": 9, name: 300.0 + seed}) + "\n")
+        runs.append(str(run))
+    result = tmp_path / "o.json"
+    rest = ["--out", str(tmp_path / "o.png"), "--json", str(result)]
+    for chosen, scores in ((runs[:2], [[782.0]]), (runs[2:], [])):
+        curves.main([*chosen, "--task", "cartpole_swingup", *rest])
+        found = json.loads(result.read_text())["published_scores_of_sets"]
+        assert [score["means"] for score in found] == scores
+        assert all(score["metric"] == name for score in found)
 
 
 def test_curves_name_what_is_wrong(curves, tmp_path):

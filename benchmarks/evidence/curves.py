@@ -1,4 +1,4 @@
-r"""Draw return curves of runs, the published DreamerV3 curve and a random policy.
+r"""Draw return curves of runs, published scores of the same protocol and a random policy.
 
 python benchmarks/evidence/curves.py runs/a runs/b --out curves.png --json curves.json
 python benchmarks/evidence/curves.py --train benchmarks/evidence/curves/cartpole_easy.yaml \
@@ -11,11 +11,12 @@ interrupted. Runs that differ only in their seeds are drawn as one curve.
 from __future__ import annotations
 
 import argparse
-import csv
 import itertools
 import json
+import re
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,12 +32,19 @@ from results_file import RESULTS, write_results
 from w2f_torchrl.logging.metrics import read_metrics
 from w2f_torchrl.logging.pictures.plotting import (
     Array,
+    draw_published,
     metric_series,
     save_figure,
     style_frames_axis,
 )
+from w2f_torchrl.logging.pictures.published import (
+    DREAMER_V3,
+    FOLDER,
+    Published,
+    published_scores,
+    read_table,
+)
 
-HERE = Path(__file__).parent
 COLORS = ("#3b6fb6", "#c8553d", "#4f9d69", "#8d6cab", "#b8923a", "#5b5b5b")
 SETTINGS = (
     "algo",
@@ -65,6 +73,10 @@ class Run(NamedTuple):
     episodes: tuple[Array, Array]
     eval_mean: tuple[Array, Array]
     eval_std: tuple[Array, Array]
+    sets: dict[str, tuple[Array, Array]]
+    """The returns of evaluation sets, by their metrics."""
+    published: frozenset[Published]
+    """The published scores whose protocol it follows."""
     last_frame: int
 
     @property
@@ -110,6 +122,12 @@ def load_run(run_dir: Path, label: str | None = None) -> Run:
         episodes=metric_series(records, "episode/return"),
         eval_mean=metric_series(records, "eval/return_mean"),
         eval_std=metric_series(records, "eval/return_std"),
+        sets={
+            name: metric_series(records, name)
+            for name in sorted({name for record in records for name in record})
+            if re.fullmatch(r"eval/[^/]+/return_mean", name)
+        },
+        published=frozenset(published_scores(_container(config))),
         last_frame=int(max(record["frames"] for record in records)),
     )
 
@@ -183,8 +201,7 @@ def read_published(path: Path, task: str) -> list[dict[str, float]]:
     Raises:
         ValueError: If the table has no such task.
     """
-    lines = [line for line in path.read_text().splitlines() if not line.startswith("#")]
-    rows = list(csv.DictReader(lines))
+    rows = read_table(path)
     found = [row for row in rows if row["task"] == f"dmc_{task}"]
     if not found:
         known = sorted({row["task"].removeprefix("dmc_") for row in rows})
@@ -192,6 +209,12 @@ def read_published(path: Path, task: str) -> list[dict[str, float]]:
     columns = ("env_steps", "mean", "sd_over_seeds", "n_seeds")
     curve = [{name: float(row[name]) for name in columns} for row in found]
     return sorted(curve, key=lambda row: row["env_steps"])
+
+
+def scores_of_sets(runs: Sequence[Run]) -> list[Published]:
+    """Return the published scores of evaluation sets that all runs have, in the same protocol."""
+    each = [{score for score in run.published if score.metric in run.sets} for run in runs]
+    return sorted(set.intersection(*each), key=lambda score: (score.metric, score.label))
 
 
 def summarise(run: Run, edges: Array, published: Sequence[Mapping[str, float]]) -> dict[str, Any]:
@@ -308,6 +331,7 @@ def draw(
     published: Sequence[Mapping[str, float]],
     random_policy: Mapping[str, float] | None,
     out: Path,
+    scores: Sequence[Published] = (),
 ) -> None:
     """Draw the curves as a PNG.
 
@@ -317,6 +341,7 @@ def draw(
         published: Rows of :func:`read_published`; may be empty.
         random_policy: Results of ``random_policy.py``, or None.
         out: Where to.
+        scores: Of :func:`scores_of_sets`; each is drawn with the runs' returns in its set.
     """
     figure = Figure(figsize=(8, 4.6), layout="constrained")
     axes = figure.add_subplot()
@@ -334,6 +359,16 @@ def draw(
         label = f"DreamerV3, published (mean ± sd over {seeds} seeds)"
         axes.plot(steps, means, color="black", ls="--", lw=1.2, marker="s", ms=3.5, label=label)
         axes.fill_between(steps, means - deviations, means + deviations, color="black", alpha=0.1)
+    for score, color in zip(scores, itertools.cycle(reversed(COLORS)), strict=False):
+        name = score.metric.split("/")[1]
+        for label, members in by_label(runs).items():
+            number = min(len(run.sets[score.metric][0]) for run in members)
+            frames, means = (
+                np.mean([run.sets[score.metric][part][:number] for run in members], 0)
+                for part in (0, 1)
+            )
+            axes.plot(frames, means, color=color, lw=1, marker=".", label=f"{label}, {name}")
+        draw_published(axes, replace(score, label=f"{name}: {score.label}"), color)
     if random_policy is not None:
         label = f"random policy (mean of {random_policy['episodes']} episodes)"
         axes.axhline(random_policy["return_mean"], color="grey", ls=":", lw=1.2, label=label)
@@ -354,9 +389,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--train", type=Path, help="a list of configurations to train first")
     parser.add_argument("--runs", type=Path, help="where the list's runs are")
     parser.add_argument("--parallel", type=int, default=1, help="the list's runs at a time")
-    parser.add_argument(
-        "--published", type=Path, default=HERE / "reference" / "dmc_vision_dreamerv3.csv"
-    )
+    parser.add_argument("--published", type=Path, default=FOLDER / DREAMER_V3)
     parser.add_argument("--random", type=Path, help="JSON that random_policy.py wrote")
     parser.add_argument("--bin-frames", type=int, default=5000)
     parser.add_argument("--out", type=Path, required=True)
@@ -380,13 +413,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         published = []
     last_frame = max(run.last_frame for run in runs)
     edges = np.arange(0, last_frame + args.bin_frames, args.bin_frames, dtype=np.float64)
-    draw(runs, edges, published, random_policy, args.out)
+    scores = scores_of_sets(runs)
+    draw(runs, edges, published, random_policy, args.out, scores)
     results = {
         "task": task,
         "bin_frames": args.bin_frames,
         "labels": summarise_labels(runs),
         "runs": [summarise(run, edges, published) for run in runs],
         "random_policy": random_policy and random_policy["return_mean"],
+        "published_scores_of_sets": [asdict(score) for score in scores],
     }
     write_results(args.json, results)
     sys.stdout.write(f"{args.out}\n{args.json}\n")
@@ -449,6 +484,10 @@ def _moments(values: Array) -> dict[str, Any]:
         "mean": float(values.mean()) if len(values) else None,
         "sd": float(values.std(ddof=1)) if len(values) > 1 else None,
     }
+
+
+def _container(config: DictConfig) -> dict[str, Any]:
+    return OmegaConf.to_container(config, resolve=True)  # type: ignore[return-value]
 
 
 def _plain(value: Any) -> Any:

@@ -9,17 +9,21 @@ from __future__ import annotations
 import logging
 import math
 import os
+import re
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from itertools import cycle
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+import yaml
 from numpy.typing import NDArray
 
 from w2f_torchrl._known_noise import drop_known_messages
 from w2f_torchrl.logging.metric_names import is_own_loss
 from w2f_torchrl.logging.metrics import read_metrics
+from w2f_torchrl.logging.pictures.published import Published, published_scores
 from w2f_torchrl.utils.files import atomic_path
 
 if TYPE_CHECKING:
@@ -35,6 +39,9 @@ TRAIN_COLOR, EVAL_COLOR = "#3b6fb6", "#c8553d"
 RETURN_WINDOW, PANEL_WINDOW = 0.05, 0.02
 """Shares of a run's frames over which the returns and the other metrics are averaged."""
 _COLORS = ("#3b6fb6", "#c8553d", "#4f9d69", "#8d6cab", "#b8923a", "#5b5b5b")
+
+
+_SET_RETURN = re.compile(r"eval/[^/]+/return_mean")
 
 
 class _Panel(NamedTuple):
@@ -131,8 +138,10 @@ def plot_curves(
 
     The top panel shows the return of each training episode as a point and their mean over
     :data:`RETURN_WINDOW` of the run's frames as a curve, and the evaluations' mean with a band of
-    one standard deviation over their episodes. Below is a panel for each group of metrics that the
-    run has, each averaged over :data:`PANEL_WINDOW` of the frames.
+    one standard deviation over their episodes; the next one the returns of evaluation sets, if the
+    run has any. Published scores are drawn in both if the run follows their protocol. Below is a
+    panel for each group of metrics that the run has, each averaged over :data:`PANEL_WINDOW` of the
+    frames.
 
     Args:
         run_dir: A run directory with ``metrics.jsonl``.
@@ -154,13 +163,19 @@ def plot_curves(
         raise ValueError(f"{run_dir / 'metrics.jsonl'} holds nothing to plot.")
     from matplotlib.figure import Figure
 
+    published = published_scores(_settings(run_dir))
+    sets = sorted(name for name in names if _SET_RETURN.fullmatch(name))
+    wide = 2 if sets else 1
     rows, last = math.ceil(len(panels) / 3), max(record["frames"] for record in records)
-    figure = Figure(figsize=(10, 3.6 + 2.3 * rows), layout="constrained")
+    figure = Figure(figsize=(10, 3.6 + 2.3 * (rows + wide - 1)), layout="constrained")
     figure.suptitle(title or run_dir.resolve().name, fontsize=11)
-    grid = figure.add_gridspec(1 + rows, 3, height_ratios=[1.6] + [1.0] * rows)
-    _draw_returns(figure.add_subplot(grid[0, :]), records, RETURN_WINDOW * last)
+    heights = [1.6] + [1.0] * (rows + wide - 1)
+    grid = figure.add_gridspec(wide + rows, 3, height_ratios=heights)
+    _draw_returns(figure.add_subplot(grid[0, :]), records, RETURN_WINDOW * last, published)
+    if sets:
+        _draw_sets(figure.add_subplot(grid[1, :]), records, sets, published)
     for index, panel in enumerate(panels):
-        axes = figure.add_subplot(grid[1 + index // 3, index % 3])
+        axes = figure.add_subplot(grid[wide + index // 3, index % 3])
         _draw_panel(axes, panel, records, PANEL_WINDOW * last)
     for axes in figure.axes:
         style_frames_axis(axes, last)
@@ -224,7 +239,59 @@ def style_frames_axis(axes: Axes, last_frame: float) -> None:
     axes.set_xlabel("environment frames", fontsize=8)
 
 
-def _draw_returns(axes: Axes, records: Sequence[dict[str, float]], window: float) -> None:
+def draw_published(axes: Axes, published: Published, color: str = "black") -> None:
+    """Draw a published curve with its band, or a single score as a horizontal line.
+
+    Args:
+        axes: The axes, of returns over environment frames.
+        published: The scores.
+        color: Colour of the line.
+    """
+    if len(published.frames) == 1:
+        axes.axhline(published.means[0], color=color, ls=":", lw=1.2, label=published.label)
+        return
+    frames, means = np.array(published.frames), np.array(published.means)
+    style: dict[str, Any] = {"color": color, "ls": "--", "lw": 1.2, "marker": "s", "ms": 3.5}
+    axes.plot(frames, means, label=published.label, **style)
+    if published.deviations is not None:
+        deviations = np.array(published.deviations)
+        axes.fill_between(frames, means - deviations, means + deviations, color=color, alpha=0.1)
+
+
+def _settings(run_dir: Path) -> dict[str, Any]:
+    """Return the run's settings; empty if they are missing or damaged."""
+    try:
+        settings = yaml.safe_load((run_dir / "config.yaml").read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return {}
+    return settings if isinstance(settings, dict) else {}
+
+
+def _draw_sets(
+    axes: Axes,
+    records: Sequence[dict[str, float]],
+    names: Sequence[str],
+    published: Sequence[Published],
+) -> None:
+    """Draw the returns of evaluation sets, each with the published scores in its colour."""
+    for color, name in zip(cycle(_COLORS), names, strict=False):
+        frames, values = metric_series(records, name)
+        label = name.removeprefix("eval/").removesuffix("/return_mean")
+        axes.plot(frames, values, color=color, marker="o", ms=3.5, lw=1.2, label=label)
+        for each in published:
+            if each.metric == name:
+                draw_published(axes, replace(each, label=f"{label}: {each.label}"), color)
+    axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]) if axes.dataLim.y0 < 0 else 0.0)
+    axes.set_ylabel("return, evaluation sets", fontsize=9)
+    axes.legend(fontsize=7, frameon=False, loc="best", ncols=2)
+
+
+def _draw_returns(
+    axes: Axes,
+    records: Sequence[dict[str, float]],
+    window: float,
+    published: Sequence[Published],
+) -> None:
     frames, returns = metric_series(records, "episode/return")
     if len(frames):
         axes.scatter(
@@ -249,6 +316,9 @@ def _draw_returns(axes: Axes, records: Sequence[dict[str, float]], window: float
             axes.fill_between(
                 frames, means - deviations, means + deviations, color=EVAL_COLOR, alpha=0.18, lw=0
             )
+    for each in published:
+        if each.metric == "episode/return":
+            draw_published(axes, each)
     axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]) if axes.dataLim.y0 < 0 else 0.0)
     axes.set_ylabel("episode return", fontsize=9)
     if axes.get_legend_handles_labels()[0]:
