@@ -237,11 +237,23 @@ def _distance(got: Sequence[Any], want: Sequence[Any]) -> float:
     return (difference / size) ** 0.5 if size else difference**0.5
 
 
-def make_batch(number: int, batch: int, time_steps: int, size: int, device: str) -> TensorDictBase:
+def make_batch(
+    number: int,
+    batch: int,
+    time_steps: int,
+    size: int,
+    device: str,
+    actions: int | None = None,
+) -> TensorDictBase:
     """Random records, another batch for each number, with an episode that ends in it."""
     from learner import make_sample
 
     sample = make_sample(batch, time_steps, device, size, seed=number)
+    if actions is not None:
+        index = torch.randint(
+            actions, sample.shape, generator=torch.Generator().manual_seed(number)
+        )
+        sample["action"] = nn.functional.one_hot(index, actions).float().to(device)
     last = time_steps // 2
     sample["next", "done"][0, last] = sample["next", "terminated"][0, last] = True
     sample["is_init"][0, last + 1] = True
@@ -258,6 +270,7 @@ def run(
     batch_length: int = 6,
     updates: int = 50,
     device: str = "cpu",
+    actions: int | None = None,
 ) -> dict[str, Any]:
     """Compare each mode with eager, and eager with itself, for each latent."""
     from learner import ACTION_SIZE
@@ -270,7 +283,8 @@ def run(
             torch.manual_seed(0)
             learner = Learner(
                 sizes,
-                action_size=ACTION_SIZE,
+                action_size=actions or ACTION_SIZE,
+                discrete_actions=actions is not None,
                 image_size=image,
                 latent=latent,
                 execution="eager" if mode == "compile" else mode,
@@ -284,7 +298,7 @@ def run(
             return learner
 
         def batch(number: int) -> TensorDictBase:
-            return make_batch(number, batch_size, batch_length, image, device)
+            return make_batch(number, batch_size, batch_length, image, device, actions)
 
         for mode in modes:
             row = rows[f"{latent}, {mode}"] = compare(make, mode, batch, updates)
@@ -305,6 +319,7 @@ def main() -> None:
     parser.add_argument("--batch-length", type=int, default=6)
     parser.add_argument("--updates", type=int, default=50)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--actions", type=int, help="of so many discrete actions")
     name = "execution_equality.json"
     parser.add_argument("--out", type=Path, default=RESULTS / name)
     args = parser.parse_args()
