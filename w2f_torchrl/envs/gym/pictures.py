@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, SupportsFloat, cast
+from typing import Any, SupportsFloat
 
 import gymnasium
 import numpy as np
@@ -53,7 +53,8 @@ class RepeatedPictures(gymnasium.Wrapper[Observation, Any, Any, Any]):
         spaces: dict[str, Any] = {"pixels": Box(0, 255, (3, image_size, image_size), np.uint8)}
         if self._mask is not None:
             spaces["foreground_mask"] = Box(0, 1, (1, image_size, image_size), np.bool_)
-        self.observation_space = cast(Any, Dict(spaces))
+        space: Any = Dict(spaces)
+        self.observation_space = space
         self._first_action = 0
         if isinstance(env.action_space, Discrete):
             self._first_action = int(env.action_space.start)
