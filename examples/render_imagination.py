@@ -38,6 +38,8 @@ def main(arguments: list[str] | None = None) -> tuple[Path, Path]:
     args = parser.parse_args(arguments)
 
     policy = load_policy(args.checkpoint)
+    if not policy.world_model.decoder.out_keys:
+        raise SystemExit(f"error: algo={policy.config.algo.name} has no decoder: nothing to see.")
     env = policy.make_env(seed=args.seed)
     with torch.no_grad(), set_exploration_type(ExplorationType.MODE):
         episode = env.rollout(args.steps, policy)  # [T]
@@ -45,7 +47,7 @@ def main(arguments: list[str] | None = None) -> tuple[Path, Path]:
 
     # The model is trained on records, one per observation, so it gets records here: [1, T + 1].
     records = records_from_rollout(episode.unsqueeze(0)).unsqueeze(0)
-    actor = policy.policy[2][0].module  # encoder, state estimator, actor
+    actor = policy.policy[-2][0].module  # encoder, state estimator, actor, carry
     made = imagine_windows(policy.world_model, actor, records, count=args.windows, seed=args.seed)
     if made is None:
         raise SystemExit(f"error: an episode of {args.steps} steps leaves nothing to imagine.")

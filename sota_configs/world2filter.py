@@ -68,7 +68,7 @@ def train(config: DictConfig) -> None:
         with lost_ranks_explained(ranks), parts.open_run(to_run_config(config)) as run:
             env = parts.probe_env(run.config)  # what the env offers: actions, masks
             masks = parts.choose_masks(run, env)  # the simulator's, SAM3's, a student's, a median's
-            learner = parts.build_learner(run, env)  # world model, actor, critic, losses, optimizer
+            learner = parts.build_learner(run, env, masks)  # networks, losses, optimizer
             # Workers step the envs with the policy -> records -> replay -> slices [B, T].
             collection = parts.build_collection(run, learner, env)
             evaluator = parts.build_evaluator(run, learner, masks, env)

@@ -22,6 +22,8 @@ from torchrl.envs import ExplorationType, set_exploration_type
 from torchrl.envs.utils import check_env_specs
 from torchrl.modules import DreamerV3DiscreteActor
 
+from w2f_torchrl.algorithms import build_algorithm
+from w2f_torchrl.algorithms.build import build_algorithm
 from w2f_torchrl.checkpoint import latest_checkpoint
 from w2f_torchrl.data import make_collector, records_from_rollout
 from w2f_torchrl.envs import make_env, register_env, tasks
@@ -31,7 +33,6 @@ from w2f_torchrl.evaluation.export import export_policy
 from w2f_torchrl.evaluation.imagination import roll
 from w2f_torchrl.kernels.imagination import CastActor, prepare
 from w2f_torchrl.learner import Algorithm, AlgorithmSettings, register_algorithm
-from w2f_torchrl.learner.algorithm import build_algorithm
 from w2f_torchrl.masks.prepare import collect_frames
 from w2f_torchrl.modules import (
     CategoricalActor,

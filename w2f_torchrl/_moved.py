@@ -38,6 +38,7 @@ MOVED = {
     "envs.rendering": "envs.renderers.rendering",
     "envs.scene": "envs.renderers.scene",
     "envs.walks": "envs.scenery.walks",
+    "learner.algorithm": "algorithms.base algorithms.build",
     "modules.config": "config.model config.presets",
     "modules.convolution": "kernels.convolution modules.image_decoder modules.networks",
     "modules.layers": "kernels.dense modules.networks",

@@ -89,7 +89,9 @@ def _origin(part: Any) -> tuple[str, str] | int:
 
 
 algorithms: Registry[Callable[..., Any]] = Registry(
-    "algo", "register_algorithm", ("world2filter", "dreamer_v3")
+    "algo",
+    "register_algorithm",
+    ("world2filter", "dreamer_v3", "masked_input", "repo", "r2dreamer", "tia"),
 )
 losses: Registry[Callable[..., Any]] = Registry("algo.loss", "register_loss")
 encoders: Registry[Callable[..., Any]] = Registry(
@@ -108,7 +110,7 @@ def register_algorithm(name: str, build: Callable[..., Any]) -> None:
 
     Args:
         name: Its name.
-        build: Called with :class:`~w2f_torchrl.learner.AlgorithmSettings`; returns an
+        build: Called with :class:`~w2f_torchrl.algorithms.AlgorithmSettings`; returns an
             :class:`~w2f_torchrl.learner.Algorithm`: the losses, which hold the world model, the
             actor and the critic, and the acting policy.
 

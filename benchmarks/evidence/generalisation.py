@@ -41,7 +41,7 @@ def play(path: Path, sets: Sequence[str], episodes: int, seed: int) -> list[Play
     evaluator = make_evaluator(config, learner.policy, action_size, seed=seed)
     rows = [evaluator.evaluate(learner.world_model, 1).metrics for _ in range(episodes)]
     evaluator.close()
-    method = config.algo.name + (f" {config.latent}" if config.needs_masks else "")
+    method = config.algo.name + (f" {config.algo.latent}" if config.algo.latent else "")
     task = f"{config.environment.domain} {config.environment.task}"
     played = []
     for name in (OWN, *sets):

@@ -41,8 +41,10 @@ def main() -> None:
         episode = env.rollout(arguments.steps, policy)
     env.close()
     records = records_from_rollout(episode.unsqueeze(0)).unsqueeze(0)
-    actor = policy.policy[2][0].module  # encoder, state estimator, actor
+    actor = policy.policy[-2][0].module  # encoder, state estimator, actor, carry
     made = imagine_windows(policy.world_model, actor, records, seed=arguments.seed)
+    if made is None:
+        parser.error("the episode is too short, or the model has no decoder.")
     strip = film_strip(made.comparison, made.context, arguments.window, arguments.every)
     write_image(arguments.out, strip)
     print(json.dumps({"picture": str(arguments.out), **made.metrics}, indent=1))

@@ -48,14 +48,14 @@ def columns_of(
     window = records[:, start - context : start + length]
     dreamt = decode(model, roll(model, window, context))
     shown = slice(start, start + length)
-    if model.latent == "whole":
-        found = {"reconstruction": seen["reconstruction"][shown]}
-    else:
-        found = {
-            "foreground": seen["foreground"][shown],
-            "both": seen.get("composed", seen["foreground"])[shown],
-        }
-    found["imagined"] = dreamt["imagined"][0, context:]
+    found = {}  # empty for a model without a decoder
+    if "reconstruction" in seen:
+        found["reconstruction"] = seen["reconstruction"][shown]
+    if "foreground" in seen:
+        found["foreground"] = seen["foreground"][shown]
+        found["both"] = seen.get("composed", seen["foreground"])[shown]
+    if dreamt:
+        found["imagined"] = dreamt["imagined"][0, context:]
     return {f"{name}: {key}": pictures for key, pictures in found.items()}
 
 

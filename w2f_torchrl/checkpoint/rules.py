@@ -58,9 +58,14 @@ RULES = (
     ),
     Rule(("segmentation.",), True, "applies from the next frame; a student keeps its weights"),
     Rule(
-        ("loss.", "optimizer."),
+        ("loss.", "optimizer.", "repo.", "r2dreamer.", "tia."),
         True,
         "applies from the next update; moments and statistics are kept",
+    ),
+    Rule(
+        ("repo.initial_dual", "repo.dual_slowdown"),
+        False,
+        "the checkpoint holds the dual variable in units of its rate",
     ),
     Rule(("training.batch_length",), False, "the replay's queue holds sequences of the old length"),
     Rule(

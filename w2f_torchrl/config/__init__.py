@@ -2,6 +2,13 @@
 
 from w2f_torchrl.config.environment import AlgoConfig, EnvironmentConfig, SegmentationConfig
 from w2f_torchrl.config.loss import LossConfig
+from w2f_torchrl.config.methods import (
+    METHODS,
+    MethodConfig,
+    R2DreamerConfig,
+    RepoConfig,
+    TiaConfig,
+)
 from w2f_torchrl.config.model import LATENTS, ModelConfig
 from w2f_torchrl.config.output import CheckpointConfig, EvaluationConfig, LoggingConfig
 from w2f_torchrl.config.presets import PRESETS
@@ -23,6 +30,7 @@ __all__ = [
     "EXECUTIONS",
     "GRAPHED",
     "LATENTS",
+    "METHODS",
     "ON_NAN",
     "PRECISIONS",
     "PRESETS",
@@ -35,11 +43,15 @@ __all__ = [
     "EvaluationConfig",
     "LoggingConfig",
     "LossConfig",
+    "MethodConfig",
     "ModelConfig",
     "OptimizerConfig",
+    "R2DreamerConfig",
     "ReplayConfig",
+    "RepoConfig",
     "RunConfig",
     "SegmentationConfig",
+    "TiaConfig",
     "TrainingConfig",
     "config_to_dict",
     "save_config",

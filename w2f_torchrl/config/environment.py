@@ -6,6 +6,7 @@ import warnings
 from dataclasses import dataclass
 from typing import Any
 
+from w2f_torchrl.config.methods import METHODS
 from w2f_torchrl.config.model import LATENTS
 from w2f_torchrl.envs.scenery.backgrounds import ALL, SPLITS
 from w2f_torchrl.envs.tasks import (
@@ -97,7 +98,8 @@ class AlgoConfig(Settings):
 
     name: str = setting(
         "world2filter",
-        "world2filter, or dreamer_v3: the same code with a single latent and no masks.",
+        "world2filter; dreamer_v3: the same code with a single latent and no masks; or another of "
+        "the methods that docs/methods.md compares.",
         registry=algorithms,
         option="algo",
     )
@@ -105,7 +107,8 @@ class AlgoConfig(Settings):
         "split",
         "split: one latent for the foreground, another for the background; shared: one latent that "
         "reconstructs both; foreground: one latent, the background is not reconstructed; null (one "
-        "latent, no masks) for dreamer_v3.",
+        "latent, no masks) for dreamer_v3; null for the other methods too, each of which has its "
+        "own.",
         choices=LATENTS,
     )
     loss: str | None = setting(
@@ -116,12 +119,17 @@ class AlgoConfig(Settings):
     )
 
     def validate(self) -> None:
-        """Raise ``ValueError`` if the algorithm does not have the latent."""
-        if self.name == "dreamer_v3":
+        """Raise ``ValueError`` if the algorithm does not have the latent, or the losses."""
+        if self.name in METHODS:
             if self.latent is not None:
                 raise ValueError(
-                    f"algo.latent={self.latent!r} must be null with algo=dreamer_v3, which has one "
-                    "latent and no masks; for split, shared or foreground use algo=world2filter."
+                    f"algo.latent={self.latent!r} must be null with algo={self.name}, which has "
+                    "its own latents; for split, shared or foreground use algo=world2filter."
+                )
+            if self.loss is not None and self.name != "dreamer_v3":
+                raise ValueError(
+                    f"algo.loss={self.loss!r} must be null with algo={self.name}, which has its "
+                    "own losses; registered ones are for world2filter and dreamer_v3."
                 )
         elif self.latent is not None or self.name in algorithms.builtin:
             check_choice("algo.latent", self.latent, LATENTS)

@@ -8,6 +8,13 @@ from typing import TYPE_CHECKING
 
 from w2f_torchrl.config.environment import AlgoConfig, EnvironmentConfig, SegmentationConfig
 from w2f_torchrl.config.loss import LossConfig
+from w2f_torchrl.config.methods import (
+    METHODS,
+    MethodConfig,
+    R2DreamerConfig,
+    RepoConfig,
+    TiaConfig,
+)
 from w2f_torchrl.config.model import ModelConfig
 from w2f_torchrl.config.output import CheckpointConfig, EvaluationConfig, LoggingConfig
 from w2f_torchrl.config.training import (
@@ -34,6 +41,9 @@ class RunSettings(Settings):
     segmentation: SegmentationConfig = field(default_factory=SegmentationConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    repo: RepoConfig = field(default_factory=RepoConfig)
+    r2dreamer: R2DreamerConfig = field(default_factory=R2DreamerConfig)
+    tia: TiaConfig = field(default_factory=TiaConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
@@ -78,12 +88,27 @@ class RunSettings(Settings):
     @property
     def latent(self) -> str:
         """The world model's latent: ``whole`` for DreamerV3."""
+        if self.algo.name in METHODS:
+            return METHODS[self.algo.name].latent
         return self.algo.latent or "whole"
 
     @property
     def needs_masks(self) -> bool:
         """Whether training needs masks."""
+        if self.algo.name in METHODS:
+            return METHODS[self.algo.name].trains_on_masks
         return self.latent != "whole"
+
+    @property
+    def acts_on_masks(self) -> bool:
+        """Whether acting needs masks too."""
+        return self.algo.name in METHODS and METHODS[self.algo.name].acts_on_masks
+
+    @property
+    def method(self) -> MethodConfig | None:
+        """The group of settings that only this run's algorithm has; None without one."""
+        group = getattr(self, self.algo.name, None)
+        return group if isinstance(group, MethodConfig) else None
 
     @property
     def prefill_steps(self) -> int:

@@ -27,6 +27,8 @@ from w2f_torchrl.utils.checks import check_choice as check_choice
 from w2f_torchrl.utils.settings import check_fields
 
 LOGGER_PACKAGES = {"use_wandb": ("wandb", "moviepy"), "tensorboard": ("tensorboard",)}
+ACTING_SOURCES = ("simulator", "student")
+"""Sources of masks that are there, and fast enough, for every observation that is acted on."""
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,9})?")
 _LONGEST_PATH = 3800
 """Bytes: the system's 4096, less the room for paths inside a run directory."""
@@ -102,6 +104,13 @@ def _validate_segmentation(config: RunSettings) -> None:
             f"segmentation.mask_dropout={dropout} empties masks of the simulator, but this run has "
             f"algo={config.algo.name} with segmentation={source}: leave it out."
         )
+    if config.acts_on_masks:
+        check_choice(f"segmentation with algo={config.algo.name}", source, ACTING_SOURCES)
+        if dropout:
+            raise ConfigError(
+                f"segmentation.mask_dropout={dropout} must be 0 with algo={config.algo.name}, "
+                "which acts on masks: those that it acts on are never emptied."
+            )
     if not segmentation.prompts or not all(map(str.strip, segmentation.prompts)):
         raise ConfigError(
             f"segmentation.prompts={list(segmentation.prompts)} must hold at least one text, for "

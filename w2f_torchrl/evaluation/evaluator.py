@@ -14,10 +14,10 @@ from torchrl.data import Unbounded
 from torchrl.envs import EnvBase, TensorDictPrimer, TransformedEnv
 from torchrl.envs.utils import set_exploration_type, step_mdp
 
+from w2f_torchrl.algorithms.masked_input import student_of, target_pixels
 from w2f_torchrl.config import EvaluationConfig
-from w2f_torchrl.data import records_from_rollout
 from w2f_torchrl.data.environments import control_steps
-from w2f_torchrl.data.records import keys_of_observations
+from w2f_torchrl.data.records import keys_of_observations, records_from_rollout
 from w2f_torchrl.envs import EvaluationSet, evaluation_sets
 from w2f_torchrl.evaluation.policy import exploration_type
 from w2f_torchrl.keys import MASK, NEXT_MASK
@@ -145,7 +145,10 @@ class Evaluator:
             lengths.append(float(length))
             keys = keys_of_observations(episode, self.observations)
             made = records_from_rollout(episode.unsqueeze(0), keys)
-            if self.segment is not None and MASK not in made["next"].keys():
+            # A policy that acts on a student's masks has seen those, whatever the simulator's are.
+            if self.segment is not None and (
+                MASK not in made["next"].keys() or student_of(self.policy) is not None
+            ):
                 made = self.segment(made)
             records = made.unsqueeze(0).to(self.device)
             columns, iou = reconstruct(world_model, records)
@@ -205,9 +208,13 @@ def reconstruct(
         chunk: Images decoded at a time, to bound memory.
 
     Returns:
-        Labelled images ``[T, C, H, W]`` on the CPU, colours in [0, 1], and the mean IoU of
-        predicted and true mask (``None`` without masks).
+        Labelled images ``[T, C, H, W]`` on the CPU, colours in [0, 1], only the frame itself for a
+        model without a decoder; and the mean IoU of predicted and true mask (``None`` without
+        one of them).
     """
+    frame = target_pixels(world_model, records)[0].cpu()
+    if not world_model.decoder.out_keys:
+        return {"frame": frame}, None
     inferred = world_model.infer(records.select(*world_model.in_keys)).get("next")
     decoded = []
     for part in inferred[0].split(chunk, 0):
@@ -220,16 +227,18 @@ def reconstruct(
             .cpu()
         )
     out: TensorDict = torch.cat(decoded)
-    frame = records["next", "pixels"][0].cpu()
-    if world_model.latent == "whole":
+    if "mask_logits" not in out.keys():
         return {"frame": frame, "reconstruction": out["reconstructed_pixels"].clamp(0, 1)}, None
-    true_mask = records[NEXT_MASK][0].cpu()
-    predicted = out["mask_logits"] > 0
-    columns = {"frame": frame, "true mask": true_mask, "mask": predicted}
+    predicted, columns = out["mask_logits"] > 0, {"frame": frame}
+    iou = None
+    if NEXT_MASK in records.keys(include_nested=True):
+        columns["true mask"] = records[NEXT_MASK][0].cpu()
+        iou = float(mask_iou(predicted, columns["true mask"]).mean())
+    columns["mask"] = predicted
     foreground, soft = out["foreground_pixels"].clamp(0, 1), out["mask_logits"].sigmoid()
     columns["foreground"] = foreground * soft
     if "background_pixels" in out.keys():
         columns["background"] = out["background_pixels"].clamp(0, 1)
         composed = compose(foreground, out["mask_logits"], columns["background"])
         columns["composed"] = composed.clamp(0, 1)
-    return columns, float(mask_iou(predicted, true_mask).mean())
+    return columns, iou

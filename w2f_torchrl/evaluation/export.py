@@ -49,7 +49,7 @@ def export_policy(checkpoint: str | Path, out: str | Path) -> Path:
         CheckpointError: If the checkpoint cannot be read, or a weight is not finite or too large
             for 16 bits.
     """
-    _, learner, action_size = load_learner(checkpoint)
+    settings, learner, action_size = load_learner(checkpoint)
     saved, out = load_checkpoint(checkpoint), Path(out)
     config: dict[str, Any] = saved.payload["config"] | PRIVATE
     config["logging"] = config["logging"] | PRIVATE_LOGGING
@@ -61,6 +61,9 @@ def export_policy(checkpoint: str | Path, out: str | Path) -> Path:
         "learner": {"loss": _halved(learner.loss)},
         "exported": True,
     }
+    if settings.acts_on_masks and settings.segmentation.source == "student":
+        names = ("widths", "network", "threshold")
+        payload["masks"] = {name: saved.payload["masks"][name] for name in names}
     counters = {"updates": saved.updates, "frames": saved.frames}
     return save_checkpoint(out.parent, payload, name=out.name, **counters)
 

@@ -12,6 +12,7 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
+from w2f_torchrl.algorithms.masked_input import target_pixels
 from w2f_torchrl.keys import NEXT_MASK
 from w2f_torchrl.modules import Actor, WorldModel, compose
 from w2f_torchrl.modules.rssm import RSSMRollout
@@ -66,7 +67,7 @@ def roll(
     """Infer the latents of the context, then continue with the priors only.
 
     The action of a record led to its observation, so the step to time t uses the action at t. The
-    background's prior, which has no action, is stepped separately.
+    background's prior is stepped afterwards.
 
     Args:
         world_model: The world model.
@@ -93,8 +94,8 @@ def roll(
             state, belief = states[-1], beliefs[-1]
             if not rollout.has_action:
                 action = state.new_zeros(len(state), 1)
-            elif actor is None:
-                action = actions[:, t]
+            elif actor is None or rollout is not world_model.rollout:
+                action = actions[:, t]  # a background's follows what the actor chose
             else:
                 parameters = actor.from_features(torch.cat((belief, state), -1))
                 action = actions[:, t] = actor.distribution(*parameters).mode
@@ -109,13 +110,15 @@ def roll(
 def decode(world_model: WorldModel, latents: TensorDictBase) -> dict[str, Tensor]:
     """Decode latents ``[N, T]`` to labelled images ``[N, T, C, H, W]`` on the CPU, in [0, 1].
 
-    Always ``imagined``; with masks also ``mask`` and, if the model decodes a background,
-    ``foreground`` (times the mask) and ``background``.
+    ``imagined``, unless the model has no decoder; if it decodes a mask also ``mask`` and, if it
+    decodes a background, ``foreground`` (times the mask) and ``background``.
     """
+    if not world_model.decoder.out_keys:
+        return {}
     flat = latents.exclude("action").flatten(0, 1)
     td = TensorDict({"next": flat}, flat.batch_size)
     out = world_model.decoder(td).get("next").unflatten(0, latents.shape).cpu()
-    if world_model.latent == "whole":
+    if "mask_logits" not in out.keys():
         return {"imagined": out["reconstructed_pixels"].clamp(0, 1)}
     mask = out["mask_logits"].sigmoid()
     foreground = out["foreground_pixels"].clamp(0, 1) * mask
@@ -152,19 +155,20 @@ def imagine_windows(
         seed: Seed of the sampled states.
 
     Returns:
-        The images and metrics, or None if the episode has no frame after the context.
+        The images and metrics, or None if the episode has no frame after the context, or the model
+        no decoder.
     """
     windows = cut_windows(records, count)
-    if windows is None:
+    if windows is None or not world_model.decoder.out_keys:
         return None
     device = windows.device or windows["action"].device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         taken = decode(world_model, roll(world_model, windows, CONTEXT))
         acted = decode(world_model, roll(world_model, windows, CONTEXT, actor))
-    truth = windows["next", "pixels"].cpu().float() / 255
+    truth = target_pixels(world_model, windows).cpu().float() / 255
     true_mask = None
-    if "mask" in taken:
+    if "mask" in taken and NEXT_MASK in windows.keys(include_nested=True):
         true_mask = windows[NEXT_MASK].cpu()
         if "background" not in taken:  # the model decodes only the foreground
             truth = truth * true_mask

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from torchrl.data import Unbounded
 from torchrl.envs import TensorDictPrimer, TransformedEnv
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
+from w2f_torchrl.algorithms.masked_input import act_on_saved_student
 from w2f_torchrl.checkpoint.file import (
     CheckpointError,
     load_checkpoint,
@@ -20,11 +22,14 @@ from w2f_torchrl.checkpoint.older import complete_model
 from w2f_torchrl.config import EvaluationConfig, RunConfig, to_run_config
 from w2f_torchrl.data.environments import build_env
 from w2f_torchrl.envs import evaluation_sets
+from w2f_torchrl.keys import MASK
 from w2f_torchrl.learner.learner import Learner
 from w2f_torchrl.modules import latent_sizes
 from w2f_torchrl.modules.components import encoder_keys
 from w2f_torchrl.utils.settings import unregistered
 from w2f_torchrl.utils.tensors import check_tensor
+
+logger = logging.getLogger(__name__)
 
 
 def exploration_type(settings: EvaluationConfig) -> ExplorationType:
@@ -39,6 +44,9 @@ class LoadedPolicy(TensorDictModuleBase):
     It acts as in the run's evaluations (``evaluation.action``). The tensordict carries its state,
     belief and previous action: append :meth:`make_tensordict_primer` to your env, or call
     :meth:`make_env`.
+
+    A policy of ``algo=masked_input`` (:attr:`acts_on_masks`) sees pixels x mask. If it learned with
+    the simulator's masks, the env must have ``foreground_mask`` too; a student's come with it.
     """
 
     def __init__(self, config: RunConfig, learner: Learner, action_size: int):
@@ -47,7 +55,9 @@ class LoadedPolicy(TensorDictModuleBase):
         self.policy = learner.policy
         self.world_model = learner.world_model
         self.action_size = action_size
-        observed = encoder_keys(learner.world_model.encoder)
+        self.acts_on_masks = config.acts_on_masks
+        read = encoder_keys(learner.world_model.encoder)
+        observed = [key for key in read if key in self.policy.in_keys]
         self.in_keys = [*observed, "is_init", *latent_sizes(config.model, action_size)]
         self.out_keys = self.policy.out_keys
 
@@ -55,13 +65,18 @@ class LoadedPolicy(TensorDictModuleBase):
         """Write ``action`` ``[*B, A]`` and the entries carried to the next step.
 
         Raises:
-            KeyError: If the tensordict has no latent.
+            KeyError: If the tensordict has no latent, or lacks a mask that the policy acts on.
             TypeError: If the images are not uint8; their range is never guessed.
             ValueError: If their size differs from the training images.
         """
         if "belief" not in tensordict.keys():
             raise KeyError(
                 "the tensordict has no `belief`: append policy.make_tensordict_primer() to the env."
+            )
+        if MASK in self.in_keys and MASK not in tensordict.keys():
+            raise KeyError(
+                f"the tensordict has no `{MASK}`, and this policy (algo={self.config.algo.name}) "
+                "acts on pixels x mask: append a ForegroundMaskTransform to the env."
             )
         size = self.config.environment.image_size
         check_tensor("pixels", tensordict.get("pixels"), torch.uint8, ("...", 3, size, size))
@@ -101,6 +116,9 @@ def load_policy(checkpoint: str | Path, device: torch.device | str = "cpu") -> L
         checkpoint: A ``checkpoint_*.pt`` file.
         device: Device of the policy.
 
+    Returns:
+        The policy; a line is logged if it reads masks of what it observes.
+
     Raises:
         CheckpointError: If the file is missing, damaged or in an unknown format.
 
@@ -111,7 +129,11 @@ def load_policy(checkpoint: str | Path, device: torch.device | str = "cpu") -> L
         >>> env.rollout(500, policy)["next", "reward"].sum()  # doctest: +SKIP
     """
     config, learner, action_size = load_learner(checkpoint, device)
-    return LoadedPolicy(config, learner, action_size)
+    policy = LoadedPolicy(config, learner, action_size)
+    if policy.acts_on_masks:
+        env = f"the env must have `{MASK}`" if MASK in policy.in_keys else "from its own student"
+        logger.warning("algo=%s acts on pixels x mask: %s", config.algo.name, env)
+    return policy
 
 
 def load_learner(
@@ -137,6 +159,8 @@ def load_learner(
             learner.load_networks(payload["learner"]["loss"])
         else:
             learner.load_state_dict(payload["learner"])
+        if config.acts_on_masks and config.segmentation.source == "student":
+            learner.policy = act_on_saved_student(learner.policy, payload["masks"], device)
         return config, learner.eval(), int(payload["action_size"])
 
 

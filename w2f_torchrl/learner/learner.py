@@ -10,17 +10,18 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor, nn
 
+from w2f_torchrl.algorithms import AlgorithmSettings, build_algorithm
 from w2f_torchrl.checkpoint.file import CheckpointError
 from w2f_torchrl.checkpoint.older import split_moments
 from w2f_torchrl.config import (
     EXECUTIONS,
     ON_NAN,
     LossConfig,
+    MethodConfig,
     ModelConfig,
     OptimizerConfig,
     RunConfig,
 )
-from w2f_torchrl.learner.algorithm import AlgorithmSettings, build_algorithm
 from w2f_torchrl.learner.auto_execution import AutoUpdate
 from w2f_torchrl.learner.gradients import ComposedLoss, SharedGradients, share_gradients
 from w2f_torchrl.learner.non_finite_guard import FiniteGuard
@@ -43,8 +44,9 @@ class Learner(nn.Module):
         image_size: Side of the square picture, pixels.
         latent: ``whole``, ``split``, ``shared`` or ``foreground``.
         loss: Scales and constants of the losses.
-        algorithm: ``world2filter``, ``dreamer_v3`` (the same with latent ``whole``), or a
-            registered name.
+        algorithm: ``world2filter``, ``dreamer_v3`` (the same with latent ``whole``), another
+            method of the package, or a registered name.
+        method: The group of settings named like the algorithm; None for its defaults.
         loss_name: A registered loss; None for World2FilterLoss.
         optimizer: Settings of the optimizer.
         device: Where the networks live.
@@ -68,6 +70,7 @@ class Learner(nn.Module):
         latent: str = "split",
         loss: LossConfig | None = None,
         algorithm: str = "world2filter",
+        method: MethodConfig | None = None,
         loss_name: str | None = None,
         optimizer: OptimizerConfig | None = None,
         device: torch.device | str = "cpu",
@@ -83,7 +86,7 @@ class Learner(nn.Module):
         check_choice("gradients", gradients, ("none", "ddp", "flat"))
         check_choice("on_nan", on_nan, ON_NAN)
         parts = AlgorithmSettings(model, loss or LossConfig(), latent, action_size, image_size)
-        parts = replace(parts, discrete_actions=discrete_actions)
+        parts = replace(parts, discrete_actions=discrete_actions, method=method)
         self.loss, self.policy = build_algorithm(algorithm, parts, loss_name)
         self.guard = FiniteGuard(self.loss, on_nan)
         self.to(device)
@@ -124,6 +127,7 @@ class Learner(nn.Module):
             latent=config.latent,
             loss=config.loss,
             algorithm=config.algo.name,
+            method=config.method,
             loss_name=config.algo.loss,
             optimizer=config.optimizer,
             device=config.torch_device(),

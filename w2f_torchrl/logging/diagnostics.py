@@ -120,11 +120,14 @@ class Diagnostics:
         shown = sample[rows][:, columns].select("next").clone().cpu()["next"]
         made = decode(self.learner.world_model, inferred.select(*keys)[rows][:, columns])
         pixels = shown["pixels"]
-        images = {"train/original": pixels, "train/reconstructed": made["imagined"]}
-        if "mask" in made:
+        images = {"train/original": pixels}
+        if "imagined" in made:  # the model has a decoder
+            images["train/reconstructed"] = made["imagined"]
+        if MASK in shown.keys():
             mask = shown[MASK]
             mask = mask if mask.dtype is torch.bool else mask > 0.5
             images["segmentation/mask"] = overlay(pixels, mask)
+        if "mask" in made:
             images["segmentation/predicted_mask"] = overlay(pixels, made["mask"] > 0.5)
         scale = max(1, -(-96 // pixels.shape[-1]))
         for name, pictures in images.items():
@@ -147,7 +150,7 @@ class Diagnostics:
             self.videos_at = frames
             if self.videos:
                 self._log_episode(evaluation, frames)
-            if self.settings.imagination_windows:
+            if self.settings.imagination_windows and self.learner.world_model.decoder.out_keys:
                 self._log_imagination(evaluation, frames, updates)
 
     def draw_curves(self) -> None:
@@ -162,6 +165,8 @@ class Diagnostics:
             frames=frames,
             scale=_enlargement(height, OBSERVATION_HEIGHT),
         )
+        if len(evaluation.columns) == 1:  # the frame: the model has no decoder
+            return
         enlarged = partial(
             panel, evaluation.columns, scale=_enlargement(height, RECONSTRUCTION_HEIGHT)
         )

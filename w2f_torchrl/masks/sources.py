@@ -233,7 +233,11 @@ class TaughtSource(SegmentedSource):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the counters, the student, and the labelled frames that it learns from."""
-        network = {"widths": self.student.network.widths, "network": self.student.state_dict()}
+        network = {
+            "widths": self.student.network.widths,
+            "network": self.student.state_dict(),
+            "threshold": self.student.threshold,
+        }
         frames = {"pool": self.pool, "new": self._new}
         counts = {"labelled_by_teacher": self.labelled_by_teacher}
         return super().state_dict() | counts | network | frames

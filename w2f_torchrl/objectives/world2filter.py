@@ -199,7 +199,7 @@ class World2FilterLoss(LossModule):
                     posterior.float(), prior.float(), 0.0, self.world_model.config.unimix
                 )
             metrics[f"wm/{prefix}kl_value"] = kl
-        more, extra = self._reconstruction_losses(td)
+        more, extra = self.reconstruction_losses(td)
         losses |= more
         metrics |= extra
         two_hot = self.world_model.two_hot
@@ -210,9 +210,14 @@ class World2FilterLoss(LossModule):
         )
         return losses, metrics
 
-    def _reconstruction_losses(
+    def reconstruction_losses(
         self, td: TensorDictBase
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Return unweighted losses of what the decoder made, and metrics.
+
+        Args:
+            td: The entries under ``next``, ``[B, T]``.
+        """
         pixels = td.get("pixels")
         if self.world_model.latent == "whole":
             return {"image": reconstruction.image_loss(td.get("reconstructed_pixels"), pixels)}, {}

@@ -15,6 +15,7 @@ from typing import Any
 from tensordict.nn import TensorDictModuleBase
 from torchrl.envs import TransformedEnv
 
+from w2f_torchrl.algorithms.masked_input import act_on_student
 from w2f_torchrl.checkpoint.folder import checkpoints_of, records_folder
 from w2f_torchrl.checkpoint.parts import Checkpoints
 from w2f_torchrl.checkpoint.resume import Resumption
@@ -25,6 +26,7 @@ from w2f_torchrl.data.replay.latents import latent_fields
 from w2f_torchrl.envs import EvaluationSet
 from w2f_torchrl.evaluation.evaluator import Evaluator
 from w2f_torchrl.evaluation.run_evaluations import RunEvaluations
+from w2f_torchrl.keys import MASK
 from w2f_torchrl.learner.learner import Learner
 from w2f_torchrl.learner.update_metrics import UpdateMetrics
 from w2f_torchrl.logging.diagnostics import Diagnostics
@@ -33,7 +35,7 @@ from w2f_torchrl.logging.metrics import MetricsLogger
 from w2f_torchrl.logging.wandb import restore_wandb_run
 from w2f_torchrl.masks.choose import build_mask_source, choose_source
 from w2f_torchrl.masks.prepare import prepare
-from w2f_torchrl.masks.sources import MaskSource
+from w2f_torchrl.masks.sources import MaskSource, TaughtSource
 from w2f_torchrl.modules import latent_sizes
 from w2f_torchrl.modules.components import encoder_keys
 from w2f_torchrl.trainers.collecting import LATENT_KEYS, Collection, count_workers
@@ -101,8 +103,10 @@ def choose_masks(run: Run, env: EnvFacts) -> MaskSource:
     )
 
 
-def build_learner(run: Run, env: EnvFacts) -> Learner:
+def build_learner(run: Run, env: EnvFacts, masks: MaskSource) -> Learner:
     """Build the networks, their losses and the optimizer.
+
+    A policy that acts on masks shares the student of their source, if it has one.
 
     Raises:
         ConfigError: If a loss has no weight, or the encoder reads what the env does not observe.
@@ -126,7 +130,9 @@ def build_learner(run: Run, env: EnvFacts) -> Learner:
         )
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    offered = ("pixels", *env.observations)
+    if run.config.acts_on_masks and isinstance(masks, TaughtSource):
+        learner.policy = act_on_student(learner.policy, masks.student)
+    offered = ("pixels", *([MASK] if run.config.acts_on_masks else []), *env.observations)
     missing = [key for key in encoder_keys(learner.world_model.encoder) if key not in offered]
     if missing:
         raise ConfigError(
@@ -384,7 +390,7 @@ def build_parts(run: Run) -> Parts:
     """Build every part of a run, in order, and put back what it resumes from."""
     env = probe_env(run.config)
     masks = choose_masks(run, env)
-    learner = build_learner(run, env)
+    learner = build_learner(run, env, masks)
     collection = build_collection(run, learner, env)
     evaluator = build_evaluator(run, learner, masks, env)
     progress = build_progress(run, learner)
