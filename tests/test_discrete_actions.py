@@ -23,7 +23,6 @@ from torchrl.envs.utils import check_env_specs
 from torchrl.modules import DreamerV3DiscreteActor
 
 from w2f_torchrl.algorithms import build_algorithm
-from w2f_torchrl.algorithms.build import build_algorithm
 from w2f_torchrl.checkpoint import latest_checkpoint
 from w2f_torchrl.data import make_collector, records_from_rollout
 from w2f_torchrl.envs import make_env, register_env, tasks

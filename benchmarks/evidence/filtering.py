@@ -21,6 +21,7 @@ import torch
 from find_checkpoint import find_checkpoint
 from results_file import write_results
 
+from w2f_torchrl.algorithms.masked_input import student_of
 from w2f_torchrl.envs import evaluation_sets
 from w2f_torchrl.evaluation import Score
 from w2f_torchrl.evaluation.policy import load_learner
@@ -62,7 +63,9 @@ def measure(path: Path, set_name: str | None, episodes: int, seed: int) -> dict[
         "run_seed": config.seed,
         "episodes": len(meter.episodes),
         "frames": sum(map(len, meter.episodes)),
-        "measures": plain(meter.measure(learner.loss, untrained=untrained)),
+        "measures": plain(
+            meter.measure(learner.loss, untrained=untrained, segment=student_of(learner.policy))
+        ),
     }
 
 

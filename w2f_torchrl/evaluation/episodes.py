@@ -46,6 +46,8 @@ class Episode:
         scenery: State of the distractions that exist, float ``[T, K]`` each: ``clip`` (its index),
             ``frame``, ``camera``, ``color``, ``grid``.
         physics: The simulation's state, float ``[T, K]``.
+        seen_masks: The masks that a model acts on, where those are not the simulator's, bool
+            ``[T, 1, H, W]``.
     """
 
     seed: int
@@ -55,6 +57,7 @@ class Episode:
     agent: dict[str, Array]
     scenery: dict[str, Array]
     physics: Array
+    seen_masks: Tensor | None = None
 
     def __len__(self) -> int:
         """T, the number of observations."""
@@ -64,7 +67,8 @@ class Episode:
         """Return the entries that the world model and the losses read, ``[1, T]``."""
         is_init = torch.zeros(1, len(self), 1, dtype=torch.bool)
         is_init[:, 0] = True
-        following = {PIXELS: self.pixels[None], MASK: self.masks[None]}
+        masks = self.masks if self.seen_masks is None else self.seen_masks
+        following = {PIXELS: self.pixels[None], MASK: masks[None]}
         return TensorDict(
             {
                 "action": self.actions[None],
@@ -137,6 +141,23 @@ def _repeat(env: PixelDMControlEnv, episode: Episode) -> Episode:
     if not np.array_equal(other.physics, episode.physics):
         raise RuntimeError(f"the episode of seed {episode.seed} did not repeat exactly.")
     return other
+
+
+def replay_in(env: PixelDMControlEnv, episodes: Sequence[Episode]) -> list[Episode]:
+    """Replay episodes in another env of the task, such as one without distractions.
+
+    Args:
+        env: The other env, which may differ in its scenery only.
+        episodes: From :func:`record_episodes`.
+
+    Raises:
+        RuntimeError: If the physics differ.
+    """
+    replayed = [_record(env, episode.seed, actions=episode.actions) for episode in episodes]
+    for one, other in zip(episodes, replayed, strict=True):
+        if not np.array_equal(one.physics, other.physics):
+            raise RuntimeError(f"the episode of seed {one.seed} did not repeat exactly.")
+    return replayed
 
 
 def _record(

@@ -11,7 +11,10 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
+from w2f_torchrl.algorithms.masked_input import MaskedEncoder
+from w2f_torchrl.evaluation.divergence import CONTEXT, latent_divergence
 from w2f_torchrl.evaluation.episodes import Episode
+from w2f_torchrl.evaluation.imagination import HORIZON
 from w2f_torchrl.evaluation.probes import PROBES, Score, probe_class, probe_values
 from w2f_torchrl.modules import WorldModel
 from w2f_torchrl.objectives import World2FilterLoss
@@ -31,6 +34,7 @@ def measure_filtering(
     episodes: Sequence[Episode],
     *,
     replaced: Sequence[Episode] = (),
+    clean: Sequence[Episode] = (),
     untrained: WorldModel | None = None,
     seeds: Sequence[int] = (0, 1, 2),
     probes: Sequence[str] = PROBES,
@@ -43,6 +47,8 @@ def measure_filtering(
             least 4 per clip.
         replaced: The first of them with other backgrounds, from
             :func:`~w2f_torchrl.evaluation.replace_backgrounds`.
+        clean: The first of them without scenery, from
+            :func:`~w2f_torchrl.evaluation.replay_in`.
         untrained: A control: a world model of the same sizes with its initial weights.
         seeds: Seeds of the probes' splits.
         probes: Probes of the clip's identity, see :func:`~w2f_torchrl.evaluation.probe_class`.
@@ -52,10 +58,13 @@ def measure_filtering(
         actor reads; the only one in a model with one latent), for ``background`` if it exists, and
         for ``untrained``: the accuracy for ``clip``; R2 for ``camera``, ``color``, ``grid``,
         ``pose``, ``velocity``. ``reconstruction``: ``foreground_psnr`` inside the simulator's mask
-        and ``background_psnr`` outside, in dB, and ``mask_iou``. ``replacement``: the change of the
+        and ``background_psnr`` outside, in dB, and ``mask_iou``; None for what the model does not
+        decode. ``replacement``: the change of the
         mean action and of the value with another background, as a mean absolute difference
         (``action_change`` in [0, 2], ``value_change``), and relative to the difference between two
-        random frames (``..._relative``: 0 is no influence, 1 equals that difference).
+        random frames (``..._relative``: 0 is no influence, 1 equals that difference). ``removal``:
+        the same without any scenery. ``divergence``: how far latents from histories with and
+        without scenery part (:func:`~w2f_torchrl.evaluation.latent_divergence`).
     """
     latents, pictures = _encode_all(model.world_model, episodes)
     if untrained is not None:
@@ -72,6 +81,11 @@ def measure_filtering(
         }
     if replaced:
         result["replacement"] = _replacement(model, episodes[: len(replaced)], replaced)
+    if clean:
+        disturbed = episodes[: len(clean)]
+        result["removal"] = _replacement(model, disturbed, clean)
+        if max(map(len, clean)) >= CONTEXT + HORIZON:
+            result["divergence"] = latent_divergence(model.world_model, clean, disturbed)
     return result
 
 
@@ -84,6 +98,9 @@ def flat_metrics(result: Mapping[str, Any], prefix: str = "filtering") -> dict[s
             flat[name] = value.mean
         elif isinstance(value, Mapping):
             flat |= flat_metrics(value, name)
+        elif isinstance(value, list):  # over the horizon
+            flat[f"{name}/first"], flat[f"{name}/last"] = value[0], value[-1]
+            flat[f"{name}/mean"] = sum(value) / len(value)
         elif value is not None:
             flat[name] = float(value)
     return flat
@@ -165,13 +182,19 @@ class _PictureSums:
         self.ious: list[Tensor] = []
 
     def add(self, world_model: WorldModel, inferred: TensorDict, episode: Episode) -> None:
+        if not world_model.decoder.out_keys:
+            return
+        sides = [("foreground", True), ("background", False)]
+        if isinstance(world_model.encoder, MaskedEncoder):  # it is to be black there
+            sides = sides[:1]
         for start in range(0, len(episode), CHUNK):
             part = slice(start, start + CHUNK)
             td = TensorDict({"next": inferred[part]}, [len(inferred[part])])
             out = world_model.decoder(td)["next"].cpu()
             pixels, mask = episode.pixels[part] / 255, episode.masks[part]
             whole = out.get("reconstructed_pixels", None)
-            for side, where in (("foreground", mask), ("background", ~mask)):
+            for side, inside in sides:
+                where = mask if inside else ~mask
                 picture = out.get(f"{side}_pixels", whole)
                 if picture is None:
                     continue

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from w2f_torchrl.algorithms.masked_input import student_of
 from w2f_torchrl.config import EnvironmentConfig, EvaluationConfig
 from w2f_torchrl.evaluation.evaluator import Evaluation, Evaluator
 from w2f_torchrl.learner.learner import Learner
@@ -107,5 +108,8 @@ class RunEvaluations:
                 self.settings.filtering_episodes,
                 derive_seed(self.seed, "probe", 0),
             )
-        found = self._filtering.measure(self.learner.loss, seeds=(0,), probes=("linear",))
+        segment = student_of(self.learner.policy)
+        found = self._filtering.measure(
+            self.learner.loss, segment=segment, seeds=(0,), probes=("linear",)
+        )
         return flat_metrics(found)
