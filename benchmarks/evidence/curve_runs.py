@@ -106,11 +106,20 @@ def _overrides(path: Path, name: str, value: Any) -> list[str]:
 
 def _settings(path: Path, label: str, overrides: Sequence[str]) -> dict[str, str]:
     try:
-        with initialize_config_module("sota_configs", version_base="1.3"):
-            config = to_run_config(compose("config", list(overrides)))
-        config.validate()
+        return settings_of(overrides)
     except Exception as error:  # Hydra has many kinds
         raise ValueError(f"{path}: configuration {label}: {error}") from error
+
+
+def settings_of(overrides: Sequence[str]) -> dict[str, str]:
+    """Return every setting that overrides make, by its dotted name, as text.
+
+    Raises:
+        Exception: Hydra's or the package's, if one is unknown or out of range.
+    """
+    with initialize_config_module("sota_configs", version_base="1.3"):
+        config = to_run_config(compose("config", list(overrides)))
+    config.validate()
     return flatten(config_to_dict(config))
 
 

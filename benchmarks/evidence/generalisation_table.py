@@ -64,7 +64,7 @@ def cell(played: Sequence[Played]) -> Estimate:
         else [value for each in played for value in each.returns]
     )
     scores = np.array(samples)[:, None]
-    return _estimate(scores, metrics.aggregate_mean, "seeds" if over_seeds else "episodes")
+    return estimate(scores, metrics.aggregate_mean, "seeds" if over_seeds else "episodes")
 
 
 def aggregate(played: Sequence[Played]) -> Estimate:
@@ -80,10 +80,17 @@ def aggregate(played: Sequence[Played]) -> Estimate:
         counts = ", ".join(f"{task}: {len(scores)}" for task, scores in by_task.items())
         raise ValueError(f"an aggregate needs as many seeds of every task, got {counts}.")
     scores = np.array(list(by_task.values())).T  # [seeds, tasks]
-    return _estimate(scores, metrics.aggregate_iqm, "seeds, stratified by task")
+    return estimate(scores, metrics.aggregate_iqm, "seeds, stratified by task")
 
 
-def _estimate(scores: Array, statistic: Callable[[Array], float], over: str) -> Estimate:
+def estimate(scores: Array, statistic: Callable[[Array], float], over: str) -> Estimate:
+    """Return a statistic of scores ``[runs, tasks]`` with its stratified bootstrap interval.
+
+    Args:
+        scores: A row for each run, a column for each task.
+        statistic: Maps scores to a number.
+        over: What a row is, for :class:`Estimate`.
+    """
     # rliable resamples with numpy's global generator, whatever random_state it is given.
     before = np.random.get_state()  # noqa: NPY002
     np.random.seed(0)  # noqa: NPY002

@@ -1,0 +1,212 @@
+r"""Train methods in worlds of scenery, measure all of them alike, and tabulate and draw that.
+
+python benchmarks/evidence/methods.py --runs runs/methods --json benchmarks/results/methods.json \
+    --markdown methods.md --plot docs/images/methods.png
+python benchmarks/evidence/methods.py --runs runs/methods --no-training ...  # of what is there
+
+Every run is ``experiment=cpu`` of ``sota_configs/world2filter.py`` in a process and a directory of
+its own, and a later call continues where an earlier one was cut. A finished run is measured once;
+``measures.json`` in its directory keeps the result. Measured are returns before the scenery of
+training and before unseen scenery (the validation clips or colours), what probes read from the
+latent that the actor reads, the change of action and value when the scenery is replaced or removed,
+and how far latents rolled on from histories with and without scenery part. Aggregates are
+interquartile means over tasks and seeds, of returns / 1000, with rliable's stratified intervals.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from itertools import product
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).parents[1] / "shared"))
+
+import torch
+from curve_runs import Job, Runs, check_same_settings, is_finished, settings_of
+from find_checkpoint import find_checkpoint
+from methods_table import Measured, draw, markdown, summarise
+from results_file import RESULTS, write_results
+
+from w2f_torchrl.algorithms.masked_input import student_of
+from w2f_torchrl.config import RunConfig
+from w2f_torchrl.evaluation.policy import LoadedPolicy, load_learner
+from w2f_torchrl.evaluation.run_filtering import FilteringMeter, flat_metrics
+from w2f_torchrl.learner import Learner
+from w2f_torchrl.logging.metrics_file import read_metrics
+from w2f_torchrl.logging.pictures.plotting import save_figure
+from w2f_torchrl.utils.seeding import derive_seed
+
+METHODS: dict[str, tuple[str, ...]] = {
+    "dreamer_v3": ("algo=dreamer_v3",),
+    "masked_input": ("algo=masked_input",),
+    "foreground": ("algo=world2filter", "algo.latent=foreground"),
+    "split": ("algo=world2filter", "algo.latent=split"),
+    "tia": ("algo=tia",),
+    "repo": ("algo=repo",),
+    "r2dreamer": ("algo=r2dreamer",),
+}
+WORLDS: dict[str, tuple[str, ...]] = {
+    "none": ("environment.distraction=none",),
+    "easy": ("environment.distraction=easy",),
+    "clips": (
+        "environment.distraction={background:{num_videos:4}}",
+        "environment.background_source=CLIPS",
+    ),
+    "reactive": ("environment.distraction=reactive_action_time",),
+}
+TASKS = ("cartpole_swingup", "ball_in_cup_catch")
+SHARED = ("experiment=cpu",)
+MEASURES = "measures.json"
+
+
+def jobs_of(args: argparse.Namespace) -> dict[Job, Measured]:
+    """Return the runs, those of the first seed first, and what each measures.
+
+    Raises:
+        ValueError: If a setting of one is invalid.
+    """
+    found = {}
+    for seed, task, world, method in product(args.seeds, args.tasks, args.worlds, args.methods):
+        domain, _, name = task.rpartition("_")
+        overrides = (
+            *SHARED,
+            *METHODS[method],
+            *(each.replace("CLIPS", str(args.clips)) for each in WORLDS[world]),
+            f"environment.domain={domain}",
+            f"environment.task={name}",
+            *args.override,
+        )
+        label = f"{method}_{world}_{task}"
+        try:
+            job = Job(label, seed, overrides, settings_of(overrides))
+        except Exception as error:  # Hydra has many kinds
+            raise ValueError(f"{label}: {error}") from error
+        found[job] = Measured(method, world, task, seed)
+    return found
+
+
+def play(config: RunConfig, learner: Learner, episodes: int, seed: int, split: str) -> list[float]:
+    """Return the returns of episodes with the mode action.
+
+    Args:
+        config: The run's settings.
+        learner: Its networks.
+        episodes: Number of episodes.
+        seed: Of the envs: all methods of a task and a world play the same episodes.
+        split: ``train`` for the scenery of training, ``val`` for unseen scenery.
+    """
+    environment = config.environment.thawed(background_split=split)
+    policy = LoadedPolicy(
+        config.thawed(environment=environment), learner, learner.world_model.action_size
+    )
+    env = policy.make_env(derive_seed(seed, split))
+    returns = [float(env.rollout(10_000, policy)["next", "reward"].sum()) for _ in range(episodes)]
+    env.close()
+    return returns
+
+
+def measure(run_dir: Path, what: Measured, *, episodes: int, probed: int, seed: int) -> Measured:
+    """Measure a run's newest checkpoint, or return what ``measures.json`` has of it.
+
+    Args:
+        run_dir: The run.
+        what: The method, world, task and seed of the run.
+        episodes: Episodes played before each scenery.
+        probed: Episodes of random actions for the probes.
+        seed: Of both.
+    """
+    checkpoint, path = find_checkpoint(run_dir), run_dir / MEASURES
+    asked = {"checkpoint": checkpoint.name, "episodes": episodes, "probed": probed, "seed": seed}
+    if path.exists() and (before := json.loads(path.read_text()))["asked"] == asked:
+        return Measured(**before["measured"])
+    config, learner, _ = load_learner(checkpoint)
+    with_scenery = config.environment.distraction != "none"
+    meter = FilteringMeter(config.environment, probed, derive_seed(seed, "probes"))
+    found = meter.measure(learner.loss, segment=student_of(learner.policy), seeds=(0,))
+    flat = {name.removeprefix("filtering/"): value for name, value in flat_metrics(found).items()}
+    result = what._replace(
+        frames=int(read_metrics(run_dir)[-1]["frames"]),
+        seen=play(config, learner, episodes, seed, "train"),
+        unseen=play(config, learner, episodes, seed, "val") if with_scenery else [],
+        measures=flat,
+        divergence=found.get("divergence", {}).get("latent", []),
+    )
+    path.write_text(json.dumps({"asked": asked, "measured": result._asdict()}, indent=2) + "\n")
+    return result
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Train what is not finished, measure what is, tabulate and draw."""
+    args = _arguments(arguments)
+    torch.set_num_threads(1)
+    try:
+        jobs = jobs_of(args)
+        for job in jobs:
+            check_same_settings(job, args.runs / job.name)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+
+    def say(line: str) -> None:
+        sys.stderr.write(f"{line}\n")
+
+    failure = None
+    if not args.no_training:
+        try:
+            Runs(args.runs, args.parallel, say).train(list(jobs))
+        except KeyboardInterrupt:
+            failure = "interrupted; the same command continues"
+        except RuntimeError as error:
+            failure = str(error)
+    measured, missing = [], []
+    for job, what in jobs.items():
+        run_dir = args.runs / job.name
+        if not is_finished(run_dir):
+            missing.append(job.name)
+            continue
+        say(f"{job.name}: measuring")
+        wanted = {"episodes": args.episodes, "probed": args.probed, "seed": args.seed}
+        measured.append(measure(run_dir, what, **wanted))
+    if not measured:
+        sys.exit(f"error: {failure or 'no run is finished'}")
+    summary = summarise(measured)
+    table = markdown(summary, missing)
+    print(table)
+    if args.markdown is not None:
+        args.markdown.write_text(table)
+    results = {"overrides": args.override, **summary, "not_finished": missing}
+    write_results(args.json, results | {"runs": [each._asdict() for each in measured]})
+    if args.plot is not None:
+        save_figure(draw(summary), args.plot)
+    if failure is not None:
+        sys.exit(failure)
+
+
+def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--worlds", nargs="+", choices=WORLDS, default=list(WORLDS))
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS), help="DOMAIN_TASK")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
+    parser.add_argument("--runs", type=Path, required=True, help="where the runs are")
+    parser.add_argument("--parallel", type=int, default=1, help="runs at a time")
+    parser.add_argument("--no-training", action="store_true", help="measure what is finished")
+    parser.add_argument("--clips", type=Path, default=Path("../shared/data/clips"))
+    parser.add_argument("--episodes", type=int, default=10, help="played before each scenery")
+    parser.add_argument("--probed", type=int, default=32, help="random episodes for the probes")
+    parser.add_argument("--seed", type=int, default=0, help="of all measures")
+    parser.add_argument("--json", type=Path, default=RESULTS / "methods.json")
+    parser.add_argument("--markdown", type=Path)
+    parser.add_argument("--plot", type=Path)
+    parser.add_argument("--override", nargs="*", default=[], help="settings of every run")
+    args = parser.parse_args(arguments)
+    for name in ("parallel", "episodes", "probed"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} must be at least 1, got {getattr(args, name)}.")
+    return args
+
+
+if __name__ == "__main__":
+    main()
