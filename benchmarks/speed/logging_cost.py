@@ -10,8 +10,8 @@ calling thread (what other programs do on the machine doesn't count) and of wall
 - a row of metrics, with and without CSV files.
 
 Also, in CPU time of the whole process, what a run makes after its last frame: the four videos of
-an evaluation, curves.png and report.html; and the first two videos again with twice the height, as
-they were before. One thread makes them, so on quiet cores the wall-clock time is the same.
+an evaluation, curves.png and report.html; and the first two videos again, each image 256 pixels
+high, as they were before. One thread makes them, so on quiet cores the wall-clock time is the same.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def measure_all(run_dir: Path, rounds: int) -> dict[str, dict[str, float]]:
 def measure_end(
     diagnostics: Diagnostics, evaluation: Evaluation, rounds: int
 ) -> dict[str, dict[str, float]]:
-    """What a run makes at its end: the process's CPU time, wall-clock time, and the files' size."""
+    """What a run makes at its end: the process's CPU time, and wall-clock time."""
     metrics_logger = diagnostics.logger
     run_dir = metrics_logger.run_dir
     for frame in range(100):
@@ -139,26 +139,18 @@ def measure_end(
         diagnostics._log_imagination(evaluation, 100, 100)
         metrics_logger.flush()
 
-    def twice_the_height() -> None:
-        write_video(run_dir / "twice" / "a.mp4", evaluation.pixels, scale=4)
-        write_video(run_dir / "twice" / "b.mp4", panel(evaluation.columns, scale=4), scale=1)
+    def as_before() -> None:
+        write_video(run_dir / "before" / "a.mp4", evaluation.pixels, scale=4)
+        write_video(run_dir / "before" / "b.mp4", panel(evaluation.columns, scale=4), scale=1)
 
-    jobs: dict[str, tuple[Callable[[], object], str]] = {
-        "make an episode's two videos": (episode, "videos/*_video_*.mp4"),
-        "make them with twice the height": (twice_the_height, "twice/*.mp4"),
-        "make two videos of the imagination": (imagination, "videos/*imagin*.mp4"),
-        "draw curves.png": (lambda: plot_curves(run_dir), "curves.png"),
-        "write report.html": (
-            lambda: write_report([run_dir], run_dir / "report.html"),
-            "report.html",
-        ),
+    jobs: dict[str, Callable[[], object]] = {
+        "make an episode's two videos": episode,
+        "make them 256 pixels high": as_before,
+        "make two videos of the imagination": imagination,
+        "draw curves.png": lambda: plot_curves(run_dir),
+        "write report.html": lambda: write_report([run_dir], run_dir / "report.html"),
     }
-    results = {}
-    for name, (job, files) in jobs.items():
-        results[name] = measure(job, rounds, cpu_clock=time.process_time)
-        size = sum(path.stat().st_size for path in run_dir.glob(files))
-        results[name]["megabytes"] = round(size / 1e6, 2)
-    return results
+    return {name: measure(job, rounds, cpu_clock=time.process_time) for name, job in jobs.items()}
 
 
 def main() -> None:

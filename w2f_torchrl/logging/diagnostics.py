@@ -32,8 +32,8 @@ logger = logging.getLogger(__name__)
 
 FILM_FPS = 5.0
 OBSERVATION_HEIGHT, RECONSTRUCTION_HEIGHT = 192, 128
-"""Minimum heights of the videos' images, pixels. At twice the height a film of six columns takes
-six times as long to encode, and has three times the size."""
+"""Minimum heights of the videos' images, pixels. With 256 for both they take three times as
+long to encode (``benchmarks/speed/logging_cost.py``)."""
 GRID = (4, 8)
 """Sequences and time steps in an image of a training batch."""
 SAMPLED = 100_000
