@@ -316,7 +316,8 @@ def printed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
     """A run of the cheetah, whose model MuJoCo warns about, with a worker, on a fresh machine."""
     folder = tmp_path_factory.mktemp("first")
     overrides = (
-        "experiment=demo run_dir=run environment.image_size=16 environment.num_envs=2 "
+        "experiment=demo run_dir=run environment.domain=cheetah environment.task=run "
+        "environment.image_size=16 environment.num_envs=2 "
         "environment.action_repeat=20 training.total_frames=1600 training.batch_size=2 "
         "training.batch_length=8 training.prefill_steps=16 training.train_ratio=4 "
         "collection.num_workers=1 collection.steps_per_batch=8 evaluation.every_frames=800 "

@@ -1,10 +1,10 @@
-"""Follow README.md from a fresh clone as a newcomer would: every command, timed, how it ended.
+"""Follow the first pages from a fresh clone as a newcomer would: every command, timed, its end.
 
     python benchmarks/evidence/newcomer.py --out benchmarks/results/newcomer.json
     python benchmarks/evidence/newcomer.py --only "make" "python examples"
     python benchmarks/evidence/newcomer.py --r2dreamer CHECKOUT
 
-The commit at hand is cloned into a temporary folder; each command of README.md is run there in the
+The commit at hand is cloned into a temporary folder; each command of PAGES is run there in the
 order of STEPS. A command that would take hours gets Ctrl+C after a while or a shorter form; where
 a network, an account or weights are missing, STEPS has the error that the reader has to see. A
 command that STEPS lacks is an error, so the list can't age. Packages come from uv's cache where it
@@ -35,6 +35,8 @@ from documents import ROOT, commands, python_blocks
 from results_file import RESULTS, write_results
 from slurm_cluster import SlurmCluster, missing_requirement
 
+PAGES = ("README.md", "docs/howto/train.md", "docs/howto/masks.md", "docs/evidence.md")
+"""What a newcomer follows."""
 TRAIN = "python sota_configs/world2filter.py"
 EASY = f"{TRAIN} experiment=cpu environment.distraction=easy"
 CHECKOUT = "CHECKOUT"
@@ -46,7 +48,7 @@ PATIENCE = 2400.0
 
 @dataclass(frozen=True)
 class Step:
-    """What to do with the README's commands that begin with some words."""
+    """What to do with the commands that begin with some words."""
 
     start: str
     instead: str | None = None
@@ -67,6 +69,7 @@ class Step:
 
 STEPS = (
     Step("make setup"),
+    Step(". .venv/bin/activate", skip="changes the reader's shell"),
     Step("make extras"),
     Step("make train"),
     Step("python -m w2f_torchrl.report runs/demo", python=True),
@@ -183,15 +186,15 @@ STEPS = (
 )
 
 
-def plan(page: Path) -> list[tuple[str, Step]]:
-    """Return every command of a page with its step: the one that matches the longest beginning.
+def plan(pages: Sequence[Path]) -> list[tuple[str, Step]]:
+    """Return every command of the pages with its step: the one that matches the longest beginning.
 
     Raises:
         ValueError: If commands have no step, or steps no command; names them.
     """
     found: dict[Step, list[str]] = {step: [] for step in STEPS}
     unknown = []
-    for command in commands(page):
+    for command in dict.fromkeys(command for page in pages for command in commands(page)):
         fitting = [step for step in STEPS if command.startswith(step.start)]
         if fitting:
             found[max(fitting, key=lambda step: len(step.start))].append(command)
@@ -199,7 +202,7 @@ def plan(page: Path) -> list[tuple[str, Step]]:
             unknown.append(command)
     unused = [step.start for step, its in found.items() if not its]
     if unknown or unused:
-        raise ValueError(f"STEPS lacks {unknown}, and has {unused}, which README.md lacks.")
+        raise ValueError(f"STEPS lacks {unknown}, and has {unused}, which the pages lack.")
     return [(command, step) for step, its in found.items() for command in its]
 
 
@@ -283,7 +286,7 @@ def write_python(clone: Path) -> str:
 def follow(clone: Path, logs: Path, only: Sequence[str]) -> Iterator[dict[str, Any]]:
     """Run the commands, and say how each went: those that are not run have a reason, ``why``."""
     number = 0
-    for command, step in plan(clone / "README.md"):
+    for command, step in plan([clone / page for page in PAGES]):
         if only and not any(command.startswith(start) for start in only):
             continue
         why = missing_requirement() if step.slurm else step.skip
