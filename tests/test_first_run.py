@@ -23,6 +23,7 @@ import w2f_torchrl.envs._dm_control  # drops absl's known messages
 import w2f_torchrl.logging.pictures.plotting  # noqa: F401  # and Matplotlib's
 from w2f_torchrl._known_noise import KNOWN, drop_known_messages
 from w2f_torchrl.data import UpdateSchedule
+from w2f_torchrl.envs import DistractionConfig
 from w2f_torchrl.logging.announcement import announce, count_evaluations, make_plan
 from w2f_torchrl.logging.background_worker import BackgroundWorker
 from w2f_torchrl.logging.progress import Pace, ProgressBar
@@ -110,6 +111,21 @@ def test_a_resumed_run_says_where_it_is_and_what_is_left(tmp_path):
     assert (plan.total_updates, plan.evaluations) == (24, 1)
     lines = lines_of(config, steps=64, frames=128, updates=8, last=128)
     assert lines["length"].endswith("1 evaluation; resumes at 128 frames, 8 updates")
+
+
+@pytest.mark.parametrize(
+    ("distraction", "shown"),
+    [
+        ("none", ""),
+        ("hard", ", distraction hard"),
+        ({"background": {"num_videos": 4}, "camera": None}, ", distraction background"),
+        (DistractionConfig.of_difficulty("easy"), ", distraction background, camera, color"),
+    ],
+)
+def test_a_run_names_its_distractions(distraction, shown, tmp_path):
+    config = tiny_run(tmp_path)
+    config.environment.distraction = distraction
+    assert lines_of(config)["trains"].endswith(f"on cartpole balance{shown}")
 
 
 def test_a_run_without_masks_names_none(tmp_path):

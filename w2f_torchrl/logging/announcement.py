@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -115,9 +116,11 @@ def _task(config: RunConfig) -> str:
     distraction = environment.distraction
     if distraction == "none":
         return name
-    if isinstance(distraction, str):
-        return f"{name}, distraction {distraction}"
-    return f"{name}, distraction {', '.join(sorted(distraction))}"
+    if not isinstance(distraction, str):  # the fields of a DistractionConfig, or one
+        fields = distraction if isinstance(distraction, Mapping) else vars(distraction)
+        parts = [part for part, value in fields.items() if value is not None]
+        distraction = ", ".join(part for part in parts if part != "step_unit")
+    return f"{name}, distraction {distraction}"
 
 
 def _device(device: torch.device) -> str:
