@@ -436,7 +436,7 @@ def test_bad_settings_are_named_before_a_process_starts(
 
 def test_a_registered_domain_takes_no_distraction(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tasks, "_REGISTRY", {"mine": lambda task, **settings: None})
-    with pytest.raises(ValueError, match="must be 'none' for the registered domain 'mine'"):
+    with pytest.raises(ValueError, match="must be 'none' for the domain 'mine'"):
         make_env("mine", "task", distraction="easy")
 
 
