@@ -58,7 +58,7 @@ def test_an_exported_policy_names_nothing_of_the_machine(checkpoint, tmp_path):
     assert "somebody" not in repr(payload["config"])
     assert payload["config"]["run_dir"] == "runs/latest"
     assert str(checkpoint.parents[1]) not in repr(payload["config"])
-    assert set(payload) == {"config", "action_size", "learner", "exported"}
+    assert set(payload) == {"config", "action_size", "discrete_actions", "learner", "exported"}
     assert set(payload["learner"]) == {"loss"}
 
 
