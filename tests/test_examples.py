@@ -27,6 +27,7 @@ TESTED = {
     "ppo_with_sam3": "test_masks_on_disk.py",
     "relabel_replay": "test_masks_on_disk.py",
     "watch_policy": "test_export.py",
+    "watch_pretrained": "test_pretrained.py",
 }
 
 
