@@ -22,6 +22,7 @@ import settings_reference  # noqa: E402
 
 PAGES = {
     "overview.md": "README.md",
+    "pretrained.md": "examples/pretrained/README.md",
     "contributing.md": "CONTRIBUTING.md",
     "changelog.md": "CHANGELOG.md",
 }
