@@ -2,10 +2,10 @@
 
 python examples/watch_pretrained.py --out film.mp4
 
-It spins a body with a finger, was trained for less than an hour on one CPU core before four
-distracting videos with a wandering camera and changing colours (examples/pretrained/README.md), and
-now plays before a video of the validation split. Prints its return and a random policy's, and writes
-a video of what it sees and of what its latents hold; takes less than a minute on a CPU.
+It spins a body with a finger. It was trained for less than an hour on one CPU core before four
+distracting videos, with a wandering camera and changing colours (examples/pretrained/README.md),
+and plays before a video that it has never seen. Prints its return and a random policy's, and
+writes a video of what it sees and of what its latents hold; takes less than a minute on a CPU.
 """
 
 from __future__ import annotations
