@@ -65,8 +65,7 @@ def latent_divergence(
     sides = [_windows(each, windows, context, horizon) for each in (clean, disturbed)]
     first, second = (_predict(world_model, side, context, seed=0) for side in sides)
     again = _predict(world_model, sides[0], context, seed=1)
-    generator = torch.Generator().manual_seed(0)
-    order = torch.randperm(len(first[0]), generator=generator).roll(1)
+    others = partners(len(first[0]))
     found = {}
     for name, ours, theirs in (
         ("latent", first[0], second[0]),
@@ -74,9 +73,21 @@ def latent_divergence(
         ("sampling", first[0], again[0]),
     ):
         apart = (ours - theirs).norm(dim=-1).mean(0)  # [H + 1]
-        spread = (ours - ours[order]).norm(dim=-1).mean(0)
+        spread = (ours - ours[others]).norm(dim=-1).mean(0)
         found[name] = (apart / spread.clamp(min=1e-8)).tolist()
     return found
+
+
+def partners(count: int) -> Tensor:
+    """Return for each of N windows, at least 2, the index of a random other one, int64 [N].
+
+    Windows follow each other in a random circle, so that none is compared with itself, which would
+    make the distance of two random windows too small.
+    """
+    circle = torch.randperm(count, generator=torch.Generator().manual_seed(0))
+    others = torch.empty_like(circle)
+    others[circle] = circle.roll(1)
+    return others
 
 
 def _windows(episodes: Sequence[Episode], count: int, context: int, horizon: int) -> TensorDictBase:
