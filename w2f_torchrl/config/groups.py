@@ -60,14 +60,13 @@ class RunSettings(Settings):
     run_dir: str = setting(
         "runs/latest",
         "Directory of the run: config.yaml, metrics.jsonl, checkpoints/, videos/, curves.png. On "
-        "the "
-        "command line the default is runs/ALGO_DOMAIN_TASK_SEED.",
+        "the command line the default is runs/ALGO_DOMAIN_TASK_SEED.",
     )
     resume: str | None = setting(
         None,
         "null starts a new run, and is refused if run_dir holds one; auto continues from the "
-        "newest "
-        "intact checkpoint, or starts a new run without one; or the path of a checkpoint or run.",
+        "newest intact checkpoint, or starts a new run without one; or the path of a checkpoint "
+        "or run.",
     )
     plugins: list[str] = setting(
         [],

@@ -56,10 +56,8 @@ class EvaluationConfig(Settings):
     max_failures: int = setting(
         3,
         "The run ends with a checkpoint after this many failures in a row of one kind: "
-        "evaluations, "
-        "their videos, images and histograms, or the measures of filtering. Each failure is "
-        "written "
-        "to exceptions.txt.",
+        "evaluations, their videos, images and histograms, or the measures of filtering. Each "
+        "failure is written to exceptions.txt.",
         unit="evaluations",
         minimum=1,
     )

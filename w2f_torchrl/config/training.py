@@ -178,8 +178,7 @@ class ReplayConfig(Settings):
     capacity: int = setting(
         500_000,
         "Records kept on each rank, over all its envs. A record takes 12.8 kB at 64 x 64 with "
-        "masks, "
-        "and with latents 2 bytes more per feature of a belief and 1 per categorical.",
+        "masks, and with latents 2 bytes more per feature of a belief and 1 per categorical.",
         unit="records",
     )
     storage: str = setting(
