@@ -94,7 +94,7 @@ packages() {
 bytecode() {
   printf 'setup: compiling bytecode\n' >&2
   site=$($venv_python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
-  $venv_python -m compileall -qq -j 0 "$site" w2f_torchrl sota_configs || true
+  $venv_python -W ignore -m compileall -qq -j 0 "$site" w2f_torchrl sota_configs || true
 }
 
 # Only creating a context checks the library, its driver and their versions.
