@@ -11,9 +11,14 @@ PYTEST_ARGS ?=
 # 0: in one process, as --pdb needs it.
 TEST_PROCESSES ?= 2
 
+# 1: PyTorch's CPU build, without CUDA's libraries. A .venv that was made so stays so.
+CPU ?= $(wildcard .venv/.cpu)
+override CPU := $(filter-out 0,$(CPU))
+export CPU
+
 # The stamp is named after the contents it was made from, not their times: a fresh checkout of the
 # same lock installs nothing, another lock does.
-STAMP := .venv/.installed-$(shell cat requirements/locked.txt pyproject.toml scripts/setup.sh | cksum | cut -d' ' -f1)
+STAMP := .venv/.installed-$(if $(CPU),cpu-)$(shell cat requirements/locked.txt pyproject.toml scripts/setup.sh | cksum | cut -d' ' -f1)
 
 export MUJOCO_GL ?= egl
 # Threads that spin at barriers make two threads many times slower than one on a shared machine.
@@ -69,8 +74,7 @@ lock: $(STAMP)  ## Lock the requirements again; ARGS=--upgrade takes the newest 
 		--custom-compile-command "make lock" --output-file requirements/oldest.txt
 
 extras: $(STAMP)  ## Add the locked packages of all extras.
-	$(VENV_PYTHON) -m uv pip install --python $(VENV_PYTHON) --no-deps -r requirements/locked-extras.txt
-	@sh scripts/setup.sh bytecode
+	@sh scripts/setup.sh extras
 
 docs: export NO_MKDOCS_2_WARNING = 1
 docs: $(STAMP)  ## Build the documentation into site/; a warning is an error.

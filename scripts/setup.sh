@@ -1,13 +1,16 @@
 #!/bin/sh
 # Set-up for the Makefile:
 #   setup.sh packages   .venv with the locked packages and this package
+#   setup.sh extras     add the locked packages of all extras
 #   setup.sh bytecode   compile the packages again, as after installing more of them
 #   setup.sh gl         the libraries that MuJoCo renders with
-# PYTHON=/path/to/python3.12 chooses the interpreter of a new .venv.
+# PYTHON=/path/to/python3.12 chooses the interpreter of a new .venv. CPU=1 gives a new .venv PyTorch's CPU
+# build, which has no CUDA libraries; the environment remembers it.
 set -eu
 cd "$(dirname "$0")/.."
 
 venv_python=.venv/bin/python
+cpu_mark=.venv/.cpu
 
 fail() {
   printf 'setup: %s\n' "$*" >&2
@@ -72,20 +75,42 @@ Python, or name an interpreter: make PYTHON=/path/to/python3.12"
   "$python" -m venv --clear .venv
 }
 
-packages() {
-  if [ ! -e $venv_python ]; then
-    create_venv
-  fi
-  is_new_enough $venv_python || fail ".venv has no working Python 3.11 or newer: remove .venv"
+find_uv() {
   if has_uv; then
     uv=uv
   else
     $venv_python -m pip install --quiet --disable-pip-version-check uv
     uv="$venv_python -m uv"
   fi
-  # The lock is the whole tested set, so nothing is resolved here: --no-deps.
-  $uv pip install --python $venv_python --no-deps -r requirements/locked.txt
+}
+
+# The lock is the whole tested set, so nothing is resolved here: --no-deps. It was made for the CUDA
+# build: the CPU build has the same version, at PyTorch's own index, and needs none of these packages.
+install_locked() {
+  if [ -e $cpu_mark ]; then
+    grep -Ev '^(cuda-|nvidia-|triton==)' "$1" >.venv/locked-cpu.txt
+    $uv pip install --python $venv_python --no-deps --torch-backend cpu -r .venv/locked-cpu.txt
+  else
+    $uv pip install --python $venv_python --no-deps -r "$1"
+  fi
+}
+
+packages() {
+  if [ ! -e $venv_python ]; then
+    create_venv
+    [ -z "${CPU:-}" ] || touch $cpu_mark
+  fi
+  is_new_enough $venv_python || fail ".venv has no working Python 3.11 or newer: remove .venv"
+  [ -z "${CPU:-}" ] || [ -e $cpu_mark ] || fail "CPU=$CPU, but .venv has the CUDA build: remove .venv"
+  find_uv
+  install_locked requirements/locked.txt
   $uv pip install --python $venv_python --no-deps --no-build-isolation --editable .
+  bytecode
+}
+
+extras() {
+  find_uv
+  install_locked requirements/locked-extras.txt
   bytecode
 }
 
@@ -117,6 +142,6 @@ gl() {
 }
 
 case ${1:-} in
-  packages | bytecode | gl) "$1" ;;
-  *) fail "usage: scripts/setup.sh packages|bytecode|gl" ;;
+  packages | extras | bytecode | gl) "$1" ;;
+  *) fail "usage: scripts/setup.sh packages|extras|bytecode|gl" ;;
 esac

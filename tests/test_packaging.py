@@ -222,3 +222,62 @@ def test_set_up_compiles_bytecode_even_where_python_is_told_to_write_none(tmp_pa
     for folder, name in ((site, "good"), (tmp_path / "w2f_torchrl", "part")):
         [compiled] = (folder / "__pycache__").glob(f"{name}.*.pyc")
         assert compiled.stat().st_size
+
+
+RECORDING_UV = """#!/bin/sh
+echo "$@" >> uv.log
+for last; do :; done
+case $last in *.txt) cat "$last" >> uv.log ;; esac
+"""
+
+
+@pytest.fixture
+def set_up(tmp_path: Path):
+    """Run a step of a copy of set-up, with a uv that only records its arguments."""
+    (tmp_path / "scripts").mkdir()
+    shutil.copy(ROOT / "scripts" / "setup.sh", tmp_path / "scripts")
+    shutil.copytree(ROOT / "requirements", tmp_path / "requirements")
+    uv = tmp_path / "bin" / "uv"
+    uv.parent.mkdir()
+    uv.write_text(RECORDING_UV)
+    uv.chmod(0o755)
+
+    def run(step: str, **variables: str) -> tuple[str, subprocess.CompletedProcess[str]]:
+        log = tmp_path / "uv.log"
+        log.write_text("")
+        path = f"{uv.parent}:{os.environ['PATH']}"
+        done = subprocess.run(
+            ["sh", "scripts/setup.sh", step],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHON": sys.executable, "PATH": path, **variables},
+            capture_output=True,
+            text=True,
+        )
+        return log.read_text(), done
+
+    return run
+
+
+def test_the_cpu_build_has_no_cuda_packages_and_is_remembered(set_up):
+    log, done = set_up("packages", CPU="1")
+    assert done.returncode == 0, done.stderr
+    assert "--torch-backend cpu" in log
+    torch = re.search(r"^torch==.+$", (ROOT / "requirements/locked.txt").read_text(), re.MULTILINE)
+    assert torch
+    assert torch[0] in log
+    for step in ("packages", "extras"):  # no longer said, still so
+        log, done = set_up(step)
+        assert done.returncode == 0, done.stderr
+        assert "--torch-backend cpu" in log
+        assert not re.search(r"^(nvidia-|cuda-|triton==)", log, re.MULTILINE)
+
+
+def test_the_cuda_build_is_the_default_and_is_not_mixed_with_the_other(set_up):
+    log, done = set_up("packages")
+    assert done.returncode == 0, done.stderr
+    assert "--torch-backend" not in log
+    assert "\nnvidia-cublas==" in log
+    log, done = set_up("packages", CPU="1")
+    assert done.returncode == 1
+    assert "CPU=1, but .venv has the CUDA build: remove .venv" in done.stderr
+    assert "pip install" not in log
