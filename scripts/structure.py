@@ -195,7 +195,9 @@ RULES = {
         imports_against_the_order,
     ),
     "cycles": Rule("no cycle of imports, not even for types", cycles),
-    "folders": Rule(f"at most {MAX_FILES} files in a folder", crowded_folders),
+    "folders": Rule(
+        f"at most {MAX_FILES} files in a folder, without its subfolders", crowded_folders
+    ),
     "median": Rule("the median file has fewer than 150 lines", median_file, 149),
     "files": Rule(f"at most {MAX_FILE_LINES} lines in a file", long_files),
     "functions": Rule(

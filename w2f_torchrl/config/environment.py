@@ -31,7 +31,7 @@ class EnvironmentConfig(Settings):
         "Domain of the Control Suite; gym for Gymnasium's environments; or one added by "
         "`register_env`.",
     )
-    task: str = setting("walk", "Task of the domain; of gym an id such as CartPole-v1.")
+    task: str = setting("walk", "Task of the domain; for gym an id such as CartPole-v1.")
     kwargs: dict[str, Any] = setting(
         {},
         "Further arguments of `gymnasium.make`, or of a registered factory, by name: "
@@ -54,7 +54,9 @@ class EnvironmentConfig(Settings):
         minimum=1,
     )
     camera_id: int | None = setting(
-        None, "MuJoCo camera; null uses 2 for quadruped and 0 otherwise.", unit="index"
+        None,
+        "MuJoCo camera; null uses 0, or 2 for quadruped and for the fetch task of dog.",
+        unit="index",
     )
     render: str = setting(
         "fast",

@@ -35,8 +35,8 @@ class RepoConfig(MethodConfig):
     )
     prior_weight: float = setting(
         5.0,
-        "How much more of the KL trains the prior than the posterior and the encoder: at 5, five "
-        "sixths of it.",
+        "How many times as much of the KL trains the prior as trains posterior and encoder: at 5, "
+        "five sixths train the prior.",
         unit="factor",
         above=0,
     )
@@ -47,7 +47,10 @@ class R2DreamerConfig(MethodConfig):
     """R2-Dreamer's settings; the defaults are those of its authors' code."""
 
     barlow: float = setting(
-        0.05, "Weight of the loss in place of the decoder's.", unit="weight", minimum=0
+        0.05,
+        "Weight of the Barlow Twins loss, which replaces the decoder's.",
+        unit="weight",
+        minimum=0,
     )
     redundancy: float = setting(
         5e-4,

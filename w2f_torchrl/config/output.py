@@ -58,7 +58,7 @@ class EvaluationConfig(Settings):
         "The run ends with a checkpoint after this many failures in a row of one kind: "
         "evaluations, their videos, images and histograms, or the measures of filtering. Each "
         "failure is written to exceptions.txt.",
-        unit="evaluations",
+        unit="failures",
         minimum=1,
     )
 

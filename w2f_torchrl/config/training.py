@@ -120,8 +120,8 @@ class DistributedConfig(Settings):
     )
     timeout_seconds: float = setting(
         1800.0,
-        "How long a rank waits for another that is alive but compiles, evaluates or writes. A "
-        "rank that dies is noticed at once.",
+        "How long a rank waits for another that is busy compiling, evaluating or writing. A rank "
+        "that dies is noticed at once.",
         unit="seconds",
         above=0,
         maximum=LONGEST_TIMEOUT,
@@ -157,8 +157,8 @@ class CollectionConfig(Settings):
     )
     timeout_seconds: float = setting(
         300.0,
-        "Time after which a worker process that does not respond counts as lost, as a dead one "
-        "does.",
+        "Time after which a worker process that does not respond counts as lost, like one that "
+        "has died.",
         unit="seconds",
         above=0,
     )

@@ -61,9 +61,9 @@ class BackgroundConfig:
     )
     replaces: Replaces = setting(
         "scenery",
-        "What the video is shown instead of: scenery, all but the floor, which is as opaque as "
-        "ground_alpha says; floor, the sky and the floor; sky, only the sky. The last two are "
-        "fixed to the screen in both render modes.",
+        "What the video replaces. scenery: everything behind the agent but the floor, whose "
+        "opacity is ground_alpha; floor: sky and floor; sky: only the sky. With the last two the "
+        "video is fixed to the screen in both render modes.",
         choices=get_args(Replaces),
     )
 
@@ -121,7 +121,7 @@ class ReactiveConfig:
     )
     grid: int = setting(16, "Cells along each side of the picture.", unit="cells", minimum=1)
     action_bins: int = setting(
-        3, "Equal parts of [-1, 1] that are told apart in each action dimension.", unit="bins",
+        3, "Equal bins into which [-1, 1] is divided in each action dimension.", unit="bins",
         minimum=1,
     )  # fmt: skip
     action_dimensions: int | None = setting(
@@ -129,7 +129,7 @@ class ReactiveConfig:
     )
     reward_bins: int = setting(
         256,
-        "Equal parts of [0, 1] that are told apart in the mean reward of a control step.",
+        "Equal bins into which the mean reward of a control step, in [0, 1], is divided.",
         unit="bins",
         minimum=1,
     )
@@ -216,7 +216,7 @@ class CorruptionConfig:
     occluder: float = setting(
         0.4,
         "Side of an opaque square, as a share of the picture's side; 0 leaves this kind out. Masks "
-        "hold what is visible: not what it covers.",
+        "do not mark what it covers.",
         unit="share",
         minimum=0,
         maximum=1,
