@@ -60,9 +60,9 @@ ALGORITHM = (
     "objectives/",
 )
 """What a reader of the algorithm reads: its settings, networks and losses."""
-NOT_THE_DEFAULT = ("modules/discrete_actor.py",)
-"""Files in ALGORITHM that take the place of others for some envs: a reader of the algorithm for
-continuous actions never opens them."""
+NOT_THE_DEFAULT = "modules/by_env/"
+"""Files in ALGORITHM that replace or add parts for some envs: a reader of the algorithm for pixels
+and continuous actions never opens them."""
 UPDATE = ("learner/learner.py", ("Learner.update", "Learner._eager_update", "Learner._apply_if"))
 """The rest of it: an update."""
 NO_ATTRIBUTES_LATER = "trainers/"
@@ -168,7 +168,7 @@ def algorithm_lines(package: Package) -> int:
     total = sum(
         module.lines.code
         for module in read
-        if module.file.startswith(ALGORITHM) and module.file not in NOT_THE_DEFAULT
+        if module.file.startswith(ALGORITHM) and not module.file.startswith(NOT_THE_DEFAULT)
     )
     file, names = UPDATE
     functions = [f for module in read if module.file == file for f in module.functions()]

@@ -25,6 +25,7 @@ store = ConfigStore.instance()
 node = OmegaConf.structured(RunConfig)
 OmegaConf.set_struct(node.loss.extra, False)  # loss.extra.NAME= adds a weight
 OmegaConf.set_struct(node.environment.kwargs, False)  # environment.kwargs.NAME= an argument
+OmegaConf.set_struct(node.model.vectors, False)  # model.vectors.NAME=SIZE adds a vector
 store.store(name="run_config", node=node)
 for name, preset in PRESETS.items():
     store.store(group="model", name=name, node=preset)

@@ -10,3 +10,8 @@ NEXT_PIXELS = ("next", PIXELS)
 """The observation in records ``[B, T]`` and transitions."""
 NEXT_MASK = ("next", MASK)
 """Its mask."""
+
+
+def mask_of(picture: str) -> str:
+    """Return the key of a further picture's mask, as of ``pixels_wrist`` ``pixels_wrist_mask``."""
+    return MASK if picture == PIXELS else f"{picture}_mask"

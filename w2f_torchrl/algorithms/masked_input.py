@@ -52,7 +52,7 @@ class MaskedEncoder(nn.Module):
     def __init__(self, encoder: nn.Module) -> None:
         super().__init__()
         self.encoder = encoder
-        keys = encoder_keys(encoder)  # type: ignore[arg-type]
+        keys = encoder_keys(encoder)
         self.place = keys.index(PIXELS)
         self.in_keys = [*keys, MASK]
 

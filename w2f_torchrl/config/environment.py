@@ -58,6 +58,18 @@ class EnvironmentConfig(Settings):
         "MuJoCo camera; null uses 0, or 2 for quadruped and for the fetch task of dog.",
         unit="index",
     )
+    further_cameras: list[int] = setting(
+        [],
+        "Cameras of the Control Suite's model that are drawn too, without distractions: each adds "
+        "pixels_camera_N, for ``model.pictures``, and its mask.",
+        unit="index",
+        minimum=0,
+    )
+    state_observations: bool = setting(
+        False,
+        "Add the Control Suite's own observations, such as position and velocity, for "
+        "``model.vectors``.",
+    )
     render: str = setting(
         "fast",
         "fast renders without multisampling, shadows and reflections; reference renders as "

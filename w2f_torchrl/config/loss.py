@@ -41,6 +41,9 @@ class LossConfig(Settings):
     background: float = setting(
         1.0, "Weight of the background's colours.", unit="weight", minimum=0
     )
+    vectors: float = setting(
+        1.0, "Weight of the reconstruction of `model.vectors`.", unit="weight", minimum=0
+    )
     reward: float = setting(1.0, "Weight of the reward prediction.", unit="weight", minimum=0)
     continuation: float = setting(
         1.0, "Weight of the continuation prediction.", unit="weight", minimum=0

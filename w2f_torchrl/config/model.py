@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from w2f_torchrl.config.observations import ObservationSettings
 from w2f_torchrl.registry import decoders, encoders
 from w2f_torchrl.utils.checks import check_number
-from w2f_torchrl.utils.settings import Settings, check_fields, setting
+from w2f_torchrl.utils.settings import check_fields, setting
 
 #: How the mask divides the latent: see :func:`w2f_torchrl.modules.build_world_model`.
 LATENTS = ("split", "shared", "foreground")
@@ -22,7 +23,7 @@ RESAMPLINGS = ("stride", "nearest", "reference")
 
 
 @dataclass
-class ModelConfig(Settings):
+class ModelConfig(ObservationSettings):
     """Widths and depths of every network.
 
     The defaults that the presets share are the paper's: 32 categoricals, 8 blocks in the GRU,

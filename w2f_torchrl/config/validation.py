@@ -12,6 +12,7 @@ from pathlib import Path
 
 from w2f_torchrl.config.environment import EnvironmentConfig
 from w2f_torchrl.config.groups import RunSettings
+from w2f_torchrl.config.methods import METHODS
 from w2f_torchrl.config.output import LoggingConfig
 from w2f_torchrl.config.training import GRAPHED
 from w2f_torchrl.envs import evaluation_sets, validate_distraction, validate_task
@@ -54,6 +55,7 @@ def validate(config: RunSettings) -> None:
     _validate_distractions(config)
     _validate_segmentation(config)
     config.model.validate(config.environment.image_size)
+    _validate_observations(config)
     config.loss.validate()
     if (
         config.latent == "foreground"
@@ -126,6 +128,28 @@ def _validate_segmentation(config: RunSettings) -> None:
         )
         if missing is not None:
             raise ConfigError(f"segmentation={segmentation.source}: {missing}")
+
+
+def _validate_observations(config: RunSettings) -> None:
+    """Check what is observed besides ``pixels`` against the algorithm and the masks."""
+    model, source = config.model, config.segmentation.source
+    if not model.observes_more:
+        return
+    if config.algo.name in METHODS and config.algo.name != "dreamer_v3":
+        raise ConfigError(
+            f"model.pictures={model.pictures} and model.vectors={model.vectors} must be empty with "
+            f"algo={config.algo.name}, which reads pixels only; allowed: world2filter, dreamer_v3."
+        )
+    if model.pictures and config.needs_masks and source != "simulator":
+        raise ConfigError(
+            f"model.pictures={model.pictures} needs masks of the env, but segmentation={source} "
+            "makes those of `pixels` only; allowed: simulator."
+        )
+    if model.encoder != "convolutional":
+        raise ConfigError(
+            f"model.encoder={model.encoder} chooses itself what it reads: leave model.pictures and "
+            "model.vectors empty, or use model.encoder=convolutional."
+        )
 
 
 def _is_file(path: str) -> bool:

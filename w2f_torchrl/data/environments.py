@@ -15,7 +15,7 @@ from w2f_torchrl.config import ConfigError, EnvironmentConfig, RunConfig
 from w2f_torchrl.envs import EvaluationSet, evaluation_sets, make_env
 from w2f_torchrl.envs.discrete_actions import is_discrete
 from w2f_torchrl.envs.scenery.distractions import shows_video
-from w2f_torchrl.envs.specs import check_env, extra_observations
+from w2f_torchrl.envs.specs import check_env, check_further, extra_observations
 from w2f_torchrl.envs.tasks import registered_factory
 from w2f_torchrl.keys import MASK
 from w2f_torchrl.plugins import load_plugins
@@ -48,6 +48,13 @@ def probe_env(config: RunConfig) -> EnvFacts:
         if registered_factory(environment.domain) is not None:
             check_env(env, environment.domain, environment.image_size)
         observations = extra_observations(env)
+        check_further(
+            env,
+            config.model.vectors,
+            config.model.pictures,
+            environment.image_size,
+            masks=config.needs_masks,
+        )
     except ValueError as error:  # a camera that the model lacks, a video that can't be read
         raise ConfigError(f"environment: {error}") from error
     for name in config.evaluation.sets:
@@ -104,6 +111,8 @@ def build_env(
         render=environment.render,  # type: ignore[arg-type]
         camera_id=environment.camera_id,
         foreground_mask=foreground_mask,
+        further_cameras=environment.further_cameras,
+        state_observations=environment.state_observations,
         seed=seed,
         action_range=environment.action_range,
         kwargs=environment.kwargs,

@@ -16,6 +16,7 @@ from torchrl.envs import DMControlEnv
 
 from w2f_torchrl.envs._dm_control import Environment, Physics, suite
 from w2f_torchrl.envs.renderers.distracted_rendering import frame_size, make_distracted_renderer
+from w2f_torchrl.envs.renderers.further_cameras import FurtherCameras
 from w2f_torchrl.envs.renderers.rendering import Renderer, SceneRenderer
 from w2f_torchrl.envs.scenery.backgrounds import LazyClips, load_clips, select_clips
 from w2f_torchrl.envs.scenery.distractions import Distraction, DistractionConfig
@@ -27,6 +28,7 @@ from w2f_torchrl.envs.tasks import (
     default_camera,
     validate_camera,
     validate_distraction,
+    validate_further_cameras,
     validate_pixel_settings,
     validate_task,
 )
@@ -75,6 +77,8 @@ class PixelDMControlEnv(DMControlEnv):
         background_split: Which of its clips, or which colours of scenery that reacts: ``"train"``
             or ``"val"``.
         foreground_mask: Whether to render ``foreground_mask``.
+        further_cameras: Cameras whose pictures are added as ``pixels_camera_N`` uint8 [3, H, W],
+            with their masks ``pixels_camera_N_mask``; not with distractions.
         state_observations: Whether to add the suite's own observations (``position``, ``velocity``,
             ...) as float32 entries; scalars become [1].
         seed: Seed of the task and the distractions; None draws one.
@@ -99,6 +103,7 @@ class PixelDMControlEnv(DMControlEnv):
         background_source: str | None = None,
         background_split: str = "train",
         foreground_mask: bool = True,
+        further_cameras: Sequence[int] = (),
         state_observations: bool = False,
         seed: int | None = None,
         device: torch.device | str | None = "cpu",
@@ -106,6 +111,7 @@ class PixelDMControlEnv(DMControlEnv):
         validate_task(env_name, task_name)
         validate_pixel_settings(image_size, action_repeat, render)
         distractions = validate_distraction(distraction, background_source, background_split)
+        validate_further_cameras(further_cameras, distractions)
         super().__init__(
             env_name,
             task_name,
@@ -115,6 +121,7 @@ class PixelDMControlEnv(DMControlEnv):
             distractions=distractions,
             backgrounds=(background_source, background_split),
             foreground_mask=foreground_mask,
+            further_cameras=further_cameras,
             state_observations=state_observations,
             _seed=seed,
             frame_skip=action_repeat,
@@ -141,6 +148,7 @@ class PixelDMControlEnv(DMControlEnv):
         distractions: DistractionConfig | None,
         backgrounds: tuple[str | None, str],
         foreground_mask: bool,
+        further_cameras: Sequence[int],
         state_observations: bool,
         _seed: int | None,
     ) -> Environment:
@@ -149,7 +157,8 @@ class PixelDMControlEnv(DMControlEnv):
         self._state_observations = state_observations
         self._episode_over = True
         env = suite.load(env_name, task_name, task_kwargs={"random": _seed})
-        validate_camera(env_name, camera_id, env.physics.model.ncam)
+        for camera in (camera_id, *further_cameras):
+            validate_camera(env_name, camera, env.physics.model.ncam)
         drawing: dict[str, Any] = {
             "image_size": image_size,
             "camera_id": camera_id,
@@ -173,6 +182,7 @@ class PixelDMControlEnv(DMControlEnv):
             self._renderer = make_distracted_renderer(
                 env.physics, self.distractor, domain=env_name, **drawing
             )
+        self._further = FurtherCameras(env.physics, further_cameras, **drawing)
         self._distracts_each = distractions.step_unit if distractions is not None else None
         self._action_map = _ActionMap(env)
         self._simulation = SimulationState(env)
@@ -189,6 +199,7 @@ class PixelDMControlEnv(DMControlEnv):
             observation[MASK] = Categorical(
                 2, shape=(1, size, size), dtype=torch.bool, device=device
             )
+        self._further.add_specs(observation)
         if self._state_observations:
             for name, spec in env.observation_spec().items():
                 observation[name] = Unbounded(
@@ -218,7 +229,7 @@ class PixelDMControlEnv(DMControlEnv):
     def _reset(self, tensordict: TensorDictBase | None = None, **kwargs: object) -> TensorDictBase:
         time_step = self._env.reset()
         self._episode_over = False
-        self._renderer.upload_height_fields()
+        self._upload_height_fields()
         if self.distractor is not None:
             self.distractor.reset()
         return self._tensordict(self._observe(time_step))
@@ -278,7 +289,11 @@ class PixelDMControlEnv(DMControlEnv):
         if self.distractor is not None:
             self.distractor.load_state_dict(state["distractor"])
         self._episode_over = state["episode_over"]
+        self._upload_height_fields()
+
+    def _upload_height_fields(self) -> None:
         self._renderer.upload_height_fields()
+        self._further.upload_height_fields()
 
     def _distract(self) -> None:
         assert self.distractor is not None, "a step unit comes with a distractor"
@@ -289,6 +304,7 @@ class PixelDMControlEnv(DMControlEnv):
         observation = {"pixels": torch.from_numpy(pixels)}
         if mask is not None:
             observation[MASK] = torch.from_numpy(mask)
+        observation.update(self._further.draw())
         if self._state_observations:
             observation.update(_as_tensors(time_step.observation))
         return observation
@@ -304,6 +320,7 @@ class PixelDMControlEnv(DMControlEnv):
         """Free the simulation's and the renderer's resources."""
         if not self.is_closed:
             self._renderer.close()
+            self._further.close()
         super().close(raise_if_closed=raise_if_closed)
 
 

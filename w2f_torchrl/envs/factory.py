@@ -67,7 +67,11 @@ def _validate_simulation(
         )
 
 
-def _validate_action_range(action_range: Sequence[float] | None, domain: str) -> None:
+def _validate_task(
+    domain: str, task: str, kwargs: Mapping[str, Any], action_range: Sequence[float] | None
+) -> None:
+    validate_task(domain, task)
+    validate_kwargs(domain, kwargs)
     if action_range is None:
         return
     if registered_factory(domain) is None:
@@ -93,6 +97,8 @@ def make_env(
     device: torch.device | str = "cpu",
     camera_id: int | None = None,
     foreground_mask: bool = True,
+    further_cameras: Sequence[int] = (),
+    state_observations: bool = False,
     action_range: Sequence[float] | None = None,
     kwargs: Mapping[str, Any] | None = None,
 ) -> TransformedEnv:
@@ -122,6 +128,8 @@ def make_env(
         device: Device of the tensors.
         camera_id: Index of the model's camera, None for the domain's usual one.
         foreground_mask: Whether to render ``foreground_mask``.
+        further_cameras: Further cameras of a Control Suite task, see :class:`PixelDMControlEnv`.
+        state_observations: Whether to add the Control Suite's own observations.
         action_range: Lowest and highest action of a registered env whose spec has no limits; None
             if it has.
         kwargs: Further arguments of ``gymnasium.make`` or of a registered factory.
@@ -146,36 +154,41 @@ def make_env(
     validate_integer("seed", seed, 0)
     clips = background_source, background_split
     distractions = validate_distraction(distraction, background_source, background_split)
-    validate_task(domain, task)
-    validate_kwargs(domain, kwargs or {})
-    _validate_action_range(action_range, domain)
-    registered = registered_factory(domain)
+    _validate_task(domain, task, kwargs or {}, action_range)
     pixels: dict[str, Any] = {"image_size": image_size, "camera_id": camera_id, "render": render}
-    if registered is None:
+    further: dict[str, Any] = {"state_observations": state_observations}
+    further["further_cameras"] = further_cameras
+    if (registered := registered_factory(domain)) is None:
         _validate_simulation(domain, task, distractions, clips, **pixels)
-    elif distractions is not None:
-        raise _no_distraction(domain, distraction)
+    else:
+        _validate_registered(domain, distraction, further)
+    if distractions is not None:
+        pixels |= _distract(distractions, *clips)
     make_one = partial(
-        registered or partial(PixelDMControlEnv, domain),
+        registered or partial(PixelDMControlEnv, domain, **further),
         task,
-        **pixels,
         action_repeat=action_repeat,
         foreground_mask=foreground_mask,
-        **({} if distractions is None else _distract(distractions, *clips)),
+        **pixels,
         **(kwargs or {}),
     )
     env = _one_or_batch(make_one, num_envs, seed, device)
-    transforms = [InitTracker(), RewardSum(), StepCounter()]
-    if registered is not None:  # the suite's env clips and scales by itself
-        transforms.insert(0, _action_transform_or_close(env, domain, action_range))
-    return TransformedEnv(env, Compose(*transforms))
+    # The suite's env clips and scales actions by itself.
+    scaling = [_action_transform_or_close(env, domain, action_range)] if registered else []
+    return TransformedEnv(env, Compose(*scaling, InitTracker(), RewardSum(), StepCounter()))
 
 
-def _no_distraction(domain: str, distraction: Distraction) -> ValueError:
-    return ValueError(
-        f"distraction is {distraction!r}: must be 'none' for the domain {domain!r}, whose factory "
-        "renders its own images."
-    )
+def _validate_registered(domain: str, distraction: Distraction, further: dict[str, Any]) -> None:
+    if distraction != "none":
+        raise ValueError(
+            f"distraction is {distraction!r}: must be 'none' for the domain {domain!r}, whose "
+            "factory renders its own images."
+        )
+    if any(further.values()):
+        raise ValueError(
+            f"{further} must be empty and false for the domain {domain!r}: its spec says what it "
+            "observes."
+        )
 
 
 def _distract(distractions: DistractionConfig, source: str | None, split: str) -> dict[str, Any]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 from torchrl.data import Composite, TensorSpec
 from torchrl.envs import EnvBase
 
-from w2f_torchrl.keys import MASK
+from w2f_torchrl.keys import MASK, mask_of
 
 FLAGS = ("done", "terminated")
 
@@ -53,6 +55,52 @@ def extra_observations(env: EnvBase) -> list[str]:
                 "TorchRL's ExcludeTransform."
             )
     return names
+
+
+def check_further(
+    env: EnvBase,
+    vectors: Mapping[str, int],
+    pictures: Sequence[str],
+    image_size: int,
+    *,
+    masks: bool,
+) -> None:
+    """Compare what a model observes besides ``pixels`` with what an env offers.
+
+    Args:
+        env: A single env.
+        vectors: Names and sizes of vectors.
+        pictures: Names of further pictures.
+        image_size: S, required side of the pictures, pixels.
+        masks: Whether each picture needs a mask.
+
+    Raises:
+        ValueError: Naming the setting, its value and what the env offers.
+    """
+    spec = env.observation_spec
+    offered = {str(name): (list(spec[name].shape), spec[name].dtype) for name in spec.keys()}
+    further = {name: found for name, found in offered.items() if name not in _KNOWN}
+    listed = ", ".join(f"{name} {_name(d)} {s}" for name, (s, d) in further.items()) or "none"
+    for name, size in vectors.items():
+        if further.get(name, ([], None))[0] != [size]:
+            raise ValueError(
+                f"model.vectors={{{name}: {size}}} is not a vector that the env observes; its "
+                f"further observations: {listed} (environment.state_observations=true adds the "
+                "Control Suite's)."
+            )
+    picture, mask = ([3, image_size, image_size], torch.uint8), [1, image_size, image_size]
+    for name in pictures:
+        if further.get(name) != picture:
+            raise ValueError(
+                f"model.pictures=[{name}] is not a picture uint8 {picture[0]} that the env "
+                f"observes; its further observations: {listed} (environment.further_cameras=[1] "
+                "adds pixels_camera_1)."
+            )
+        if masks and further.get(mask_of(name)) != (mask, torch.bool):
+            raise ValueError(
+                f"model.pictures=[{name}] needs a mask {mask_of(name)} bool {mask} with this "
+                f"algorithm; the env's further observations: {listed}."
+            )
 
 
 def check_env(env: EnvBase, domain: str, image_size: int) -> None:

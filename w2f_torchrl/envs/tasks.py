@@ -232,6 +232,26 @@ def validate_camera(domain: str, camera_id: int | None, cameras: int) -> None:
         raise ValueError(f"camera_id is {camera_id!r}: {domain} has cameras 0 to {cameras - 1}.")
 
 
+def validate_further_cameras(cameras: Sequence[int], distraction: object) -> None:
+    """Check the cameras that are drawn in addition to the env's own.
+
+    Args:
+        cameras: Their indices.
+        distraction: The env's distractions; None without.
+
+    Raises:
+        ValueError: If there are distractions, which only the env's own camera shows, or one camera
+            comes twice.
+    """
+    if cameras and distraction is not None:
+        raise ValueError(
+            f"further_cameras={list(cameras)} must be empty with distractions, which only the "
+            "env's own camera shows."
+        )
+    if len(set(cameras)) < len(cameras):
+        raise ValueError(f"further_cameras={list(cameras)} must be different cameras.")
+
+
 def default_camera(domain: str, task: str) -> int:
     """Return the camera that agents learn from: 0, or 2 if camera 0 does not follow the agent.
 

@@ -23,6 +23,9 @@ METRICS: dict[str, Meaning] = {
     "wm/fg_loss": Meaning("squared colour + nats", "foreground colours and mask"),
     "wm/bg_loss": Meaning("squared colour", "background colours, outside the mask"),
     "wm/mask_loss": Meaning("nats", "weighted cross-entropy of the mask, summed over pixels"),
+    "wm/vector_loss": Meaning(
+        "squared symlog", "reconstruction of the vectors, summed over features"
+    ),
     "wm/mask_iou": Meaning("0 to 1", "IoU of predicted and true mask, evaluation episodes"),
     "wm/kl_loss": Meaning("nats", "dynamics and representation loss, free nats included"),
     "wm/kl_value": Meaning("nats", "KL of posterior and prior, without free nats"),

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
         build_actor,
         build_critic,
     )
-    from w2f_torchrl.modules.discrete_actor import CategoricalActor, build_discrete_actor
+    from w2f_torchrl.modules.by_env.discrete_actor import CategoricalActor, build_discrete_actor
     from w2f_torchrl.modules.dual_decoder import DualImageDecoder, compose
     from w2f_torchrl.modules.imagination import imagine, imagine_step
     from w2f_torchrl.modules.policy import build_policy, latent_sizes
@@ -39,7 +39,7 @@ else:
                 "build_actor",
                 "build_critic",
             ),
-            "discrete_actor": ("CategoricalActor", "build_discrete_actor"),
+            "by_env.discrete_actor": ("CategoricalActor", "build_discrete_actor"),
             "dual_decoder": ("DualImageDecoder", "compose"),
             "imagination": ("imagine", "imagine_step"),
             "policy": ("build_policy", "latent_sizes"),

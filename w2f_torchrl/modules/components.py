@@ -5,6 +5,7 @@ Shape letters: E embedding, A action, H, W height, width.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Literal
 
 from tensordict.nn import TensorDictModule
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torchrl.modules import RSSMPosteriorV3, RSSMPriorV3
 
 from w2f_torchrl.config.model import ModelConfig
+from w2f_torchrl.modules.by_env.observations import ObservationEncoder
 from w2f_torchrl.modules.dual_decoder import DualImageDecoder
 from w2f_torchrl.modules.image_decoder import build_image_decoder
 from w2f_torchrl.modules.networks import ImageEncoder
@@ -29,13 +31,18 @@ def background_sizes(config: ModelConfig) -> ModelConfig:
         hidden_size=config.background_hidden_size,
         num_classes=config.background_num_classes,
         cnn_depth=config.background_cnn_depth,
+        pictures=[],
+        vectors={},
     )
 
 
 def build_encoder(config: ModelConfig, image_size: int) -> ImageEncoder:
-    """Build an encoder: pictures ``[..., 3, H, W]`` to embeddings ``[..., E]``."""
+    """Build an encoder of observations, by default pictures ``[..., 3, H, W]``, to ``[..., E]``."""
     if (build := encoders.get(config.encoder)) is not None:
         return build(config, image_size)  # type: ignore[no-any-return]
+    if config.observes_more:
+        build = partial(build_encoder, config.thawed(pictures=[], vectors={}), image_size)
+        return ObservationEncoder(config, build)  # type: ignore[return-value]
     return ImageEncoder(
         depth=config.cnn_depth,
         mults=config.cnn_multipliers,
@@ -44,7 +51,7 @@ def build_encoder(config: ModelConfig, image_size: int) -> ImageEncoder:
     )
 
 
-def encoder_keys(*encoders: ImageEncoder | None) -> list[str]:
+def encoder_keys(*encoders: nn.Module | None) -> list[str]:
     """Return the entries of an observation that encoders are called with, by default pixels."""
     return [key for encoder in encoders for key in getattr(encoder, "in_keys", ["pixels"])]
 

@@ -61,26 +61,17 @@ class DualImageDecoder(TensorDictModuleBase):
         **settings: Any,
     ):
         super().__init__()
+        settings |= {"depth": depth, "units": units}
         self.foreground = build_image_decoder(
-            decoder,
-            foreground_features,
-            image_shape,
-            depth=depth,
-            units=units,
-            mask=True,
-            **settings,
+            decoder, foreground_features, image_shape, mask=True, **settings
         )
         self.background = None
         self.in_keys: list[NestedKey] = [("next", "state"), ("next", "belief")]
         self.out_keys: list[NestedKey] = [("next", "foreground_pixels"), ("next", "mask_logits")]
         if background_features is not None:
+            settings |= {"depth": background_depth or depth, "units": background_units or units}
             self.background = build_image_decoder(
-                decoder,
-                background_features,
-                image_shape,
-                depth=background_depth or depth,
-                units=background_units or units,
-                **settings,
+                decoder, background_features, image_shape, **settings
             )
             self.background_keys = [("next", key) for key in background_keys]
             self.in_keys += [key for key in self.background_keys if key not in self.in_keys]

@@ -21,6 +21,7 @@ from w2f_torchrl.config.model import LATENTS, ModelConfig
 from w2f_torchrl.config.presets import PRESETS
 from w2f_torchrl.kernels.categoricals import TwoHot
 from w2f_torchrl.kernels.side_stream import SideStream
+from w2f_torchrl.modules.by_env.observations import ObservationDecoder
 from w2f_torchrl.modules.components import (
     Latent,
     background_sizes,
@@ -79,7 +80,10 @@ class WorldModel(TensorDictModuleBase):
                 embedding = self.background_encoder.output_features((3, image_size, image_size))
                 embedding_key = "background_encoded_latents"
             self.background_rollout = build_rollout(background, embedding, None, embedding_key)
-        self.decoder = build_decoder(config, image_size, latent)
+        build = partial(build_decoder, config, image_size, latent)
+        self.decoder = build()
+        more = ObservationDecoder(config, build) if config.observes_more else None
+        self.observation_decoder = more
         features = config.state_size + config.belief_size
         self.reward = MLP(features, config.num_bins, config.head_layers, config.units, outscale=0.0)
         self.continuation = MLP(features, 1, config.head_layers, config.units)
@@ -97,19 +101,17 @@ class WorldModel(TensorDictModuleBase):
         names = ["state", "belief", "prior_logits", "posterior_logits"]
         if self.background_rollout is not None:
             names += [f"background_{name}" for name in names]
-        heads = ["reward_logits", "continue_logits"]
-        latents = [("next", name) for name in names]
-        return [*latents, *self.decoder.out_keys, *(("next", name) for name in heads)]
+        written = [("next", name) for name in (*names, "reward_logits", "continue_logits")]
+        return [*written, *self.decoder.out_keys]
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Write latents, reconstructions and predictions into ``tensordict``."""
         tensordict = self.infer(tensordict)
         self.decoder(tensordict)
-        state, belief = tensordict.get(("next", "state")), tensordict.get(("next", "belief"))
-        features = torch.cat((belief, state), -1)  # [B, T, D + S]
-        reward, continuation = self.reward(features), self.continuation(features)
-        tensordict.set(("next", "reward_logits"), reward.float())  # [B, T, bins]
-        tensordict.set(("next", "continue_logits"), continuation.float())  # [B, T, 1]
+        following = tensordict.get("next")
+        features = torch.cat((following.get("belief"), following.get("state")), -1)  # [B, T, D + S]
+        following.set("reward_logits", self.reward(features).float())  # [B, T, bins]
+        following.set("continue_logits", self.continuation(features).float())  # [B, T, 1]
         return tensordict
 
     def check_records(self, records: TensorDictBase) -> None:

@@ -33,6 +33,7 @@ TERMS: dict[str, LossTerm] = {
     "foreground": LossTerm((*_IMAGE, "wm/fg_loss"), _MASKED),
     "mask": LossTerm((*_IMAGE, "wm/fg_loss", "wm/mask_loss"), _MASKED),
     "background": LossTerm((*_IMAGE, "wm/bg_loss"), ("shared", "split")),
+    "vectors": LossTerm((TOTAL, "wm/vector_loss")),
     "reward": LossTerm((TOTAL, "wm/reward_loss")),
     "continuation": LossTerm((TOTAL, "wm/continue_loss")),
     "actor": LossTerm(("ac/actor_loss",)),

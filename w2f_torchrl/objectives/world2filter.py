@@ -16,7 +16,7 @@ from torchrl.modules import DreamerV3MLP
 from torchrl.objectives import LossModule, categorical_kl_terms
 
 from w2f_torchrl.config.loss import ForegroundScale, ForegroundTarget, LossConfig
-from w2f_torchrl.keys import MASK, NEXT_MASK
+from w2f_torchrl.keys import MASK, PIXELS, mask_of
 from w2f_torchrl.modules import Actor, WorldModel, imagine, imagine_step
 from w2f_torchrl.modules.packed_latents import LATENTS, initial_keys
 from w2f_torchrl.objectives import reconstruction
@@ -77,7 +77,8 @@ class World2FilterLoss(LossModule):
         self.critic = critic
         self.slow_critic = copy.deepcopy(critic).requires_grad_(False)
         self.return_norm = ReturnNorm(rate=self.config.return_rate)
-        masks = [] if world_model.latent == "whole" else [NEXT_MASK]
+        pictures = (PIXELS, *world_model.config.pictures)
+        masks = [] if world_model.latent == "whole" else [("next", mask_of(p)) for p in pictures]
         names = ("reward", "terminated", "done")
         self.in_keys = [*world_model.in_keys, *(("next", name) for name in names), *masks]
         self.out_keys = self.loss_names()
@@ -90,8 +91,9 @@ class World2FilterLoss(LossModule):
 
     def loss_names(self) -> list[str]:
         """Return the names of the summed entries; :meth:`forward` returns exactly these."""
-        latent = self.world_model.latent
-        return [f"loss_{name}" for name, term in self.terms.items() if latent in term.latents]
+        model = self.world_model
+        names = [name for name, term in self.terms.items() if model.latent in term.latents]
+        return [f"loss_{name}" for name in names if name != "vectors" or model.config.vectors]
 
     def term(self, name: str) -> LossTerm:
         """Return the metrics, latents and weight of a loss; unlisted ones are the world model's."""
@@ -158,13 +160,11 @@ class World2FilterLoss(LossModule):
         )
         bootstrap = returns[:, 0].reshape(state.shape[:2])
         losses |= actor_critic
+        reward, terminated, done = (
+            following.get(key).squeeze(-1) for key in ("reward", "terminated", "done")
+        )
         losses["replay_critic"] = self.replay_critic_loss(
-            state,
-            belief,
-            following.get("reward").squeeze(-1),
-            following.get("terminated").squeeze(-1),
-            following.get("done").squeeze(-1),
-            bootstrap,
+            state, belief, reward, terminated, done, bootstrap
         )
         self._check_owners(actor_critic)
         losses = {f"loss_{k}": self._weight(k) * v for k, v in losses.items()}
@@ -183,25 +183,22 @@ class World2FilterLoss(LossModule):
         Args:
             model_td: Output of the world model, ``[B, T]``.
         """
-        td = model_td.get("next")
+        td, unimix = model_td.get("next"), self.world_model.config.unimix
         losses: dict[str, Tensor] = {}
         metrics: dict[str, Tensor] = {}
         for prefix in ("", "background_") if "background_state" in td.keys() else ("",):
-            posterior, prior = td.get(f"{prefix}posterior_logits"), td.get(f"{prefix}prior_logits")
+            logits = [td.get(f"{prefix}{name}_logits").float() for name in ("posterior", "prior")]
             losses[f"{prefix}dynamics"], losses[f"{prefix}representation"] = categorical_kl_terms(
-                posterior.float(),
-                prior.float(),
-                self.config.free_nats,
-                self.world_model.config.unimix,
+                *logits, self.config.free_nats, unimix
             )
             with torch.no_grad():
-                kl, _ = categorical_kl_terms(
-                    posterior.float(), prior.float(), 0.0, self.world_model.config.unimix
-                )
+                kl, _ = categorical_kl_terms(*logits, 0.0, unimix)
             metrics[f"wm/{prefix}kl_value"] = kl
         more, extra = self.reconstruction_losses(td)
         losses |= more
         metrics |= extra
+        if (further := self.world_model.observation_decoder) is not None:
+            further.add_losses(losses, td, self.reconstruction_losses)
         two_hot = self.world_model.two_hot
         losses["reward"] = two_hot.loss(td.get("reward_logits"), td.get("reward")).mean()
         target = (~td.get("terminated")).float() * (1 - 1 / self.config.discount_horizon)

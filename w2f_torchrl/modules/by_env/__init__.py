@@ -1,0 +1,1 @@
+"""Parts that only some environments need: discrete actions, observations besides ``pixels``."""
