@@ -200,7 +200,6 @@ def gym_run(run_dir: Path, task: str = "CartPole-v1", **changes):
         ("nowhere:CartPole-v1", {}, r"environment.task='nowhere:CartPole-v1' is no id"),
         ("CartPole-v1", {"kwargs": {"render_mode": "human"}}, "render_mode is set by the run"),
         ("CartPole-v1", {"kwargs": {"seed": 3}}, "seed comes from the run's own settings"),
-        ("CartPole-v1", {"distraction": "easy"}, "distraction='easy' must be none"),
     ],
 )
 def test_wrong_settings_are_named_before_an_env_is_made(

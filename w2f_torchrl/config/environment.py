@@ -8,12 +8,9 @@ from typing import Any
 
 from w2f_torchrl.config.methods import METHODS
 from w2f_torchrl.config.model import LATENTS
+from w2f_torchrl.envs.drawing import RENDER_MODES
 from w2f_torchrl.envs.scenery.backgrounds import ALL, SPLITS
-from w2f_torchrl.envs.tasks import (
-    MAX_IMAGE_SIZE,
-    MIN_IMAGE_SIZE,
-    RENDER_MODES,
-)
+from w2f_torchrl.envs.tasks import MAX_IMAGE_SIZE, MIN_IMAGE_SIZE
 from w2f_torchrl.registry import algorithms, losses, segmenters
 from w2f_torchrl.utils.checks import check_choice as check_choice
 from w2f_torchrl.utils.settings import Settings, setting
@@ -55,8 +52,12 @@ class EnvironmentConfig(Settings):
     )
     camera_id: int | None = setting(
         None,
-        "MuJoCo camera; null uses 0, or 2 for quadruped and for the fetch task of dog.",
+        "MuJoCo camera; null uses camera_name, or else 0, or 2 for quadruped and for the fetch "
+        "task of dog, and for a Gymnasium env the camera of the pictures that it draws itself.",
         unit="index",
+    )
+    camera_name: str | None = setting(
+        None, "MuJoCo camera by its name, in place of camera_id; null uses camera_id."
     )
     further_cameras: list[int] = setting(
         [],
@@ -72,9 +73,20 @@ class EnvironmentConfig(Settings):
     )
     render: str = setting(
         "fast",
-        "fast renders without multisampling, shadows and reflections; reference renders as "
-        "dm_control does.",
+        "fast renders without multisampling, shadows and reflections; reference renders at the "
+        "model's own quality, as dm_control does.",
         choices=RENDER_MODES,
+    )
+    foreground_include: list[str] = setting(
+        [],
+        "Foreground in addition to what moves and the task's targets, in the simulator's masks: "
+        "names or patterns (`*`, `?`) of MuJoCo bodies, with what is attached to them, geoms or "
+        "sites.",
+    )
+    foreground_exclude: list[str] = setting(
+        [],
+        "Background in spite of moving, likewise. The nearest name counts: the object's, its "
+        "body's, then that of the body to which this one is attached, up to `world`.",
     )
     distraction: Any = setting(
         "none",

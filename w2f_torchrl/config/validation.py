@@ -19,6 +19,7 @@ from w2f_torchrl.envs import evaluation_sets, validate_distraction, validate_tas
 from w2f_torchrl.envs.scenery.distractions import Distraction, shows_video
 from w2f_torchrl.envs.tasks import (
     registered_factory,
+    takes_distractions,
     validate_action_range,
     validate_kwargs,
 )
@@ -164,11 +165,23 @@ def _validate_environment(environment: EnvironmentConfig) -> None:
     validate_kwargs(environment.domain, environment.kwargs)
     if environment.action_range is not None:
         validate_action_range(environment.action_range)
+    if environment.camera_name is not None and environment.camera_id is not None:
+        raise ConfigError(
+            f"environment.camera_name={environment.camera_name!r} and environment.camera_id="
+            f"{environment.camera_id} both choose a camera: set only one."
+        )
+    for name in ("foreground_include", "foreground_exclude"):
+        patterns = getattr(environment, name)
+        if patterns and not takes_distractions(environment.domain):
+            raise ConfigError(
+                f"environment.{name}={list(patterns)} must be empty for the domain "
+                f"{environment.domain!r}, whose factory makes its own masks."
+            )
 
 
 def _validate_distractions(config: RunSettings) -> None:
     environment = config.environment
-    if registered_factory(environment.domain) and (
+    if not takes_distractions(environment.domain) and (
         environment.distraction != "none" or config.evaluation.sets
     ):
         raise ConfigError(

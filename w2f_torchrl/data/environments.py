@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from torchrl.envs import Compose, EnvBase, StepCounter, TransformedEnv
 
 from w2f_torchrl.config import ConfigError, EnvironmentConfig, RunConfig
-from w2f_torchrl.envs import EvaluationSet, evaluation_sets, make_env
+from w2f_torchrl.envs import EvaluationSet, ForegroundRule, evaluation_sets, make_env
 from w2f_torchrl.envs.discrete_actions import is_discrete
 from w2f_torchrl.envs.scenery.distractions import shows_video
 from w2f_torchrl.envs.specs import check_env, check_further, extra_observations
@@ -109,10 +109,15 @@ def build_env(
         action_repeat=environment.action_repeat,
         **_distraction_settings(environment, evaluation_set),
         render=environment.render,  # type: ignore[arg-type]
-        camera_id=environment.camera_id,
+        camera_id=environment.camera_id
+        if environment.camera_name is None
+        else environment.camera_name,
         foreground_mask=foreground_mask,
         further_cameras=environment.further_cameras,
         state_observations=environment.state_observations,
+        foreground=ForegroundRule(
+            tuple(environment.foreground_include), tuple(environment.foreground_exclude)
+        ),
         seed=seed,
         action_range=environment.action_range,
         kwargs=environment.kwargs,

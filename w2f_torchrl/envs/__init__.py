@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from w2f_torchrl._lazy import lazy_exports
+from w2f_torchrl.envs.drawing import ForegroundRule, validate_distraction
 from w2f_torchrl.envs.renderers import _gl  # noqa: F401  # chooses when dm_control is imported
 from w2f_torchrl.envs.scenery.clip_files import BackgroundError
 from w2f_torchrl.envs.scenery.distractions import (
@@ -21,17 +22,19 @@ from w2f_torchrl.envs.scenery.distractions import (
     ReactiveConfig,
 )
 from w2f_torchrl.envs.scenery.evaluation_sets import EvaluationSet, evaluation_sets
-from w2f_torchrl.envs.tasks import register_env, validate_distraction, validate_task
+from w2f_torchrl.envs.tasks import register_env, validate_task
 
 if TYPE_CHECKING:
     from w2f_torchrl.envs.dm_control import PixelDMControlEnv
     from w2f_torchrl.envs.factory import make_env
+    from w2f_torchrl.envs.gym.task import MujocoTask
 else:
     __getattr__, __dir__ = lazy_exports(
         __name__,
         {
             "dm_control": ("PixelDMControlEnv",),
             "factory": ("make_env",),
+            "gym.task": ("MujocoTask",),
         },
     )
 
@@ -43,6 +46,8 @@ __all__ = [
     "CorruptionConfig",
     "DistractionConfig",
     "EvaluationSet",
+    "ForegroundRule",
+    "MujocoTask",
     "PixelDMControlEnv",
     "ReactiveConfig",
     "evaluation_sets",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,24 +15,23 @@ from tensordict import TensorDict, TensorDictBase
 from torchrl.data import Bounded, Categorical, Composite, Unbounded
 from torchrl.envs import DMControlEnv
 
-from w2f_torchrl.envs._dm_control import Environment, Physics, suite
-from w2f_torchrl.envs.renderers.distracted_rendering import frame_size, make_distracted_renderer
-from w2f_torchrl.envs.renderers.further_cameras import FurtherCameras
-from w2f_torchrl.envs.renderers.rendering import Renderer, SceneRenderer
-from w2f_torchrl.envs.scenery.backgrounds import LazyClips, load_clips, select_clips
-from w2f_torchrl.envs.scenery.distractions import Distraction, DistractionConfig
-from w2f_torchrl.envs.scenery.distractor import Distractor
-from w2f_torchrl.envs.scenery.reactive import ReactiveGrid
-from w2f_torchrl.envs.simulation_state import SimulationState
-from w2f_torchrl.envs.tasks import (
+from w2f_torchrl.envs._dm_control import Environment, suite
+from w2f_torchrl.envs.drawing import (
+    DEFAULT_RULE,
+    ForegroundRule,
     RenderMode,
-    default_camera,
-    validate_camera,
-    validate_distraction,
+    find_camera,
     validate_further_cameras,
-    validate_pixel_settings,
-    validate_task,
 )
+from w2f_torchrl.envs.renderers._gl import require_gl_backend
+from w2f_torchrl.envs.renderers.foreground import Foreground
+from w2f_torchrl.envs.renderers.further_cameras import FurtherCameras
+from w2f_torchrl.envs.renderers.make import Distractions, make_distractor, make_renderer
+from w2f_torchrl.envs.renderers.rendering import Drawing
+from w2f_torchrl.envs.scenery.distractions import Distraction
+from w2f_torchrl.envs.simulation import names_of
+from w2f_torchrl.envs.simulation_state import SimulationState
+from w2f_torchrl.envs.tasks import default_camera, validate_pixel_settings, validate_task
 from w2f_torchrl.keys import MASK
 
 # MuJoCo writes +-1e10 for an actuator without limits.
@@ -45,7 +45,7 @@ class PixelDMControlEnv(DMControlEnv):
 
     - ``pixels``: uint8 [3, H, W] in [0, 255];
     - ``foreground_mask``: bool [1, H, W], True on the agent, on objects and on targets (the rule is
-      :class:`~w2f_torchrl.envs.renderers.foreground.StaticTargets`). With ``render="fast"`` it is
+      :class:`~w2f_torchrl.envs.renderers.foreground.Foreground`). With ``render="fast"`` it is
       exact: all pixels that show foreground and no others. With ``render="reference"`` it is the
       silhouette without multisampling; outline pixels of the image blend both sides;
     - ``action``: float32 [A] in [-1, 1]. Values outside are clipped. For actuators with other
@@ -64,8 +64,8 @@ class PixelDMControlEnv(DMControlEnv):
         env_name: Domain, such as ``"walker"``.
         task_name: Task, such as ``"walk"``.
         image_size: Height H and width W in pixels, at least 16.
-        camera_id: Index of the model's camera; None for the one that follows the agent: 0, or 2
-            for quadruped and for the fetch task of dog.
+        camera_id: Index or name of the model's camera; None for the one that follows the agent: 0,
+            or 2 for quadruped and for the fetch task of dog.
         action_repeat: Control steps per agent step, at least 1.
         render: ``"fast"`` (no multisampling, shadows or reflections) or ``"reference"``
             (as dm_control renders; with distractions, the same without multisampling).
@@ -79,6 +79,7 @@ class PixelDMControlEnv(DMControlEnv):
         foreground_mask: Whether to render ``foreground_mask``.
         further_cameras: Cameras whose pictures are added as ``pixels_camera_N`` uint8 [3, H, W],
             with their masks ``pixels_camera_N_mask``; not with distractions.
+        foreground: Bodies to include and to exclude.
         state_observations: Whether to add the suite's own observations (``position``, ``velocity``,
             ...) as float32 entries; scalars become [1].
         seed: Seed of the task and the distractions; None draws one.
@@ -96,7 +97,7 @@ class PixelDMControlEnv(DMControlEnv):
         task_name: str,
         *,
         image_size: int = 64,
-        camera_id: int | None = None,
+        camera_id: int | str | None = None,
         action_repeat: int = 2,
         render: RenderMode = "fast",
         distraction: Distraction = "none",
@@ -104,23 +105,22 @@ class PixelDMControlEnv(DMControlEnv):
         background_split: str = "train",
         foreground_mask: bool = True,
         further_cameras: Sequence[int] = (),
+        foreground: ForegroundRule = DEFAULT_RULE,
         state_observations: bool = False,
         seed: int | None = None,
         device: torch.device | str | None = "cpu",
     ) -> None:
         validate_task(env_name, task_name)
         validate_pixel_settings(image_size, action_repeat, render)
-        distractions = validate_distraction(distraction, background_source, background_split)
+        distractions = Distractions.parse(distraction, background_source, background_split)
         validate_further_cameras(further_cameras, distractions)
+        drawing = Drawing(image_size, 0, render, foreground_mask, foreground, env_name)
         super().__init__(
             env_name,
             task_name,
-            image_size=image_size,
+            drawing=drawing,
             camera_id=default_camera(env_name, task_name) if camera_id is None else camera_id,
-            render=render,
             distractions=distractions,
-            backgrounds=(background_source, background_split),
-            foreground_mask=foreground_mask,
             further_cameras=further_cameras,
             state_observations=state_observations,
             _seed=seed,
@@ -142,12 +142,9 @@ class PixelDMControlEnv(DMControlEnv):
         env_name: str,
         task_name: str,
         *,
-        image_size: int,
-        camera_id: int,
-        render: RenderMode,
-        distractions: DistractionConfig | None,
-        backgrounds: tuple[str | None, str],
-        foreground_mask: bool,
+        drawing: Drawing,
+        camera_id: int | str,
+        distractions: Distractions | None,
         further_cameras: Sequence[int],
         state_observations: bool,
         _seed: int | None,
@@ -157,33 +154,14 @@ class PixelDMControlEnv(DMControlEnv):
         self._state_observations = state_observations
         self._episode_over = True
         env = suite.load(env_name, task_name, task_kwargs={"random": _seed})
-        for camera in (camera_id, *further_cameras):
-            validate_camera(env_name, camera, env.physics.model.ncam)
-        drawing: dict[str, Any] = {
-            "image_size": image_size,
-            "camera_id": camera_id,
-            "render": render,
-            "foreground_mask": foreground_mask,
-        }
-        self.distractor: Distractor | None = None
-        self._renderer: Renderer
-        if distractions is None:
-            self._renderer = SceneRenderer(env.physics, **drawing)
-        else:
-            self.distractor = make_distractor(
-                distractions,
-                env.physics,
-                backgrounds,
-                image_size=image_size,
-                camera_id=camera_id,
-                render=render,
-                seed=_seed,
-            )
-            self._renderer = make_distracted_renderer(
-                env.physics, self.distractor, domain=env_name, **drawing
-            )
-        self._further = FurtherCameras(env.physics, further_cameras, **drawing)
-        self._distracts_each = distractions.step_unit if distractions is not None else None
+        cameras = names_of(env.physics, "camera")
+        drawing = replace(drawing, camera=find_camera(env_name, camera_id, cameras))
+        further = [find_camera(env_name, camera, cameras) for camera in further_cameras]
+        self._renderer, self.distractor = make_renderer(
+            env.physics, drawing, distractions, seed=_seed
+        )
+        self._further = FurtherCameras(env.physics, further, drawing)
+        self._distracts_each = None if distractions is None else distractions.config.step_unit
         self._action_map = _ActionMap(env)
         self._simulation = SimulationState(env)
         return env
@@ -324,52 +302,42 @@ class PixelDMControlEnv(DMControlEnv):
         super().close(raise_if_closed=raise_if_closed)
 
 
-def make_distractor(
-    config: DistractionConfig,
-    physics: Physics,
-    backgrounds: tuple[str | None, str],
+def validate_simulation(
+    domain: str,
+    task: str,
+    distractions: Distractions | None,
     *,
+    camera_id: int | str | None,
     image_size: int,
-    camera_id: int,
     render: RenderMode,
-    seed: int | None,
-) -> Distractor:
-    """Make the distractions of an env, and decode their videos unless the cache has them.
+    foreground: ForegroundRule,
+) -> None:
+    """Raise errors that workers would raise seconds later, and decode videos once for all.
 
     Args:
-        config: The distractions.
-        physics: The simulation.
-        backgrounds: ``background_source`` and ``background_split``.
-        image_size: Height and width of the env's images, pixels.
-        camera_id: Index of the model's camera.
-        render: How the env renders.
-        seed: The env's seed; None draws one.
+        domain: Domain of the suite.
+        task: One of its tasks.
+        distractions: What distracts, None for nothing.
+        camera_id: Index or name of a camera, None for the usual one.
+        image_size: Height and width of the images, pixels.
+        render: How the envs render.
+        foreground: What is, or is not, foreground.
 
     Raises:
-        ValueError: If a video cannot be read, the camera cannot wander, or the scenery reacts to
-            more action dimensions than there are.
+        ValueError: If the model lacks the camera or a name, a video cannot be read, or a
+            distraction does not suit the model.
+        RuntimeError: If no OpenGL backend works.
     """
-    clips: Sequence[npt.NDArray[np.uint8]] = []
-    reactive, (source, split) = None, backgrounds
-    size = image_size
-    if config.scenery is not None:
-        size = frame_size(
-            physics, config, image_size=image_size, camera_id=camera_id, render=render
-        )
-    if config.background is not None:
-        count = config.background.num_videos
-        if config.background.playback == "in_order":
-            clips = LazyClips(select_clips(source, split, count), size)
-        else:
-            clips = load_clips(source, split, count, size)
-    if config.reactive is not None:
-        actions = int(physics.model.nu)
-        reactive = ReactiveGrid(config.reactive, action_size=actions, size=size, split=split)
-    if seed is None:
-        seed = int(np.random.SeedSequence().generate_state(1)[0])
-    return Distractor(
-        config, physics, camera_id=camera_id, clips=clips, reactive=reactive, seed=seed
-    )
+    require_gl_backend()
+    if camera_id is None and distractions is None and foreground == DEFAULT_RULE:
+        return
+    physics = suite.load(domain, task).physics
+    chosen = default_camera(domain, task) if camera_id is None else camera_id
+    camera = find_camera(domain, chosen, names_of(physics, "camera"))
+    Foreground(physics, foreground)
+    if distractions is not None:
+        drawing = Drawing(image_size, camera, render, domain=domain)
+        make_distractor(physics, drawing, distractions, seed=0)
 
 
 class _ActionMap:

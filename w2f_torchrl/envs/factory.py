@@ -18,18 +18,19 @@ from torchrl.envs import (
     TransformedEnv,
 )
 
-from w2f_torchrl.envs._dm_control import suite
 from w2f_torchrl.envs.actions import action_transform
-from w2f_torchrl.envs.dm_control import PixelDMControlEnv, make_distractor
-from w2f_torchrl.envs.renderers._gl import require_gl_backend
-from w2f_torchrl.envs.scenery.distractions import Distraction, DistractionConfig
-from w2f_torchrl.envs.tasks import (
+from w2f_torchrl.envs.dm_control import PixelDMControlEnv, validate_simulation
+from w2f_torchrl.envs.drawing import (
+    DEFAULT_RULE,
+    ForegroundRule,
     RenderMode,
-    default_camera,
+)
+from w2f_torchrl.envs.renderers.make import Distractions
+from w2f_torchrl.envs.scenery.distractions import Distraction
+from w2f_torchrl.envs.tasks import (
     registered_factory,
+    takes_distractions,
     validate_action_range,
-    validate_camera,
-    validate_distraction,
     validate_integer,
     validate_kwargs,
     validate_pixel_settings,
@@ -37,34 +38,6 @@ from w2f_torchrl.envs.tasks import (
 )
 from w2f_torchrl.utils.main_guard import require_main_guard
 from w2f_torchrl.utils.seeding import derive_seed
-
-
-def _validate_simulation(
-    domain: str,
-    task: str,
-    distractions: DistractionConfig | None,
-    backgrounds: tuple[str | None, str],
-    *,
-    camera_id: int | None,
-    image_size: int,
-    render: RenderMode,
-) -> None:
-    """Raise errors that workers would raise seconds later, and decode videos once for all."""
-    require_gl_backend()
-    if camera_id is None and distractions is None:
-        return
-    physics = suite.load(domain, task).physics
-    validate_camera(domain, camera_id, physics.model.ncam)
-    if distractions is not None:
-        make_distractor(
-            distractions,
-            physics,
-            backgrounds,
-            image_size=image_size,
-            camera_id=default_camera(domain, task) if camera_id is None else camera_id,
-            render=render,
-            seed=0,
-        )
 
 
 def _validate_task(
@@ -95,10 +68,11 @@ def make_env(
     background_source: str | None = None,
     background_split: str = "train",
     device: torch.device | str = "cpu",
-    camera_id: int | None = None,
+    camera_id: int | str | None = None,
     foreground_mask: bool = True,
     further_cameras: Sequence[int] = (),
     state_observations: bool = False,
+    foreground: ForegroundRule = DEFAULT_RULE,
     action_range: Sequence[float] | None = None,
     kwargs: Mapping[str, Any] | None = None,
 ) -> TransformedEnv:
@@ -126,10 +100,14 @@ def make_env(
         background_split: Which of its clips, or which colours of scenery that reacts: ``"train"``
             or ``"val"``.
         device: Device of the tensors.
-        camera_id: Index of the model's camera, None for the domain's usual one.
+        camera_id: Index or name of the model's camera, None for the usual one of the domain, or of
+            the env.
         foreground_mask: Whether to render ``foreground_mask``.
         further_cameras: Further cameras of a Control Suite task, see :class:`PixelDMControlEnv`.
         state_observations: Whether to add the Control Suite's own observations.
+        foreground: Bodies that are, or are not, foreground against the default rule
+            (:class:`~w2f_torchrl.envs.ForegroundRule`); of the Control Suite and of Gymnasium's
+            envs that hold a MuJoCo simulation.
         action_range: Lowest and highest action of a registered env whose spec has no limits; None
             if it has.
         kwargs: Further arguments of ``gymnasium.make`` or of a registered factory.
@@ -152,24 +130,24 @@ def make_env(
     if num_envs > 1:
         require_main_guard(f"make_env(num_envs={num_envs})")
     validate_integer("seed", seed, 0)
-    clips = background_source, background_split
-    distractions = validate_distraction(distraction, background_source, background_split)
+    distractions = Distractions.parse(distraction, background_source, background_split)
     _validate_task(domain, task, kwargs or {}, action_range)
     pixels: dict[str, Any] = {"image_size": image_size, "camera_id": camera_id, "render": render}
     further: dict[str, Any] = {"state_observations": state_observations}
     further["further_cameras"] = further_cameras
+    changes = _changes(domain, distractions, foreground)
     if (registered := registered_factory(domain)) is None:
-        _validate_simulation(domain, task, distractions, clips, **pixels)
+        validate_simulation(domain, task, distractions, foreground=foreground, **pixels)
     else:
-        _validate_registered(domain, distraction, further)
-    if distractions is not None:
-        pixels |= _distract(distractions, *clips)
+        _validate_registered(domain, further)
+        changes = {"changes": changes} if changes else {}
     make_one = partial(
         registered or partial(PixelDMControlEnv, domain, **further),
         task,
         action_repeat=action_repeat,
         foreground_mask=foreground_mask,
         **pixels,
+        **changes,
         **(kwargs or {}),
     )
     env = _one_or_batch(make_one, num_envs, seed, device)
@@ -178,12 +156,7 @@ def make_env(
     return TransformedEnv(env, Compose(*scaling, InitTracker(), RewardSum(), StepCounter()))
 
 
-def _validate_registered(domain: str, distraction: Distraction, further: dict[str, Any]) -> None:
-    if distraction != "none":
-        raise ValueError(
-            f"distraction is {distraction!r}: must be 'none' for the domain {domain!r}, whose "
-            "factory renders its own images."
-        )
+def _validate_registered(domain: str, further: dict[str, Any]) -> None:
     if any(further.values()):
         raise ValueError(
             f"{further} must be empty and false for the domain {domain!r}: its spec says what it "
@@ -191,12 +164,25 @@ def _validate_registered(domain: str, distraction: Distraction, further: dict[st
         )
 
 
-def _distract(distractions: DistractionConfig, source: str | None, split: str) -> dict[str, Any]:
-    return {
-        "distraction": distractions,
-        "background_source": source,
-        "background_split": split,
-    }
+def _changes(
+    domain: str, distractions: Distractions | None, foreground: ForegroundRule
+) -> dict[str, Any]:
+    """Return the arguments of an env that change its pictures and masks, if there are any."""
+    found: dict[str, Any] = {}
+    if foreground != DEFAULT_RULE:
+        found["foreground"] = foreground
+    if distractions is not None:
+        found["distraction"] = distractions.config
+        found["background_source"] = distractions.source
+        found["background_split"] = distractions.split
+    if found and not takes_distractions(domain):
+        name, value = next(iter(found.items()))
+        allowed = {"foreground": "the default rule", "distraction": "'none'"}[name]
+        raise ValueError(
+            f"{name} is {value!r}: must be {allowed} for the domain {domain!r}, whose factory "
+            "renders its own images."
+        )
+    return found
 
 
 def _action_transform_or_close(

@@ -15,7 +15,7 @@ Array = npt.NDArray[Any]
 
 # Parts of a model that are large and that no task changes.
 _CONSTANT = ("mesh_", "skin_", "tex_", "bvh_", "oct_", "names", "text_", "paths", "flex_")
-_STATE = mujoco.mjtState.mjSTATE_INTEGRATION
+INTEGRATION = mujoco.mjtState.mjSTATE_INTEGRATION
 _COUNTERS = ("_step_count", "_reset_next_step")
 
 
@@ -35,17 +35,14 @@ class SimulationState:
         self._model = {name: array.copy() for name, array in self._model_arrays().items()}
 
     def _model_arrays(self) -> dict[str, Array]:
-        model = self._env.physics.model.ptr
-        names = (n for n in dir(model) if not n.startswith(("__", *_CONSTANT)))
-        values = ((name, getattr(model, name)) for name in names)
-        return {n: v for n, v in values if isinstance(v, np.ndarray) and v.flags.writeable}
+        return model_arrays(self._env.physics.model.ptr)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as plain values and tensors."""
         physics, task = self._env.physics, self._env.task
-        size = mujoco.mj_stateSize(physics.model.ptr, _STATE)
+        size = mujoco.mj_stateSize(physics.model.ptr, INTEGRATION)
         integration = np.empty(size)
-        mujoco.mj_getState(physics.model.ptr, physics.data.ptr, integration, _STATE)
+        mujoco.mj_getState(physics.model.ptr, physics.data.ptr, integration, INTEGRATION)
         return {
             "integration": torch.from_numpy(integration),
             "model": {
@@ -64,7 +61,7 @@ class SimulationState:
             ValueError: If the state belongs to another model.
         """
         physics = self._env.physics
-        size = mujoco.mj_stateSize(physics.model.ptr, _STATE)
+        size = mujoco.mj_stateSize(physics.model.ptr, INTEGRATION)
         if len(state["integration"]) != size:
             raise ValueError(
                 f"the state has {len(state['integration'])} numbers, but this model's has {size}: "
@@ -74,13 +71,20 @@ class SimulationState:
             changed = state["model"].get(name)
             array[...] = self._model[name] if changed is None else changed.numpy()
         integration = state["integration"].numpy()
-        mujoco.mj_setState(physics.model.ptr, physics.data.ptr, integration, _STATE)
+        mujoco.mj_setState(physics.model.ptr, physics.data.ptr, integration, INTEGRATION)
         # Recompute what follows from positions and velocities, such as contacts and camera poses:
         # dm_control ends each of its steps with this.
         mujoco.mj_step1(physics.model.ptr, physics.data.ptr)
         unpack(state["task"], vars(self._env.task))
         for name in _COUNTERS:
             setattr(self._env, name, state["environment"][name])
+
+
+def model_arrays(model: mujoco.MjModel) -> dict[str, Array]:
+    """Return the arrays of a model that a task may change, by name."""
+    names = (n for n in dir(model) if not n.startswith(("__", *_CONSTANT)))
+    values = ((name, getattr(model, name)) for name in names)
+    return {n: v for n, v in values if isinstance(v, np.ndarray) and v.flags.writeable}
 
 
 def pack(attributes: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any
 
+from w2f_torchrl.envs.drawing import RENDER_MODES as RENDER_MODES
+from w2f_torchrl.envs.drawing import RenderMode as RenderMode
+from w2f_torchrl.envs.drawing import validate_distraction as validate_distraction
 from w2f_torchrl.envs.gym.tasks import (
     DOMAIN,
     make_gym,
     validate_gym_settings,
     validate_gym_task,
 )
-from w2f_torchrl.envs.scenery.backgrounds import SPLITS, select_clips, validate_split
-from w2f_torchrl.envs.scenery.distractions import Distraction, DistractionConfig, parse_distraction
 from w2f_torchrl.envs.suite_tasks import TASKS_BY_DOMAIN
 from w2f_torchrl.utils.checks import check_number
 
 if TYPE_CHECKING:
     from torchrl.envs import EnvBase
 
-RenderMode = Literal["fast", "reference"]
-RENDER_MODES: tuple[str, ...] = get_args(RenderMode)
-
 MIN_IMAGE_SIZE = 16
 MAX_IMAGE_SIZE = 1024
+
 
 EnvFactory = Callable[..., "EnvBase"]
 
@@ -51,9 +50,9 @@ def register_env(domain: str, factory: EnvFactory) -> None:
     ValueError for a task or a setting that it does not support. Batches call it in worker
     processes, so it must be importable from a module.
 
-    If the env has ``resume_state()``, which returns plain values and tensors, and
-    ``load_resume_state(state)``, a resumed run continues within its episodes; otherwise it starts
-    new ones.
+    If the env has ``resume_state()``, which returns plain values and tensors (None if it cannot),
+    and ``load_resume_state(state)``, a resumed run continues within its episodes; otherwise it
+    starts new ones.
 
     ``environment.kwargs`` are further arguments of the factory, by name.
 
@@ -77,6 +76,14 @@ def register_env(domain: str, factory: EnvFactory) -> None:
 def registered_factory(domain: str) -> EnvFactory | None:
     """Return the factory of a domain outside the Control Suite, None for the suite's domains."""
     return _REGISTRY.get(domain) or _BUILTIN.get(domain)
+
+
+def takes_distractions(domain: str) -> bool:
+    """Return whether envs of a domain may be distracted: all but those of registered factories.
+
+    Of Gymnasium's, only those that hold a MuJoCo simulation can, which is seen when one is made.
+    """
+    return registered_factory(domain) is None or domain == DOMAIN
 
 
 def validate_task(domain: str, task: str) -> None:
@@ -180,76 +187,6 @@ def validate_action_range(action_range: Sequence[float]) -> None:
         check_number(name, number)
     if len(action_range) != 2 or not action_range[0] < action_range[1]:
         raise ValueError(f"{name}={list(action_range)} must be [lowest, highest], or null.")
-
-
-def validate_distraction(
-    distraction: Distraction, background_source: str | None, background_split: str
-) -> DistractionConfig | None:
-    """Check the distractions, and that enough videos exist. No video is decoded.
-
-    Args:
-        distraction: See :func:`~w2f_torchrl.envs.scenery.distractions.parse_distraction`.
-        background_source: Source of the videos; None for the procedural ones.
-        background_split: ``"train"``, ``"val"`` or, for videos, ``"all"``.
-
-    Returns:
-        The distractions, None for none.
-
-    Raises:
-        ValueError: If a setting is not allowed; names it, its value and what is allowed.
-    """
-    validate_split(background_split)
-    config = parse_distraction(distraction)
-    if config is not None and config.reactive is not None and background_split not in SPLITS:
-        raise ValueError(
-            f"background_split is {background_split!r}: must be one of {', '.join(SPLITS)} for "
-            "scenery that reacts."
-        )
-    if config is not None and config.background is not None:
-        select_clips(background_source, background_split, config.background.num_videos)
-    elif background_source is not None:
-        raise ValueError(
-            f"background_source is {background_source!r}: must be None, since "
-            f"distraction={distraction!r} shows no video."
-        )
-    return config
-
-
-def validate_camera(domain: str, camera_id: int | None, cameras: int) -> None:
-    """Check a camera's index against the number of cameras that a model has.
-
-    Args:
-        domain: The model's name, for the message.
-        camera_id: What the user gave; None for the default.
-        cameras: Number of cameras of the model.
-
-    Raises:
-        ValueError: If the model does not have the camera.
-    """
-    if camera_id is None:
-        return
-    if isinstance(camera_id, bool) or camera_id not in range(cameras):
-        raise ValueError(f"camera_id is {camera_id!r}: {domain} has cameras 0 to {cameras - 1}.")
-
-
-def validate_further_cameras(cameras: Sequence[int], distraction: object) -> None:
-    """Check the cameras that are drawn in addition to the env's own.
-
-    Args:
-        cameras: Their indices.
-        distraction: The env's distractions; None without.
-
-    Raises:
-        ValueError: If there are distractions, which only the env's own camera shows, or one camera
-            comes twice.
-    """
-    if cameras and distraction is not None:
-        raise ValueError(
-            f"further_cameras={list(cameras)} must be empty with distractions, which only the "
-            "env's own camera shows."
-        )
-    if len(set(cameras)) < len(cameras):
-        raise ValueError(f"further_cameras={list(cameras)} must be different cameras.")
 
 
 def default_camera(domain: str, task: str) -> int:

@@ -44,8 +44,11 @@ class ResumableCollector(Collector):
         envs = [_innermost(env) for env in self._envs()]
         if not all(hasattr(env, "resume_state") for env in envs):
             return None
+        states = [env.resume_state() for env in envs]
+        if None in states:
+            return None
         state = {
-            "envs": [env.resume_state() for env in envs],
+            "envs": states,
             "carrier": self._carrier.to_dict(),
             "random": random_state(),
         }

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     import torch
@@ -34,8 +35,11 @@ def validate_gym_task(task: str) -> None:
         os.environ.setdefault(name, value)
     import gymnasium
 
+    module, _, name = task.rpartition(":")
     try:
-        gymnasium.spec(task)
+        if module:
+            importlib.import_module(module)
+        gymnasium.spec(name)
     except (gymnasium.error.Error, ImportError) as error:
         raise ValueError(
             f"environment.task={task!r} is no id of Gymnasium: {error} An env of another package "
@@ -52,7 +56,7 @@ def validate_gym_settings(kwargs: Mapping[str, Any]) -> None:
     Raises:
         ValueError: If one is the run's own affair.
     """
-    for name in ("id", "render_mode"):
+    for name in ("id", "render_mode", "changes"):
         if name in kwargs:
             raise ValueError(
                 f"environment.kwargs={dict(kwargs)}: {name} is set by the run; leave it out."
@@ -64,11 +68,12 @@ def make_gym(
     *,
     image_size: int,
     action_repeat: int,
-    render: str,
-    camera_id: int | None,
+    render: Literal["fast", "reference"],
+    camera_id: int | str | None,
     foreground_mask: bool,
     seed: int | None,
     device: torch.device | str,
+    changes: Mapping[str, Any] | None = None,
     **arguments: Any,
 ) -> EnvBase:
     """Make one env, as :func:`~w2f_torchrl.envs.register_env` describes.
@@ -77,11 +82,12 @@ def make_gym(
         task: An id of Gymnasium.
         image_size: As all of the following, see :class:`~w2f_torchrl.envs.gym.env.PixelGymEnv`.
         action_repeat: Control steps per agent step.
-        render: ``"fast"``.
-        camera_id: Camera of an env that takes one.
-        foreground_mask: Whether to return the mask, if the env has one.
+        render: ``"fast"`` or ``"reference"``.
+        camera_id: Camera of a simulation, or of an env that takes one.
+        foreground_mask: Whether to return the mask, if there is one.
         seed: Seed of the first episode.
         device: Device of the tensors.
+        changes: ``distraction``, ``background_source``, ``background_split`` and ``foreground``.
         **arguments: Further ones of ``gymnasium.make``.
     """
     validate_gym_task(task)
@@ -97,4 +103,5 @@ def make_gym(
         seed=seed,
         device=device,
         arguments=arguments,
+        **(changes or {}),
     )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
 
 import mujoco
 import numpy as np
@@ -13,13 +12,12 @@ import numpy.typing as npt
 
 from w2f_torchrl.envs.renderers._gl import require_gl_backend
 from w2f_torchrl.envs.renderers.corruption import CorruptedRenderer
-from w2f_torchrl.envs.renderers.foreground import BoolArray, StaticTargets
-from w2f_torchrl.envs.renderers.rendering import Renderer, SceneRenderer
+from w2f_torchrl.envs.renderers.foreground import BoolArray, Foreground
+from w2f_torchrl.envs.renderers.rendering import Drawing, Renderer, SceneRenderer
 from w2f_torchrl.envs.renderers.scene import (
     ALL,
     FAST,
     SHARP,
-    STATIC,
     FloatArray,
     Quality,
     RenderContext,
@@ -35,100 +33,75 @@ from w2f_torchrl.envs.renderers.textured_rendering import (
 )
 from w2f_torchrl.envs.scenery.distractions import DistractionConfig
 from w2f_torchrl.envs.scenery.distractor import Distractor
-from w2f_torchrl.envs.tasks import RenderMode
-
-if TYPE_CHECKING:
-    from dm_control.mujoco import Physics
+from w2f_torchrl.envs.simulation import Simulation, field_of_view, names_of
 
 _HIDDEN_GROUP = 5
+_UPRIGHT = 0.7
+"""Minimum cosine between a floor's normal and the vertical."""
 
 
-def is_composite(config: DistractionConfig, render: RenderMode) -> bool:
+def is_composite(config: DistractionConfig, drawing: Drawing) -> bool:
     """Return whether a background is fixed to the screen, and not on the sky box."""
     background = config.background
-    return render == "fast" or (background is not None and background.replaces != "scenery")
+    return (
+        drawing.render == "fast"
+        or drawing.domain is None
+        or (background is not None and background.replaces != "scenery")
+    )
 
 
-def frame_size(
-    physics: Physics,
-    config: DistractionConfig,
-    *,
-    image_size: int,
-    camera_id: int,
-    render: RenderMode,
-) -> int:
+def frame_size(simulation: Simulation, config: DistractionConfig, drawing: Drawing) -> int:
     """Return the side of a background's frames, pixels, as far as an image can resolve them.
 
     A composite shows a frame unchanged. The sky box stretches it over 90 degrees, of which the
     camera sees its field of view. OpenGL halves the reference's 800 x 800 texels until they match
     the image's resolution; the frame starts at that size.
     """
-    if is_composite(config, render):
-        return image_size
-    field_of_view = math.radians(float(physics.model.cam_fovy[camera_id]))
-    needed = image_size / math.tan(field_of_view / 2)
-    size = int(physics.model.tex_width[sky_texture(physics)])
+    if is_composite(config, drawing):
+        return drawing.image_size
+    needed = drawing.image_size / math.tan(field_of_view(simulation, drawing.camera) / 2)
+    size = int(simulation.model.tex_width[sky_texture(simulation)])
     while size % 2 == 0 and size // 2 >= needed:
         size //= 2
     return size
 
 
 def make_distracted_renderer(
-    physics: Physics,
-    distractor: Distractor,
-    *,
-    image_size: int,
-    camera_id: int,
-    domain: str,
-    render: RenderMode,
-    foreground_mask: bool,
+    simulation: Simulation, distractor: Distractor, drawing: Drawing
 ) -> Renderer:
     """Make the renderer of a simulation with distractions.
 
     Args:
-        physics: The simulation.
+        simulation: The simulation.
         distractor: Its distractions.
-        image_size: Height and width in pixels.
-        camera_id: Index of the model's camera.
-        domain: The suite's domain, which decides how opaque the floor is.
-        render: ``"fast"`` lays the agent over the background's frame; ``"reference"`` puts it on
-            the sky box and renders shadows and reflections. Neither multisamples, so that the mask
-            is exact.
-        foreground_mask: Whether to render the mask too.
+        drawing: How to render. ``"fast"`` lays the agent over the background's frame;
+            ``"reference"`` puts it on the sky box of the suite's models, and renders shadows and
+            reflections. Neither multisamples, so that the mask is exact.
     """
-    settings: dict[str, Any] = {"image_size": image_size, "camera_id": camera_id}
-    renderer = _clear_renderer(physics, distractor, domain, render, foreground_mask, settings)
+    renderer = _clear_renderer(simulation, distractor, drawing)
     if distractor.corruption is None:
         return renderer
     return CorruptedRenderer(renderer, distractor.corruption)
 
 
-def _clear_renderer(
-    physics: Physics,
-    distractor: Distractor,
-    domain: str,
-    render: RenderMode,
-    foreground_mask: bool,
-    settings: dict[str, Any],
-) -> Renderer:
+def _clear_renderer(simulation: Simulation, distractor: Distractor, drawing: Drawing) -> Renderer:
     scenery = distractor.config.scenery
-    quality = FAST if render == "fast" else SHARP
-    if scenery is not None and is_composite(distractor.config, render):
+    quality = FAST if drawing.render == "fast" else SHARP
+    if scenery is not None and is_composite(distractor.config, drawing):
         return CompositeRenderer(
-            physics,
+            simulation,
             distractor,
-            scenery.alpha(domain),
-            foreground_mask,
+            drawing,
+            scenery.alpha(drawing.domain),
             quality=quality,
             keep_rest=getattr(scenery, "replaces", "scenery") != "scenery",
-            **settings,
         )
-    scene = SceneRenderer(physics, foreground_mask=foreground_mask, quality=quality, **settings)
+    scene = SceneRenderer(simulation, drawing, quality=quality)
     if distractor.palette is not None:
-        return PaletteRenderer(scene, distractor, physics)
+        return PaletteRenderer(scene, distractor, simulation)
     if scenery is None:
         return DistractedRenderer(scene, distractor)
-    return SkyBoxRenderer(scene, distractor, physics, scenery.alpha(domain))
+    return SkyBoxRenderer(scene, distractor, simulation, scenery.alpha(drawing.domain))
 
 
 class CompositeRenderer:
@@ -140,49 +113,52 @@ class CompositeRenderer:
     if its opacity is 0.
 
     Args:
-        physics: The simulation.
+        simulation: The simulation.
         distractor: Its distractions, with a background whose frames have the image's size.
+        drawing: How to render.
         ground_alpha: Opacity of the floor, in [0, 1].
-        foreground_mask: Whether :meth:`draw` returns the mask.
         quality: Quality without multisampling.
         keep_rest: Whether to keep the scenery that is neither sky nor floor; the floor must be
             opaque or left out.
-        image_size: Height and width in pixels.
-        camera_id: Index of the model's camera.
     """
 
     def __init__(
         self,
-        physics: Physics,
+        simulation: Simulation,
         distractor: Distractor,
+        drawing: Drawing,
         ground_alpha: float,
-        foreground_mask: bool,
         *,
         quality: Quality = FAST,
         keep_rest: bool = False,
-        image_size: int,
-        camera_id: int,
     ) -> None:
         require_gl_backend()
-        self.image_size, self.foreground_mask = image_size, foreground_mask
+        self.image_size, self.foreground_mask = drawing.image_size, drawing.foreground_mask
+        image_size = drawing.image_size
         self._distractor = distractor
         self._alpha = np.float32(1.0 if keep_rest else ground_alpha)
-        self._model = physics.model
-        self._context = RenderContext(physics, image_size, quality)
-        self._everything = self._view(physics, camera_id, quality)
-        static = ground_alpha > 0 or keep_rest
-        self._floor = self._view(physics, camera_id, quality) if static else None
-        self._targets = StaticTargets(physics)
+        self._model = simulation.model
+        self._context = RenderContext(
+            simulation, image_size, quality, shared=drawing.domain is None
+        )
+        self._everything = self._view(simulation, drawing, quality)
+        self._foreground = Foreground(simulation, drawing.rule)
+        rest = ground_alpha > 0 or keep_rest or not self._foreground.all_that_moves
+        self._floor = self._view(simulation, drawing, quality) if rest else None
+        floors = _floors(simulation, suite=drawing.domain is not None)
         self._scenery = _scenery(
-            physics, self._targets, keep_floor=ground_alpha > 0, keep_rest=keep_rest
+            simulation,
+            self._foreground,
+            kept=np.where(floors, ground_alpha > 0, keep_rest),
+            keep_sites=keep_rest,
         )
         self._pixels: UInt8Array = np.empty((image_size, image_size, 3), dtype=np.uint8)
         self._nearness: FloatArray = np.empty((image_size, image_size), dtype=np.float32)
         self._floor_nearness = np.zeros_like(self._nearness)
 
     @staticmethod
-    def _view(physics: Physics, camera_id: int, quality: Quality) -> SceneView:
-        view = SceneView(physics, camera_id, quality, hidden_group=_HIDDEN_GROUP)
+    def _view(simulation: Simulation, drawing: Drawing, quality: Quality) -> SceneView:
+        view = SceneView(simulation, drawing.camera, quality, hidden_group=_HIDDEN_GROUP)
         view.leave_out_sky()
         return view
 
@@ -192,8 +168,7 @@ class CompositeRenderer:
             self._everything.update(ALL)
             self._context.draw(self._everything.scene, self._pixels, self._nearness)
             if self._floor is not None:
-                self._floor.update(STATIC)
-                self._floor.hide(self._targets)
+                self._floor.update_background(self._foreground)
                 self._context.draw(self._floor.scene, None, self._floor_nearness)
         # OpenGL's first row is the bottom one. Without a floor, its nearness is 0, the far end.
         pixels, floor = self._pixels[::-1], self._floor_nearness[::-1]
@@ -235,25 +210,31 @@ IndexArray = npt.NDArray[np.intp]
 
 
 def _scenery(
-    physics: Physics, targets: StaticTargets, *, keep_floor: bool, keep_rest: bool
+    simulation: Simulation, foreground: Foreground, *, kept: BoolArray, keep_sites: bool
 ) -> tuple[IndexArray, IndexArray]:
     """Return the indices of the geoms and sites to hide: neither foreground nor kept."""
-    model = physics.model
-    floors = (mujoco.mjtGeom.mjGEOM_PLANE, mujoco.mjtGeom.mjGEOM_HFIELD)
-    materials = [model.id2name(index, "material") for index in range(model.nmat)]
-
-    def is_floor(geom: int) -> bool:
-        if int(model.geom_type[geom]) not in floors:
-            return False
-        material = int(model.geom_matid[geom])
-        return material < 0 or materials[material] == FLOOR_MATERIAL
-
-    def hidden(kind: mujoco.mjtObj, bodies: npt.NDArray[np.int32]) -> list[int]:
-        still = np.flatnonzero(np.asarray(model.body_weldid)[bodies] == 0)
-        return [index for index in still.tolist() if not targets(int(kind), index)]
-
-    geoms = hidden(mujoco.mjtObj.mjOBJ_GEOM, np.asarray(model.geom_bodyid))
-    geoms = [index for index in geoms if not (keep_floor if is_floor(index) else keep_rest)]
-    sites = hidden(mujoco.mjtObj.mjOBJ_SITE, np.asarray(model.site_bodyid))
-    sites = [] if keep_rest else sites
+    model, kinds = simulation.model, mujoco.mjtObj
+    geoms = [i for i in range(model.ngeom) if not (kept[i] or foreground(kinds.mjOBJ_GEOM, i))]
+    sites = [i for i in range(model.nsite) if not (keep_sites or foreground(kinds.mjOBJ_SITE, i))]
     return np.array(geoms, dtype=np.intp), np.array(sites, dtype=np.intp)
+
+
+def _floors(simulation: Simulation, *, suite: bool) -> BoolArray:
+    """Return which geoms are floors, bool [ngeom].
+
+    In the suite's models that is what has the floor's material, or none. In others it is terrain,
+    and every plane that points upwards.
+    """
+    model = simulation.model
+    geom_type = np.asarray(model.geom_type)
+    planes = geom_type == mujoco.mjtGeom.mjGEOM_PLANE
+    terrain = geom_type == mujoco.mjtGeom.mjGEOM_HFIELD
+    if suite:
+        materials = names_of(simulation, "material")
+        floor = [m < 0 or materials[m] == FLOOR_MATERIAL for m in model.geom_matid]
+        in_suite: BoolArray = (planes | terrain) & np.array(floor, dtype=np.bool_)
+        return in_suite
+    data = mujoco.MjData(model.ptr)
+    mujoco.mj_kinematics(model.ptr, data)
+    found: BoolArray = terrain | (planes & (data.geom_xmat[:, 8] > _UPRIGHT))
+    return found

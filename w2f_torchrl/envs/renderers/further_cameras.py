@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
 
 import torch
 from torchrl.data import Bounded, Categorical, Composite
 
-from w2f_torchrl.envs.renderers.rendering import SceneRenderer
+from w2f_torchrl.envs.renderers.rendering import Drawing, SceneRenderer
+from w2f_torchrl.envs.simulation import Simulation
 from w2f_torchrl.keys import mask_of
-
-if TYPE_CHECKING:
-    from dm_control.mujoco import Physics
 
 
 def camera_key(camera_id: int) -> str:
@@ -24,14 +22,14 @@ class FurtherCameras:
     """Draw further cameras of a simulation, each with its own mask.
 
     Args:
-        physics: The simulation.
+        simulation: The simulation.
         camera_ids: Indices of the model's cameras; none makes this do nothing.
-        **drawing: Of :class:`~w2f_torchrl.envs.renderers.rendering.SceneRenderer`.
+        drawing: How to draw them, but for the camera.
     """
 
-    def __init__(self, physics: Physics, camera_ids: Sequence[int], **drawing: Any) -> None:
+    def __init__(self, simulation: Simulation, camera_ids: Sequence[int], drawing: Drawing) -> None:
         self._renderers = {
-            camera_key(camera): SceneRenderer(physics, **drawing | {"camera_id": camera})
+            camera_key(camera): SceneRenderer(simulation, replace(drawing, camera=camera))
             for camera in camera_ids
         }
 

@@ -1,28 +1,26 @@
-"""Small, cheap images of a dm_control simulation, with the simulator's foreground mask."""
+"""Small, cheap images of a MuJoCo simulation, with the simulator's foreground mask."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 
+from w2f_torchrl.envs.drawing import DEFAULT_RULE, ForegroundRule, RenderMode
 from w2f_torchrl.envs.renderers._gl import require_gl_backend
-from w2f_torchrl.envs.renderers.foreground import BoolArray, StaticTargets
+from w2f_torchrl.envs.renderers.foreground import BoolArray, Foreground
 from w2f_torchrl.envs.renderers.scene import (
     ALL,
     FAST,
     FULL,
-    STATIC,
     FloatArray,
     Quality,
     RenderContext,
     SceneView,
     UInt8Array,
 )
-from w2f_torchrl.envs.tasks import RenderMode
-
-if TYPE_CHECKING:
-    from dm_control.mujoco import Physics
+from w2f_torchrl.envs.simulation import Camera, Simulation
 
 
 class Renderer(Protocol):
@@ -41,6 +39,29 @@ class Renderer(Protocol):
         """Free OpenGL's resources."""
 
 
+@dataclass(frozen=True)
+class Drawing:
+    """How an env is drawn.
+
+    Attributes:
+        image_size: Height and width in pixels.
+        camera: Camera to look through.
+        render: ``"fast"`` renders without multisampling, shadows and reflections; ``"reference"``
+            uses the model's own quality, as ``physics.render`` does.
+        foreground_mask: Whether to render the mask too.
+        rule: Which bodies are foreground.
+        domain: The Control Suite's domain, which decides what is floor and how opaque; None for
+            other models.
+    """
+
+    image_size: int
+    camera: Camera
+    render: RenderMode = "fast"
+    foreground_mask: bool = True
+    rule: ForegroundRule = DEFAULT_RULE
+    domain: str | None = None
+
+
 class SceneRenderer:
     """Render one camera of a simulation at one size.
 
@@ -53,34 +74,23 @@ class SceneRenderer:
     pass would render everything twice, and label objects behind a transparent surface wrongly.
 
     Args:
-        physics: The simulation.
-        image_size: Height and width in pixels.
-        camera_id: Index of the model's camera.
-        render: ``"fast"`` renders without multisampling, shadows and reflections; ``"reference"``
-            uses the model's own quality, as ``physics.render`` does.
-        foreground_mask: Whether :meth:`draw` returns the mask too.
-        quality: Overrides the quality implied by ``render``.
+        simulation: The simulation.
+        drawing: How to render it.
+        quality: Overrides the quality implied by ``drawing.render``.
 
     Raises:
         RuntimeError: If no OpenGL backend works; the message says how to install one.
     """
 
     def __init__(
-        self,
-        physics: Physics,
-        *,
-        image_size: int,
-        camera_id: int,
-        render: RenderMode = "fast",
-        foreground_mask: bool = True,
-        quality: Quality | None = None,
+        self, simulation: Simulation, drawing: Drawing, *, quality: Quality | None = None
     ) -> None:
         require_gl_backend()
-        self.image_size = image_size
-        self.foreground_mask = foreground_mask
-        quality = quality or (FULL if render == "reference" else FAST)
-        self.context = RenderContext(physics, image_size, quality)
-        self._everything = SceneView(physics, camera_id, quality)
+        self.image_size = image_size = drawing.image_size
+        self.foreground_mask = foreground_mask = drawing.foreground_mask
+        quality = quality or (FULL if drawing.render == "reference" else FAST)
+        self.context = RenderContext(simulation, image_size, quality, shared=drawing.domain is None)
+        self._everything = SceneView(simulation, drawing.camera, quality)
         self._pixels: UInt8Array = np.empty((image_size, image_size, 3), dtype=np.uint8)
         self._nearness: FloatArray = np.empty((image_size, image_size), dtype=np.float32)
         self._background_nearness = np.empty_like(self._nearness)
@@ -88,10 +98,10 @@ class SceneRenderer:
         self._silhouette: SceneRenderer | None = None
         if foreground_mask and quality.multisamples is None:
             # Multisampling mixes the depths along an outline, so the mask is rendered without it.
-            self._silhouette = SceneRenderer(physics, image_size=image_size, camera_id=camera_id)
+            self._silhouette = SceneRenderer(simulation, replace(drawing, render="fast"))
         elif foreground_mask:
-            self._background = SceneView(physics, camera_id, FAST)
-            self._targets = StaticTargets(physics)
+            self._background = SceneView(simulation, drawing.camera, FAST)
+            self._foreground = Foreground(simulation, drawing.rule)
 
     def draw(self) -> tuple[UInt8Array, BoolArray | None]:
         """Render the simulation's present state.
@@ -109,8 +119,7 @@ class SceneRenderer:
         return pixels, None if self._background is None else self._draw_mask(self._background)
 
     def _draw_mask(self, background: SceneView) -> BoolArray:
-        background.update(STATIC)
-        background.hide(self._targets)
+        background.update_background(self._foreground)
         self.context.draw(background.scene, None, self._background_nearness)
         mask: BoolArray = (self._nearness > self._background_nearness)[np.newaxis, ::-1]
         return np.ascontiguousarray(mask)

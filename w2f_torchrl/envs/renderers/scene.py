@@ -5,17 +5,15 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
 import mujoco
 import numpy as np
 import numpy.typing as npt
 
 from w2f_torchrl.envs._dm_control import _render, wrapper
-from w2f_torchrl.envs.renderers.foreground import StaticTargets
-
-if TYPE_CHECKING:
-    from dm_control.mujoco import Physics
+from w2f_torchrl.envs.renderers.foreground import Foreground
+from w2f_torchrl.envs.simulation import Camera, FreeCamera, Simulation
 
 UInt8Array = npt.NDArray[np.uint8]
 FloatArray = npt.NDArray[np.float32]
@@ -52,27 +50,26 @@ class SceneView:
     """The view of one camera on some categories of objects.
 
     Args:
-        physics: The simulation.
-        camera_id: Index of the model's camera.
+        simulation: The simulation.
+        camera: Camera to look through.
         quality: Effects of the scene.
         hidden_group: A group of geoms and sites to hide; None renders the same as MuJoCo.
     """
 
     def __init__(
         self,
-        physics: Physics,
-        camera_id: int,
+        simulation: Simulation,
+        camera: Camera,
         quality: Quality,
         *,
         hidden_group: int | None = None,
     ) -> None:
-        self.scene = wrapper.MjvScene(model=physics.model)
-        self._physics = physics
+        self.scene = wrapper.MjvScene(model=simulation.model)
+        self._simulation = simulation
         self._option = mujoco.MjvOption()
         self._perturb = mujoco.MjvPerturb()
-        self._camera = mujoco.MjvCamera()
-        self._camera.type = mujoco.mjtCamera.mjCAMERA_FIXED
-        self._camera.fixedcamid = camera_id
+        self._free = camera if isinstance(camera, FreeCamera) else None
+        self._camera = _mjv_camera(camera)
         if quality.shadow_map == 0:
             self.scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = 0
         if not quality.reflections:
@@ -89,33 +86,63 @@ class SceneView:
     def update(self, categories: int) -> None:
         """Collect the objects of these categories in their present poses."""
         mujoco.mjv_updateScene(
-            self._physics.model.ptr,
-            self._physics.data.ptr,
+            self._simulation.model.ptr,
+            self._simulation.data.ptr,
             self._option,
             self._perturb,
             self._camera,
             categories,
             self.scene,
         )
+        if self._free is not None and self._free.moved is not None:
+            self._move(*self._free.moved)
 
-    def hide(self, targets: StaticTargets) -> None:
-        """Hide the targets until the next update."""
+    def _move(self, position: npt.NDArray[np.float64], frame: npt.NDArray[np.float64]) -> None:
+        """Look from elsewhere, and shine from there if there is a headlight."""
+        for eye in self.scene.camera:  # the picture is seen from between the two
+            eye.pos[:], eye.up[:], eye.forward[:] = position, frame[1::3], -frame[2::3]
+        for light in self.scene.lights[: self.scene.nlight]:
+            if light.headlight:
+                light.pos[:], light.dir[:] = position, -frame[2::3]
+
+    def update_background(self, foreground: Foreground) -> None:
+        """Collect everything but the foreground in its present pose."""
+        self.update(STATIC if foreground.all_that_moves else ALL)
         for geom in self.scene.geoms[: self.scene.ngeom]:
-            if targets(geom.objtype, geom.objid):
+            if foreground(geom.objtype, geom.objid):
                 geom.type = mujoco.mjtGeom.mjGEOM_NONE
+
+
+def _mjv_camera(camera: Camera) -> mujoco.MjvCamera:
+    found = mujoco.MjvCamera()
+    if isinstance(camera, FreeCamera):
+        found.type = mujoco.mjtCamera.mjCAMERA_FREE
+        found.lookat[:] = camera.lookat
+        found.distance = camera.distance
+        found.azimuth, found.elevation = camera.azimuth, camera.elevation
+    else:
+        found.type = mujoco.mjtCamera.mjCAMERA_FIXED
+        found.fixedcamid = camera
+    return found
 
 
 class RenderContext:
     """An OpenGL context with an offscreen buffer of one size.
 
     Args:
-        physics: The simulation, whose textures are copied.
+        simulation: The simulation, whose textures are copied.
         image_size: Height and width of the buffer, pixels.
         quality: Multisampling and shadow map of the buffer.
+        shared: Whether other code of this process uses OpenGL as well, such as an env's own
+            renderer. dm_control makes a context current only if another one that it made was,
+            so that a picture would be drawn into the other code's buffer.
     """
 
-    def __init__(self, physics: Physics, image_size: int, quality: Quality) -> None:
-        self._model = physics.model
+    def __init__(
+        self, simulation: Simulation, image_size: int, quality: Quality, *, shared: bool = False
+    ) -> None:
+        self._model = simulation.model
+        self._shared = shared
         self._rect = mujoco.MjrRect(0, 0, image_size, image_size)
         with _context_settings(self._model, image_size, quality):
             self._gl = _render.Renderer(max_width=image_size, max_height=image_size)
@@ -132,8 +159,15 @@ class RenderContext:
             nearness: Receives the depth, float32 [H, W]: 0 at the far end, 1 at the near one.
         """
         # OSMesa's context lives on a separate thread, so OpenGL calls go through the executor.
-        with self._gl.make_current() as executor:
+        with self._current() as executor:
             executor.call(self._draw, scene, pixels, nearness)
+
+    @contextlib.contextmanager
+    def _current(self) -> Iterator[Any]:
+        with self._gl.make_current() as executor:
+            if self._shared:
+                executor.call(self._gl._platform_make_current)
+            yield executor
 
     def _draw(
         self, scene: mujoco.MjvScene, pixels: UInt8Array | None, nearness: FloatArray
@@ -143,13 +177,13 @@ class RenderContext:
 
     def upload_height_fields(self) -> None:
         """Upload terrain to OpenGL, which keeps a copy."""
-        with self._gl.make_current() as executor:
+        with self._current() as executor:
             for index in range(self._model.nhfield):
                 executor.call(mujoco.mjr_uploadHField, self._model.ptr, self._mujoco.ptr, index)
 
     def upload_texture(self, index: int) -> None:
         """Upload the model's present texture to OpenGL, which keeps a copy."""
-        with self._gl.make_current() as executor:
+        with self._current() as executor:
             executor.call(mujoco.mjr_uploadTexture, self._model.ptr, self._mujoco.ptr, index)
 
     def close(self) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import mujoco
 import numpy as np
 
@@ -12,9 +10,7 @@ from w2f_torchrl.envs.renderers.foreground import BoolArray
 from w2f_torchrl.envs.renderers.rendering import SceneRenderer
 from w2f_torchrl.envs.renderers.scene import UInt8Array
 from w2f_torchrl.envs.scenery.distractor import Distractor
-
-if TYPE_CHECKING:
-    from dm_control.mujoco import Physics
+from w2f_torchrl.envs.simulation import Simulation
 
 FLOOR_MATERIAL = "grid"
 BACKDROP_MATERIAL = "background"
@@ -54,18 +50,22 @@ class SkyBoxRenderer(DistractedRenderer):
     Args:
         scene: Renders the scene.
         distractor: Changes the scene.
-        physics: The simulation.
+        simulation: The simulation.
         ground_alpha: Opacity of the floor; a backdrop that hides the sky is left out.
     """
 
     def __init__(
-        self, scene: SceneRenderer, distractor: Distractor, physics: Physics, ground_alpha: float
+        self,
+        scene: SceneRenderer,
+        distractor: Distractor,
+        simulation: Simulation,
+        ground_alpha: float,
     ) -> None:
         super().__init__(scene, distractor)
-        self._model = physics.model
-        self._texture = sky_texture(physics)
+        self._model = simulation.model
+        self._texture = sky_texture(simulation)
         self._shown: tuple[object, ...] | None = None
-        names = [physics.model.id2name(i, "material") for i in range(physics.model.nmat)]
+        names = [simulation.model.id2name(i, "material") for i in range(simulation.model.nmat)]
         self._alphas = [
             (names.index(name), alpha)
             for name, alpha in ((FLOOR_MATERIAL, ground_alpha), (BACKDROP_MATERIAL, 0.0))
@@ -97,9 +97,9 @@ class SkyBoxRenderer(DistractedRenderer):
             model.tex_data[texels], model.tex_height[index], model.tex_width[index] = saved
 
 
-def sky_texture(physics: Physics) -> int:
+def sky_texture(simulation: Simulation) -> int:
     """Return the index of the sky box's texture."""
-    types = np.asarray(physics.model.tex_type)
+    types = np.asarray(simulation.model.tex_type)
     return int(np.flatnonzero(types == mujoco.mjtTexture.mjTEXTURE_SKYBOX)[0])
 
 
@@ -111,23 +111,25 @@ class PaletteRenderer(DistractedRenderer):
     Args:
         scene: Renders the scene.
         distractor: Changes the scene; has a palette.
-        physics: The simulation.
+        simulation: The simulation.
 
     Raises:
         ValueError: If the model's floor or sky are not the suite's common ones.
     """
 
-    def __init__(self, scene: SceneRenderer, distractor: Distractor, physics: Physics) -> None:
+    def __init__(
+        self, scene: SceneRenderer, distractor: Distractor, simulation: Simulation
+    ) -> None:
         super().__init__(scene, distractor)
-        self._model = physics.model
+        self._model = simulation.model
         self._shown: int | None = None
-        names = [physics.model.id2name(i, "texture") for i in range(physics.model.ntex)]
+        names = [simulation.model.id2name(i, "texture") for i in range(simulation.model.ntex)]
         if FLOOR_TEXTURE not in names:
             raise ValueError(
                 f"the palette colours the texture {FLOOR_TEXTURE!r}, but this model has "
                 f"{', '.join(names)}."
             )
-        self._textures = sky_texture(physics), names.index(FLOOR_TEXTURE)
+        self._textures = sky_texture(simulation), names.index(FLOOR_TEXTURE)
 
     def draw(self) -> tuple[UInt8Array, BoolArray | None]:
         """Return the image and the mask."""

@@ -9,14 +9,13 @@ its first target.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import mujoco
 import numpy as np
 import numpy.typing as npt
 
-if TYPE_CHECKING:
-    from dm_control.mujoco import Physics
+from w2f_torchrl.envs.simulation import Camera, FreeCamera, Simulation
 
 FloatArray = npt.NDArray[np.float64]
 Vector = tuple[float, float, float]
@@ -174,55 +173,88 @@ class CameraPose:
     """Place and aim a camera while the simulation's centre of mass moves.
 
     Args:
-        physics: The simulation.
-        camera_id: A camera that is fixed in the world or tracks a centre of mass.
+        simulation: The simulation.
+        camera: A free camera, or one of the model that is fixed in the world or tracks a centre of
+            mass.
 
     Raises:
-        ValueError: If the camera does neither.
+        ValueError: If the model's camera does neither.
     """
 
-    def __init__(self, physics: Physics, camera_id: int) -> None:
-        model = physics.model
-        mode, self._body = int(model.cam_mode[camera_id]), int(model.cam_bodyid[camera_id])
+    def __init__(self, simulation: Simulation, camera: Camera) -> None:
+        self._simulation, self._camera = simulation, camera
+        self._look_at: FloatArray = np.zeros(3)
+        self._saved: tuple[FloatArray, FloatArray] | None = None
+        self._tracks = False
+        if isinstance(camera, FreeCamera):
+            return
+        model = simulation.model
+        mode, self._body = int(model.cam_mode[camera]), int(model.cam_bodyid[camera])
         self._tracks = mode == mujoco.mjtCamLight.mjCAMLIGHT_TRACKCOM
         fixed = mode == mujoco.mjtCamLight.mjCAMLIGHT_FIXED and model.body_weldid[self._body] == 0
         if not (self._tracks or fixed):
             raise ValueError(
-                f"camera_id is {camera_id}: the camera distraction moves cameras that are fixed in "
+                f"camera_id is {camera}: the camera distraction moves cameras that are fixed in "
                 "the world or track a centre of mass, and this one does neither."
             )
-        self._physics, self._camera_id = physics, camera_id
-        self._look_at: FloatArray = np.zeros(3)
 
     def start(self) -> Vector:
         """Store the camera's target, and return the camera's position from the walk's centre.
 
-        The target lies in the viewing direction, as far away as the agent's centre of mass.
+        The target lies in the viewing direction, as far away as the agent's centre of mass. A free
+        camera's target is the point that it looks at, which is also the walk's centre.
         """
-        data = self._physics.data
-        position = data.cam_xpos[self._camera_id]
+        data, camera = self._simulation.data, self._camera
+        if isinstance(camera, FreeCamera):
+            self._look_at = np.zeros(3)
+            x, y, z = (camera.position - camera.lookat).tolist()
+            return x, y, z
+        position = data.cam_xpos[camera]
         agent = data.subtree_com[_AGENT]
-        forward = -data.cam_xmat[self._camera_id].reshape(3, 3)[:, 2]
+        forward = -data.cam_xmat[camera].reshape(3, 3)[:, 2]
         self._look_at = position + float(np.linalg.norm(position - agent)) * forward
         self._look_at = self._look_at - self._centre()
         x, y, z = (position - self._centre()).tolist()
         return x, y, z
 
     def _centre(self) -> FloatArray:
-        """The centre of the walk: the world's origin, or the centre of mass."""
+        """The walk's centre: the world's origin, the centre of mass, or a free camera's target."""
+        if isinstance(self._camera, FreeCamera):
+            return self._camera.lookat
         if not self._tracks:
             return np.zeros(3)
-        return np.array(self._physics.data.subtree_com[self._body])
+        return np.array(self._simulation.data.subtree_com[self._body])
 
     def apply(self, walk: CameraWalk) -> None:
-        """Move the simulation's camera to the position of the walk."""
+        """Move the camera to the position of the walk, until :meth:`restore`."""
         position = walk.position
         look_at = self._look_at.tolist()
         direction = (look_at[0] - position[0], look_at[1] - position[1], look_at[2] - position[2])
-        frame = look_along(direction, walk.roll, upright=walk.box.upright)
-        data = self._physics.data
-        data.cam_xpos[self._camera_id] = self._centre() + position
-        data.cam_xmat[self._camera_id] = frame
+        roll = walk.roll + (math.pi if walk.box.upright and self._upside_down() else 0.0)
+        frame = look_along(direction, roll, upright=walk.box.upright)
+        place = self._centre() + position
+        if isinstance(self._camera, FreeCamera):
+            self._camera.moved = place, np.array(frame)
+            return
+        data, camera = self._simulation.data, self._camera
+        self._saved = data.cam_xpos[camera].copy(), data.cam_xmat[camera].copy()
+        data.cam_xpos[camera], data.cam_xmat[camera] = place, frame
+
+    def _upside_down(self) -> bool:
+        """Whether the camera's picture is upside down, as Meta-World's are; it stays so."""
+        camera = self._camera
+        if isinstance(camera, FreeCamera):
+            return False
+        return bool(self._simulation.data.cam_xmat[camera][7] < 0.0)  # z of its up vector
+
+    def restore(self) -> None:
+        """Move the camera back."""
+        if isinstance(self._camera, FreeCamera):
+            self._camera.moved = None
+        elif self._saved is not None:
+            data, camera = self._simulation.data, self._camera
+            data.cam_xpos[camera], data.cam_xmat[camera] = self._saved
+            self._saved = None
 
     def state_dict(self) -> dict[str, Any]:
         """The camera's target, relative to the walk's centre."""

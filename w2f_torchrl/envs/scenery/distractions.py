@@ -76,13 +76,13 @@ class BackgroundConfig:
                 f"background.replaces={self.replaces}."
             )
 
-    def alpha(self, domain: str) -> float:
-        """Return the floor's opacity in a domain."""
+    def alpha(self, domain: str | None) -> float:
+        """Return the floor's opacity in a domain of the suite, or in another model (None)."""
         if self.replaces != "scenery":
             return 0.0 if self.replaces == "floor" else 1.0
         if self.ground_alpha is not None:
             return self.ground_alpha
-        return _GROUND_ALPHA.get(domain, _OTHER_GROUND_ALPHA)
+        return _GROUND_ALPHA.get(domain or "", _OTHER_GROUND_ALPHA)
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,7 @@ class ReactiveConfig:
         """Whether the colours depend on the time."""
         return self.function in ("time", "action_time")
 
-    def alpha(self, domain: str) -> float:
+    def alpha(self, domain: str | None) -> float:
         """Return the floor's opacity, the same in every domain."""
         del domain
         return self.ground_alpha

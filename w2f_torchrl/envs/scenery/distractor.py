@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,11 +17,9 @@ from w2f_torchrl.envs.scenery.distractions import (
     DistractionConfig,
 )
 from w2f_torchrl.envs.scenery.reactive import ReactiveGrid
-from w2f_torchrl.envs.scenery.walks import ClipsInOrder, ColorWalk, CorruptionWalk, VideoWalk
+from w2f_torchrl.envs.scenery.walks import ClipsInOrder, ColorWalk, CorruptionWalk, Paint, VideoWalk
+from w2f_torchrl.envs.simulation import Camera, Simulation
 from w2f_torchrl.utils.seeding import derive_seed
-
-if TYPE_CHECKING:
-    from dm_control.mujoco import Physics
 
 UInt8Array = npt.NDArray[np.uint8]
 
@@ -42,11 +40,12 @@ class Distractor:
 
     Args:
         config: The distractions.
-        physics: The simulation.
-        camera_id: The camera that wanders.
+        simulation: The simulation.
+        camera: The camera that wanders.
         clips: Backgrounds, arrays uint8 [T, S, S, 3]; needed if the configuration has one.
         reactive: A grid of the configuration's settings; needed if it has one.
         seed: Seed of all distractions.
+        plain_geoms: Whether colours change of geoms without a material too.
 
     Raises:
         ValueError: If the camera cannot wander.
@@ -55,15 +54,17 @@ class Distractor:
     def __init__(
         self,
         config: DistractionConfig,
-        physics: Physics,
+        simulation: Simulation,
         *,
-        camera_id: int,
+        camera: Camera,
         clips: Sequence[UInt8Array] = (),
         reactive: ReactiveGrid | None = None,
         seed: int = 0,
+        plain_geoms: bool = False,
     ) -> None:
         self.config = config
-        self._model, self._data, self._camera_id = physics.model, physics.data, camera_id
+        self._model = simulation.model
+        self._paint = Paint(self._model, plain_geoms=plain_geoms)
         self._clips = clips
         self.reactive = reactive
         self.video: VideoWalk | ClipsInOrder | None = None
@@ -75,9 +76,9 @@ class Distractor:
             self.video = _video_walk(config.background, clips)
         if config.camera is not None:
             self.camera = CameraWalk(config.camera.scale, dynamic=config.camera.dynamic)
-            self._pose = CameraPose(physics, camera_id)
+            self._pose = CameraPose(simulation, camera)
         if config.color is not None:
-            original = np.array(self._model.mat_rgba[:, :3], dtype=np.float64)
+            original = self._paint.colors()
             self.color = ColorWalk(original, config.color.scale, dynamic=config.color.dynamic)
         if config.palette is not None:
             self.palette = PaletteWalk(load_table(config.palette))
@@ -106,7 +107,7 @@ class Distractor:
         Returns:
             For the distractions that exist: ``clip`` (index of the video) and ``frame``, both [1];
             ``camera`` [4]: radius, azimuth and polar angle relative to its target, and roll;
-            ``color`` [3 M], the materials' colours; ``grid`` [K], the bins of a grid that reacts;
+            ``color`` [3 M], the colours that change; ``grid`` [K], the bins of a grid that reacts;
             ``corruption`` [4], 1 for the kind that disturbs the camera, in the order of
             :data:`~w2f_torchrl.envs.scenery.distractions.CORRUPTIONS`.
         """
@@ -203,20 +204,18 @@ class Distractor:
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
         """Change camera and colours of the simulation, then restore them."""
-        model, data, camera = self._model, self._data, self._camera_id
-        saved_position, saved_frame = data.cam_xpos[camera].copy(), data.cam_xmat[camera].copy()
-        saved_colors = model.mat_rgba.copy()
         if self.camera is not None:
             self._pose.apply(self.camera)
-        if self.color is not None:
-            model.mat_rgba[:, :3] = self.color.colors
-        if self.palette is not None:
-            model.mat_rgba[self._agent, :3] = self.palette.palette.agent
-        try:
-            yield
-        finally:
-            data.cam_xpos[camera], data.cam_xmat[camera] = saved_position, saved_frame
-            model.mat_rgba[:] = saved_colors
+        with self._paint.restored():
+            if self.color is not None:
+                self._paint.apply(self.color.colors)
+            if self.palette is not None:
+                self._model.mat_rgba[self._agent, :3] = self.palette.palette.agent
+            try:
+                yield
+            finally:
+                if self.camera is not None:
+                    self._pose.restore()
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything besides the simulation that the next images depend on."""

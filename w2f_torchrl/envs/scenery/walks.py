@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,10 +15,10 @@ FloatArray = npt.NDArray[np.float64]
 
 
 class ColorWalk:
-    """The colours of a model's materials.
+    """The colours of a model's materials, and of geoms without one.
 
     Args:
-        original: The materials' original colours, float [M, 3] in [0, 1].
+        original: The original colours, float [M, 3] in [0, 1].
         scale: Intensity s: colours stay within s of the original, and in [0, 1]. A step adds
             Gaussian noise of standard deviation 0.03 s to each channel.
         dynamic: Whether the colours change after their start.
@@ -50,6 +51,54 @@ class ColorWalk:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a state of :meth:`state_dict`."""
         self.colors = np.asarray(state["colors"], dtype=np.float64)
+
+
+class Paint:
+    """A model's colours: its materials', and those of geoms that have none.
+
+    The Control Suite's models have a material for everything. In others most geoms have only a
+    colour; those of the same colour are one entry, so that they keep looking alike.
+
+    Args:
+        model: The simulation's model.
+        plain_geoms: Whether to include geoms without a material.
+    """
+
+    def __init__(self, model: Any, *, plain_geoms: bool = False) -> None:
+        self._model = model
+        plain = np.flatnonzero(np.asarray(model.geom_matid) < 0)
+        self._geoms = plain if plain_geoms else plain[:0]
+        _, first, group = np.unique(
+            np.asarray(model.geom_rgba)[self._geoms], axis=0, return_index=True, return_inverse=True
+        )
+        self._first, self._group = self._geoms[first], group.reshape(-1)
+
+    def colors(self) -> FloatArray:
+        """Return the present colours, float64 [M, 3]: the materials, then the other colours."""
+        materials = np.array(self._model.mat_rgba[:, :3], dtype=np.float64)
+        plain = np.array(self._model.geom_rgba[self._first, :3], dtype=np.float64)
+        return np.concatenate([materials, plain])
+
+    def apply(self, colors: FloatArray) -> None:
+        """Paint the model.
+
+        Args:
+            colors: Float [M, 3] in [0, 1], in the order of :meth:`colors`.
+        """
+        materials = len(self._model.mat_rgba)
+        self._model.mat_rgba[:, :3] = colors[:materials]
+        if len(self._geoms):
+            self._model.geom_rgba[self._geoms, :3] = colors[materials:][self._group]
+
+    @contextlib.contextmanager
+    def restored(self) -> Iterator[None]:
+        """Give the model its colours back at the end."""
+        model = self._model
+        saved = model.mat_rgba.copy(), model.geom_rgba[self._geoms].copy()
+        try:
+            yield
+        finally:
+            model.mat_rgba[:], model.geom_rgba[self._geoms] = saved
 
 
 class VideoWalk:
