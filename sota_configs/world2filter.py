@@ -70,8 +70,9 @@ def train(config: DictConfig) -> None:
             env = parts.probe_env(run.config)  # what the env offers: actions, masks
             masks = parts.choose_masks(run, env)  # the simulator's, SAM3's, a student's, a median's
             learner = parts.build_learner(run, env, masks)  # networks, losses, optimizer
-            # Workers step the envs with the policy -> records -> replay -> slices [B, T].
-            collection = parts.build_collection(run, learner, env)
+            # Workers step the envs with the policy, or recorded episodes are read -> records ->
+            # replay -> slices [B, T].
+            collection = parts.build_collection(run, learner, env, masks)
             evaluator = parts.build_evaluator(run, learner, masks, env)
             progress = parts.build_progress(run, learner)  # counters, metrics, pictures
             checkpoints = parts.build_checkpoints(

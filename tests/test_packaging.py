@@ -35,6 +35,7 @@ LOCKS = {
         "slurm",
         "analysis",
         "gym",
+        "recorded",
     ],
 }
 

@@ -107,6 +107,8 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         w for t in [*texts, *(c for _, c in ALL_COMMANDS)] for w in t.replace('"', " ").split()
     }:
         path = Path(word.partition("=")[2] or word)
+        if word.startswith("data.path="):
+            (folder / path).mkdir(parents=True, exist_ok=True)
         if path.parts[:1] == ("runs",) and path.suffix == ".pt" and not (folder / path).exists():
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(checkpoint, folder / path)

@@ -20,6 +20,7 @@ from w2f_torchrl.trainers import RunConfig, Trainer
 
 __all__ = [
     "crash",
+    "crash_when",
     "differences",
     "flip_bit",
     "rows",
@@ -63,7 +64,11 @@ def short_run(run_dir: Path, **settings: Any) -> RunConfig:
 
 
 def run(run_dir: Path, before_update: Callable[[Trainer], None] | None = None, **settings: Any):
-    trainer = Trainer(short_run(run_dir, **settings))
+    return run_with(short_run(run_dir, **settings), before_update)
+
+
+def run_with(config: RunConfig, before_update: Callable[[Trainer], None] | None = None) -> Trainer:
+    trainer = Trainer(config)
     if before_update is not None:
         update = trainer.learner.update
 
@@ -90,6 +95,11 @@ class Crash(BaseException):
 
 def crash(run_dir: Path, updates: int, **settings: Any) -> None:
     """Run until so many updates, then leave the directory as a kill at that moment would."""
+    crash_when(short_run(run_dir, **settings), updates)
+
+
+def crash_when(config: RunConfig, updates: int) -> None:
+    """Run with these settings until so many updates, then leave the directory as a kill would."""
 
     def interrupt(trainer: Trainer) -> None:
         if trainer.updates == updates:
@@ -98,7 +108,7 @@ def crash(run_dir: Path, updates: int, **settings: Any) -> None:
             raise Crash
 
     with pytest.raises(Crash):
-        run(run_dir, interrupt, **settings)
+        run_with(config, interrupt)
 
 
 def differences(first: Path, second: Path) -> list[str]:

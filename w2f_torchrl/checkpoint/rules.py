@@ -52,6 +52,12 @@ RULES = (
         "old ones",
     ),
     Rule(
+        ("data.",),
+        False,
+        "the replay holds records that were read with the old settings",
+    ),
+    Rule(("data.path",), True, "the episodes can be moved; they must be the same"),
+    Rule(
         ("segmentation.source",),
         False,
         "the replay's masks come from the old source (auto keeps the source that it chose)",

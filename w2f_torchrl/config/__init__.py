@@ -1,5 +1,6 @@
 """Every setting with its type, unit, range and default; imports neither torch nor a simulator."""
 
+from w2f_torchrl.config.data import DataConfig
 from w2f_torchrl.config.environment import AlgoConfig, EnvironmentConfig, SegmentationConfig
 from w2f_torchrl.config.loss import LossConfig
 from w2f_torchrl.config.methods import (
@@ -38,6 +39,7 @@ __all__ = [
     "CheckpointConfig",
     "CollectionConfig",
     "ConfigError",
+    "DataConfig",
     "DistributedConfig",
     "EnvironmentConfig",
     "EvaluationConfig",

@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from w2f_torchrl.config.data import DataConfig
 from w2f_torchrl.config.environment import AlgoConfig, EnvironmentConfig, SegmentationConfig
 from w2f_torchrl.config.loss import LossConfig
 from w2f_torchrl.config.methods import (
@@ -25,6 +26,7 @@ from w2f_torchrl.config.training import (
     ReplayConfig,
     TrainingConfig,
 )
+from w2f_torchrl.envs.recorded import DOMAIN as RECORDED
 from w2f_torchrl.utils.checks import check_choice as check_choice
 from w2f_torchrl.utils.settings import Settings, setting
 
@@ -38,6 +40,7 @@ class RunSettings(Settings):
 
     algo: AlgoConfig = field(default_factory=AlgoConfig)
     environment: EnvironmentConfig = field(default_factory=EnvironmentConfig)
+    data: DataConfig = field(default_factory=DataConfig)
     segmentation: SegmentationConfig = field(default_factory=SegmentationConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     loss: LossConfig = field(default_factory=LossConfig)
@@ -83,6 +86,11 @@ class RunSettings(Settings):
     def group(self) -> str:
         """Name shared with the runs of other seeds: ``{algo}_{domain}_{task}``."""
         return f"{self.algo.name}_{self.environment.domain}_{self.environment.task}"
+
+    @property
+    def has_environment(self) -> bool:
+        """Whether an environment can be played; otherwise only recorded episodes exist."""
+        return self.environment.domain != RECORDED
 
     @property
     def latent(self) -> str:

@@ -53,6 +53,9 @@ def validate(config: RunSettings) -> None:
             check_fields(group.name, getattr(config, group.name))
     config.algo.validate()
     _validate_environment(config.environment)
+    config.data.validate(config.environment.domain)
+    if config.collection.overlap and config.data.path is not None:
+        raise ConfigError("collection.overlap=true must be false with data.path: nothing acts.")
     _validate_distractions(config)
     _validate_segmentation(config)
     config.model.validate(config.environment.image_size)
@@ -282,7 +285,7 @@ def _validate_logging(settings: LoggingConfig) -> None:
 def _validate_filtering(config: RunSettings) -> None:
     if not config.evaluation.filtering:
         return
-    if registered_factory(config.environment.domain):
+    if registered_factory(config.environment.domain) and config.has_environment:
         raise ConfigError(
             "evaluation.filtering=true reads the agent's state from the Control Suite's simulator, "
             f"but environment.domain={config.environment.domain} has another; allowed: false."

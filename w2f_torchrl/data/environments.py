@@ -7,18 +7,22 @@ from __future__ import annotations
 
 import logging
 import math
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torchrl.envs import Compose, EnvBase, StepCounter, TransformedEnv
 
 from w2f_torchrl.config import ConfigError, EnvironmentConfig, RunConfig
 from w2f_torchrl.envs import EvaluationSet, ForegroundRule, evaluation_sets, make_env
 from w2f_torchrl.envs.discrete_actions import is_discrete
+from w2f_torchrl.envs.recorded import DOMAIN as RECORDED
 from w2f_torchrl.envs.scenery.distractions import shows_video
 from w2f_torchrl.envs.specs import check_env, check_further, extra_observations
 from w2f_torchrl.envs.tasks import registered_factory
 from w2f_torchrl.keys import MASK
 from w2f_torchrl.plugins import load_plugins
+
+if TYPE_CHECKING:
+    from w2f_torchrl.data.recorded.episodes import RecordedData
 
 logger = logging.getLogger(__name__)
 
@@ -34,14 +38,58 @@ class EnvFacts(NamedTuple):
     """Further entries of its observations, which records keep."""
     discrete_actions: bool = False
     """Whether an action is one of A, one-hot."""
+    data: RecordedData | None = None
+    """The recorded episodes to train on; ``has_mask`` and ``observations`` are then theirs."""
 
 
 def probe_env(config: RunConfig) -> EnvFacts:
     """Build every kind of env of a run once, so that what is wrong with one shows before any work.
 
+    Recorded episodes are opened here too.
+
     Raises:
         ConfigError: If one can't be built, or offers what a run can't use.
     """
+    recorded = None if config.data.path is None else _probe_data(config)
+    if recorded is not None and config.environment.domain == RECORDED:
+        return recorded
+    played = _probe_played(config)
+    return played if recorded is None else _check_same_actions(config, recorded, played)
+
+
+def _probe_data(config: RunConfig) -> EnvFacts:
+    from w2f_torchrl.data.recorded.open import check_measurable, open_data
+
+    data = open_data(config.data, config.environment.image_size)
+    if config.evaluation.filtering and config.environment.domain == RECORDED:
+        check_measurable(data)
+    discrete = config.data.choices is not None
+    return EnvFacts(data.action_size, data.has_mask, discrete_actions=discrete, data=data)
+
+
+def _check_same_actions(config: RunConfig, recorded: EnvFacts, played: EnvFacts) -> EnvFacts:
+    """Return the facts of recorded data that are evaluated in an env.
+
+    Raises:
+        ConfigError: If the env has other actions.
+    """
+
+    def described(facts: EnvFacts) -> str:
+        kind = "choices" if facts.discrete_actions else "continuous numbers"
+        return f"{facts.action_size} {kind}"
+
+    if described(recorded) != described(played):
+        name = f"{config.environment.domain} {config.environment.task}"
+        raise ConfigError(
+            f"data.path={config.data.path}: recorded actions have {described(recorded)}, but the "
+            f"environment {name} has {described(played)}. Name the environment of the data, or "
+            f"pass environment={RECORDED} to evaluate on recorded episodes alone."
+        )
+    return recorded
+
+
+def _probe_played(config: RunConfig) -> EnvFacts:
+    """Build the run's env, and those of its evaluation sets."""
     environment = config.environment
     try:
         env = build_env(environment, 0, foreground_mask=config.needs_masks)

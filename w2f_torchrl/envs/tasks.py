@@ -14,6 +14,8 @@ from w2f_torchrl.envs.gym.tasks import (
     validate_gym_settings,
     validate_gym_task,
 )
+from w2f_torchrl.envs.recorded import DOMAIN as RECORDED
+from w2f_torchrl.envs.recorded import make_recorded
 from w2f_torchrl.envs.suite_tasks import TASKS_BY_DOMAIN
 from w2f_torchrl.utils.checks import check_number
 
@@ -33,7 +35,7 @@ OWN_ARGUMENTS = (
 """Arguments of a factory that come from the settings of a run."""
 
 _REGISTRY: dict[str, EnvFactory] = {}
-_BUILTIN: dict[str, EnvFactory] = {DOMAIN: make_gym}
+_BUILTIN: dict[str, EnvFactory] = {DOMAIN: make_gym, RECORDED: make_recorded}
 
 
 def register_env(domain: str, factory: EnvFactory) -> None:
@@ -97,7 +99,7 @@ def validate_task(domain: str, task: str) -> None:
     Raises:
         ValueError: If the domain or task does not exist; the message lists those that do.
     """
-    if domain in _REGISTRY:
+    if domain in _REGISTRY or domain == RECORDED:
         return
     if domain == DOMAIN:
         validate_gym_task(task)
@@ -173,16 +175,18 @@ def validate_pixel_settings(image_size: int, action_repeat: int, render: str) ->
         raise ValueError(f"render is {render!r}: must be one of {', '.join(RENDER_MODES)}.")
 
 
-def validate_action_range(action_range: Sequence[float]) -> None:
-    """Check the declared range of actions without limits.
+def validate_action_range(
+    action_range: Sequence[float], name: str = "environment.action_range"
+) -> None:
+    """Check the declared range of actions.
 
     Args:
         action_range: Lowest and highest value.
+        name: The setting, for the message.
 
     Raises:
         ValueError: If it is not two finite numbers, the lower one first.
     """
-    name = "environment.action_range"
     for number in action_range:
         check_number(name, number)
     if len(action_range) != 2 or not action_range[0] < action_range[1]:

@@ -236,14 +236,22 @@ def _random_actions(env: PixelDMControlEnv, seed: int) -> Act:
 _Row = tuple[Tensor, Tensor, Tensor, dict[str, Array], dict[str, Array], Array]
 
 
-def _row(env: PixelDMControlEnv, data: TensorDict, action: Tensor) -> _Row:
+def true_states(env: PixelDMControlEnv) -> tuple[dict[str, Array], dict[str, Array]]:
+    """Return the current state of the agent, and of the distractions: float ``[K]`` each.
+
+    The agent's are the suite's observations: ``velocity``, and ``pose``, which is all the others.
+    """
     observed = env.task.get_observation(env.physics)
     groups: dict[str, list[Array]] = {"pose": [], "velocity": []}
     for name, value in observed.items():
         kind = "velocity" if "velocity" in name else "pose"
         groups[kind].append(np.atleast_1d(np.asarray(value, dtype=np.float64)).ravel())
     agent = {key: np.concatenate(parts) for key, parts in groups.items() if parts}
-    scenery = {} if env.distractor is None else env.distractor.labels()
+    return agent, {} if env.distractor is None else env.distractor.labels()
+
+
+def _row(env: PixelDMControlEnv, data: TensorDict, action: Tensor) -> _Row:
+    agent, scenery = true_states(env)
     return (
         data["pixels"],
         data[MASK],

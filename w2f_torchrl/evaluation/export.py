@@ -24,6 +24,8 @@ PRIVATE: dict[str, Any] = {
     "plugins": [],
 }
 PRIVATE_LOGGING = {"wandb_project": "w2f_torchrl", "wandb_entity": None}
+#: Recorded data that the run was trained on.
+PRIVATE_DATA = {"path": None}
 #: Files for the masks of training, which acting does not need.
 PRIVATE_SEGMENTATION = dict.fromkeys(
     ("checkpoint", "vocabulary", "student_checkpoint", "labels", "backgrounds")
@@ -53,6 +55,7 @@ def export_policy(checkpoint: str | Path, out: str | Path) -> Path:
     saved, out = load_checkpoint(checkpoint), Path(out)
     config: dict[str, Any] = saved.payload["config"] | PRIVATE
     config["logging"] = config["logging"] | PRIVATE_LOGGING
+    config["data"] = config.get("data", {}) | PRIVATE_DATA
     config["segmentation"] = config["segmentation"] | PRIVATE_SEGMENTATION
     payload = {
         "config": config,

@@ -10,6 +10,7 @@ import torch
 
 from w2f_torchrl.config import RunConfig
 from w2f_torchrl.data import UpdateSchedule
+from w2f_torchrl.envs.recorded import DOMAIN as RECORDED
 
 
 @dataclass(frozen=True)
@@ -85,9 +86,9 @@ def announce(
         workers: Processes that step the envs; 0 if this one does.
         masks: Name of the source of masks.
     """
-    environment = config.environment
+    environment, recorded = config.environment, config.data.path
     lines = {
-        "trains": f"{_algorithm(config)} on {_task(config)}",
+        "trains": f"{_algorithm(config)} on {_task(config) if recorded is None else recorded}",
         "model": f"{config.model.preset}, {parameters / 1e6:.1f} million parameters",
         "device": f"{_device(device)}, {execution}; {environment.num_envs} envs in "
         f"{_count(workers, 'worker process', 'worker processes')}",
@@ -96,7 +97,11 @@ def announce(
         "results": f"{config.run_dir}, with all of them in report.html at the end",
         "stop": "Ctrl+C writes a checkpoint first; resume=auto continues from there",
     }
-    if workers == 0:
+    if recorded is not None:
+        lines["device"] = f"{_device(device)}, {execution}"
+        if environment.domain != RECORDED:
+            lines["trains"] += f", evaluated in {_task(config)}"
+    elif workers == 0:
         lines["device"] = f"{_device(device)}, {execution}; {environment.num_envs} envs"
     if not config.needs_masks:
         del lines["masks"]

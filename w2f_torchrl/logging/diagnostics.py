@@ -273,10 +273,16 @@ def _enlargement(height: int, minimum: int) -> int:
 
 
 def _log_result(metrics: Mapping[str, float], frames: int) -> None:
-    text = f"return {metrics['eval/return_mean']:.1f} +- {metrics['eval/return_std']:.1f}"
+    parts = []
+    if "eval/return_mean" in metrics:
+        mean, deviation = metrics["eval/return_mean"], metrics["eval/return_std"]
+        parts.append(f"return {mean:.1f} +- {deviation:.1f}")
+    if "recorded/error" in metrics:
+        error, still = metrics["recorded/error"], metrics["recorded/still_error"]
+        parts.append(f"open-loop error {error:.4f} (of a still picture {still:.4f})")
     if "wm/mask_iou" in metrics:
-        text += f", mask IoU {metrics['wm/mask_iou']:.2f}"
-    logger.info("evaluation at %s frames: %s", f"{frames:,}", text)
+        parts.append(f"mask IoU {metrics['wm/mask_iou']:.2f}")
+    logger.info("evaluation at %s frames: %s", f"{frames:,}", ", ".join(parts))
 
 
 def _is_due(count: int, every: int) -> bool:

@@ -43,6 +43,7 @@ METRIC_GROUPS = (
     "gradients",
     "latents",
     "filtering",
+    "recorded",
 )
 
 _NAME = re.compile(rf"({'|'.join(METRIC_GROUPS)})(/[A-Za-z0-9_]+)+")

@@ -39,6 +39,7 @@ class ProgressBar(Closing):
         initial_frames: Frames already done (a resumed run).
         initial_updates: Updates already done.
         log_every: Seconds between lines without a terminal.
+        plays: Whether episodes are played, so that returns exist.
         window: Seconds over which the rates are computed.
         stream: Stream of the bar; None for standard error.
         clock: Returns monotonic seconds.
@@ -53,12 +54,13 @@ class ProgressBar(Closing):
         initial_frames: int = 0,
         initial_updates: int = 0,
         log_every: float = 60.0,
+        plays: bool = True,
         window: float = 60.0,
         stream: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         stream = sys.stderr if stream is None else stream
-        self._total, self._log_every = total_frames, log_every
+        self._total, self._log_every, self._plays = total_frames, log_every, plays
         self._window, self._clock = window, clock
         self._pace = Pace(total_frames, total_updates, evaluations, clock())
         self._points = deque([(clock(), initial_frames, initial_updates)])
@@ -180,7 +182,7 @@ class ProgressBar(Closing):
         return ", ".join([self._activity, *parts] if self._activity else parts)
 
     def _results(self) -> list[str]:
-        parts = [f"return {_number(self._return)}"]
+        parts = [f"return {_number(self._return)}"] if self._plays else []
         return parts if math.isnan(self._iou) else [*parts, f"mask IoU {self._iou:.2f}"]
 
     def _time_left(self) -> str:

@@ -32,19 +32,24 @@ EPISODE = 120
 """Agent steps after which the random policy starts an episode."""
 MakeEnv = Callable[[int], EnvBase]
 """Makes one of the run's envs from a seed."""
+Frames = Callable[[int, int], TensorDictBase]
+"""Returns so many frames, chosen by a seed, as :func:`collect_frames` does."""
 
 
-def prepare(
-    source: MaskSource, settings: SegmentationConfig, make_env: MakeEnv, *, seed: int
-) -> None:
-    """Train a source on frames of a random policy, in a separate env, if it has to learn.
+def random_frames(make_env: MakeEnv) -> Frames:
+    """Return what collects frames of a random policy in a separate env."""
+    return lambda count, seed: collect_frames(make_env(seed), count, seed)
+
+
+def prepare(source: MaskSource, settings: SegmentationConfig, frames: Frames, *, seed: int) -> None:
+    """Train a source on frames, if it has to learn.
 
     Not for a resumed run, whose source has already been trained.
 
     Args:
         source: From :func:`build_mask_source`.
         settings: How it learns.
-        make_env: Makes the env.
+        frames: Returns frames of the run: :func:`random_frames`, or those of recorded data.
         seed: The run's seed.
     """
     seed = derive_seed(seed, "segmentation", 0)
@@ -52,11 +57,11 @@ def prepare(
         assert isinstance(source, SegmentedSource)
         segmenter = source.segmenter
         assert isinstance(segmenter, MedianSegmenter)
-        segmenter.fit(collect_frames(make_env(seed), MEDIAN_FRAMES, seed)["pixels"])
+        segmenter.fit(frames(MEDIAN_FRAMES, seed)["pixels"])
         logger.info("segmentation=median: background from %d frames", MEDIAN_FRAMES)
     elif isinstance(source, TaughtSource) and settings.student_checkpoint is None:
         if source.pool is None:
-            source.pool = _ask_teacher(source.teacher, make_env(seed), settings, seed)
+            source.pool = _ask_teacher(source.teacher, frames, settings, seed)
         pixels, masks = source.pool
         logger.info(
             "segmentation=student: learning from %d frames, %d steps",
@@ -108,10 +113,10 @@ def collect_frames(env: EnvBase, count: int, seed: int, every: int = 2) -> Tenso
 
 
 def _ask_teacher(
-    teacher: Segmenter | None, env: EnvBase, settings: SegmentationConfig, seed: int
+    teacher: Segmenter | None, frames: Frames, settings: SegmentationConfig, seed: int
 ) -> tuple[Tensor, Tensor]:
-    """Label frames of a random policy, chosen for diversity from twice as many."""
-    frames = collect_frames(env, 2 * settings.teacher_frames, seed)
-    frames = frames[choose_diverse(frames["pixels"], settings.teacher_frames)]
-    pixels = frames["pixels"]
-    return pixels, frames[MASK] if teacher is None else teacher(pixels)
+    """Label frames, chosen for diversity from twice as many."""
+    found = frames(2 * settings.teacher_frames, seed)
+    found = found[choose_diverse(found["pixels"], settings.teacher_frames)]
+    pixels = found["pixels"]
+    return pixels, found[MASK] if teacher is None else teacher(pixels)

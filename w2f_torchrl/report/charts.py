@@ -16,6 +16,7 @@ SECTIONS = {
     "World model": ("wm",),
     "Actor and critic": ("ac",),
     "Masks and imagination": ("segmentation", "train"),
+    "Recorded episodes": ("recorded",),
     "Speed": ("speed",),
     "Weights": ("weights",),
     "Gradients": ("gradients",),

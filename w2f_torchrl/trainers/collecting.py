@@ -313,12 +313,15 @@ def reason_to_reset_envs(
 def count_workers(config: RunConfig, local_ranks: int) -> int:
     """Return the number of worker processes of a rank.
 
-    By default one per core of the rank, at most one per env, and a divisor of the number of envs.
+    By default one per core of the rank, at most one per env, and a divisor of the number of envs;
+    none for recorded data.
 
     Args:
         config: The run's settings.
         local_ranks: Ranks that share the machine.
     """
+    if config.data.path is not None:
+        return 0
     if config.collection.num_workers is not None:
         return config.collection.num_workers
     cores, envs = len(os.sched_getaffinity(0)) // local_ranks, config.environment.num_envs

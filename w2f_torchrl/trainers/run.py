@@ -10,10 +10,6 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
-
-from tensordict.nn import TensorDictModuleBase
-from torchrl.envs import TransformedEnv
 
 from w2f_torchrl.algorithms.masked_input import act_on_student
 from w2f_torchrl.checkpoint.folder import checkpoints_of, records_folder
@@ -22,10 +18,14 @@ from w2f_torchrl.checkpoint.resume import Resumption
 from w2f_torchrl.config import ConfigError, RunConfig, config_to_dict, save_config
 from w2f_torchrl.data import UpdateSchedule, make_collector
 from w2f_torchrl.data.environments import EnvFacts, build_env, create_env, probe_env
+from w2f_torchrl.data.recorded.collection import RecordedCollection, make_recorded_collection
 from w2f_torchrl.data.replay.latents import latent_fields
-from w2f_torchrl.envs import EvaluationSet
-from w2f_torchrl.evaluation.evaluator import Evaluator
-from w2f_torchrl.evaluation.run_evaluations import RunEvaluations
+from w2f_torchrl.evaluation.run_evaluations import (
+    AnyEvaluator,
+    RunEvaluations,
+    make_evaluator,
+    make_recorded_evaluator,
+)
 from w2f_torchrl.keys import MASK
 from w2f_torchrl.learner.learner import Learner
 from w2f_torchrl.learner.update_metrics import UpdateMetrics
@@ -34,7 +34,7 @@ from w2f_torchrl.logging.environment import note_environment
 from w2f_torchrl.logging.metrics import MetricsLogger
 from w2f_torchrl.logging.wandb import restore_wandb_run
 from w2f_torchrl.masks.choose import build_mask_source, choose_source
-from w2f_torchrl.masks.prepare import prepare
+from w2f_torchrl.masks.prepare import prepare, random_frames
 from w2f_torchrl.masks.sources import MaskSource, TaughtSource
 from w2f_torchrl.modules import latent_sizes
 from w2f_torchrl.modules.components import encoder_keys
@@ -142,19 +142,14 @@ def build_learner(run: Run, env: EnvFacts, masks: MaskSource) -> Learner:
     return learner
 
 
-def build_collection(run: Run, learner: Learner, env: EnvFacts) -> Collection:
-    """Build the workers and the replay of this rank; they start with training."""
-    config = run.config
-    replay = RunReplay(
-        config.replay,
-        config.training,
-        config.environment,
-        records_folder(run.directory, run.ranks.rank),
-        None if run.resumption is None else run.resumption.records,
-        slack=checkpoint_slack(config),
-        latents=latent_fields(config.model, config.latent) if config.replay.latents else None,
-        pin_memory=run.device.type == "cuda",
-    )
+def build_collection(
+    run: Run, learner: Learner, env: EnvFacts, masks: MaskSource
+) -> Collection | RecordedCollection:
+    """Build the replay of this rank, and the workers or recorded episodes that fill it."""
+    config, replay = run.config, build_replay(run, recorded=env.data is not None)
+    if env.data is not None:
+        place = {"rank": run.ranks.rank, "ranks": run.ranks.size}
+        return make_recorded_collection(config, replay, env.data, masks.label, **place)
     observations = replay.kept(env.observations)
     envs, workers = config.environment.num_envs, count_workers(config, run.ranks.local_size)
     make = partial(
@@ -190,50 +185,32 @@ def build_collection(run: Run, learner: Learner, env: EnvFacts) -> Collection:
     )
 
 
+def build_replay(run: Run, *, recorded: bool) -> RunReplay:
+    """Build the replay of this rank; records of recorded episodes are all equally new."""
+    config = run.config
+    return RunReplay(
+        config.replay.thawed(newest_first=False) if recorded else config.replay,
+        config.training,
+        config.environment,
+        records_folder(run.directory, run.ranks.rank),
+        None if run.resumption is None else run.resumption.records,
+        slack=checkpoint_slack(config),
+        latents=latent_fields(config.model, config.latent) if config.replay.latents else None,
+        pin_memory=run.device.type == "cuda",
+    )
+
+
 def build_evaluator(
     run: Run, learner: Learner, masks: MaskSource, env: EnvFacts
-) -> Evaluator | None:
-    """Build what plays evaluation episodes; only rank 0 has one."""
+) -> AnyEvaluator | None:
+    """Build what evaluates, in envs or on recorded episodes; only rank 0 has one."""
     if not run.ranks.is_first:
         return None
     seed = derive_seed(run.config.seed, "eval", 0)
-    return make_evaluator(
-        run.config,
-        learner.policy,
-        env.action_size,
-        seed=seed,
-        segment=masks.segment,
-        observations=env.observations,
-    )
-
-
-def make_evaluator(
-    config: RunConfig, policy: TensorDictModuleBase, action_size: int, **options: Any
-) -> Evaluator:
-    """Build what plays a policy, of this run or of a checkpoint, in the envs of its settings.
-
-    Args:
-        config: The settings of its run.
-        policy: The acting policy.
-        action_size: A.
-        options: ``seed``, ``segment`` and ``observations`` of
-            :class:`~w2f_torchrl.evaluation.evaluator.Evaluator`.
-    """
-    return Evaluator(
-        config.evaluation,
-        partial(_evaluation_env, config),
-        policy,
-        latent_sizes(config.model, action_size),
-        action_repeat=config.environment.action_repeat,
-        device=config.torch_device(),
-        **options,
-    )
-
-
-def _evaluation_env(config: RunConfig, seed: int, chosen: EvaluationSet | None) -> TransformedEnv:
-    return build_env(
-        config.environment, seed, foreground_mask=config.needs_masks, evaluation_set=chosen
-    )
+    options = {"seed": seed, "segment": masks.segment, "observations": env.observations}
+    if env.data is not None:
+        return make_recorded_evaluator(run.config, learner.policy, env.data, **options)
+    return make_evaluator(run.config, learner.policy, env.action_size, **options)
 
 
 @dataclass
@@ -301,7 +278,7 @@ def build_checkpoints(
     env: EnvFacts,
     learner: Learner,
     masks: MaskSource,
-    collection: Collection,
+    collection: Collection | RecordedCollection,
     progress: Progress,
 ) -> Checkpoints:
     """List what the run's checkpoints hold, and put back what it resumes from."""
@@ -355,10 +332,12 @@ def _resume(
     )
 
 
-def train_masks(run: Run, masks: MaskSource) -> None:
+def train_masks(run: Run, masks: MaskSource, collection: Collection | RecordedCollection) -> None:
     """Train a source of masks that learns, on rank 0's frames, before the first step."""
-    make_env = partial(build_env, run.config.environment)
-    prepare(masks, run.config.segmentation, make_env, seed=run.config.seed)
+    frames = random_frames(partial(build_env, run.config.environment))
+    if isinstance(collection, RecordedCollection):
+        frames = collection.frames
+    prepare(masks, run.config.segmentation, frames, seed=run.config.seed)
     run.ranks.copy_from_first(masks.learned())
 
 
@@ -380,8 +359,8 @@ class Parts:
 
     learner: Learner
     masks: MaskSource
-    collection: Collection
-    evaluator: Evaluator | None
+    collection: Collection | RecordedCollection
+    evaluator: AnyEvaluator | None
     progress: Progress
     checkpoints: Checkpoints
 
@@ -391,7 +370,7 @@ def build_parts(run: Run) -> Parts:
     env = probe_env(run.config)
     masks = choose_masks(run, env)
     learner = build_learner(run, env, masks)
-    collection = build_collection(run, learner, env)
+    collection = build_collection(run, learner, env, masks)
     evaluator = build_evaluator(run, learner, masks, env)
     progress = build_progress(run, learner)
     checkpoints = build_checkpoints(

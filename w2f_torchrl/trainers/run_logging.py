@@ -103,6 +103,7 @@ def start_bar(config: RunConfig, ranks: Ranks, plan: RunPlan) -> Bar:
             evaluations=plan.evaluations,
             initial_frames=plan.frames,
             initial_updates=plan.updates,
+            plays=config.has_environment,
         )
     )
 

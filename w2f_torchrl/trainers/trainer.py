@@ -130,7 +130,7 @@ class Trainer:
         if self.evaluator is not None:
             self.evaluator.start()
         if not resumed:
-            train_masks(self.run, self.masks)
+            train_masks(self.run, self.masks, self.collection)
         self.collection.start(self.steps, resumed=resumed)
         self._restarts_logged = self.collection.restarts
         self.bar = start_bar(self.config, self.ranks, plan)
@@ -297,7 +297,7 @@ class Trainer:
                 evaluation = self._attempt("the evaluation", play)
                 measured = {}
                 if evaluation is not None and self.config.evaluation.filtering:
-                    probe = evaluations.measure_filtering
+                    probe = partial(evaluations.measure_filtering, evaluator)
                     measured = self._attempt("the measures of filtering", probe) or {}
         except StopRequested:
             restore_random_state(random)

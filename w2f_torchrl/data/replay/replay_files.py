@@ -316,6 +316,30 @@ def open_records(manifest: Manifest, folder: Path) -> RecordFiles:
     return RecordFiles(folder / str(manifest["generation"]), fields)
 
 
+def read_streams(
+    files: RecordFiles, manifest: Manifest, damage: Collection[tuple[int, int]] = ()
+) -> Iterator[dict[str, Tensor] | None]:
+    """Yield the records of a checkpoint, block after block of each stream.
+
+    Args:
+        files: From :func:`open_records`.
+        manifest: The checkpoint's manifest.
+        damage: Streams and blocks to leave out, from :func:`find_damage`.
+
+    Yields:
+        Entries ``[M, ...]`` as stored, by the path of their key; None between streams, and in
+        place of a damaged block.
+    """
+    for stream, blocks in enumerate(windows(manifest)):
+        for block in blocks:
+            if (stream, block) in damage:
+                yield None
+            else:
+                count = _count(manifest, stream, block)
+                yield files.read(_row(manifest, stream, block), count)
+        yield None
+
+
 def windows(manifest: Manifest) -> list[range]:
     """Return for each stream the blocks of the records that can be sampled."""
     return [

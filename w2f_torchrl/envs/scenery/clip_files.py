@@ -78,8 +78,10 @@ class FileClip:
         """
         times: list[float | None] = []
         folder = self.path.is_dir()
-        pictures = _read_images(self.path) if folder else _read_video(self.path, times)
-        frames = [_resize(picture, size) for picture in itertools.islice(pictures, MAX_FRAMES)]
+        pictures = _read_images(self.path) if folder else read_video(self.path, times)
+        frames = [
+            resize_picture(picture, size) for picture in itertools.islice(pictures, MAX_FRAMES)
+        ]
         if not folder:
             frames = [frames[index] for index in even_intervals(times[: len(frames)])]
         if len(frames) < MIN_FRAMES:
@@ -123,7 +125,8 @@ def _images(folder: Path) -> list[Path]:
     return _sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
 
 
-def _resize(picture: Image.Image, size: int) -> UInt8Array:
+def resize_picture(picture: Image.Image, size: int) -> UInt8Array:
+    """Stretch an image to ``[size, size, 3]``; averaged over areas if it shrinks."""
     from PIL import Image
 
     shrinks = min(picture.size) >= size
@@ -176,8 +179,12 @@ def _read_images(folder: Path) -> Iterator[Image.Image]:
         yield shown
 
 
-def _read_video(path: Path, times: list[float | None]) -> Iterator[Image.Image]:
-    """Yield the images of a video, and append to ``times`` when each is shown, seconds."""
+def read_video(path: Path, times: list[float | None]) -> Iterator[Image.Image]:
+    """Yield the images of a video, and append to ``times`` when each is shown, seconds.
+
+    Raises:
+        BackgroundError: If it can't be read.
+    """
     import av
     from PIL import Image
 

@@ -53,6 +53,10 @@ class _Panel(NamedTuple):
     limits: tuple[float, float] | None = None
 
 
+_OPEN_LOOP = _Panel(
+    "mean error of colours in open-loop prediction of recorded episodes, 0 to 1",
+    {"recorded/error": "the model", "recorded/still_error": "the last observed picture, repeated"},
+)
 _PANELS = (
     _Panel(
         "world-model losses",
@@ -139,9 +143,9 @@ def plot_curves(
     The top panel shows the return of each training episode as a point and their mean over
     :data:`RETURN_WINDOW` of the run's frames as a curve, and the evaluations' mean with a band of
     one standard deviation over their episodes; the next one the returns of evaluation sets, if the
-    run has any. Published scores are drawn in both if the run follows their protocol. Below is a
-    panel for each group of metrics that the run has, each averaged over :data:`PANEL_WINDOW` of the
-    frames.
+    run has any. Without an environment the first panel has the errors of open-loop prediction.
+    Published scores are drawn in both if the run follows their protocol. Below is a panel for each
+    group of metrics that the run has, each averaged over :data:`PANEL_WINDOW` of the frames.
 
     Args:
         run_dir: A run directory with ``metrics.jsonl``.
@@ -171,7 +175,10 @@ def plot_curves(
     figure.suptitle(title or run_dir.resolve().name, fontsize=11)
     heights = [1.6] + [1.0] * (rows + wide - 1)
     grid = figure.add_gridspec(wide + rows, 3, height_ratios=heights)
-    _draw_returns(figure.add_subplot(grid[0, :]), records, RETURN_WINDOW * last, published)
+    if names & {"episode/return", "eval/return_mean"} or "recorded/error" not in names:
+        _draw_returns(figure.add_subplot(grid[0, :]), records, RETURN_WINDOW * last, published)
+    else:  # nothing was played
+        _draw_panel(figure.add_subplot(grid[0, :]), _OPEN_LOOP, records, 0.0)
     if sets:
         _draw_sets(figure.add_subplot(grid[1, :]), records, sets, published)
     for index, panel in enumerate(panels):

@@ -1,0 +1,1 @@
+"""Evaluations on recorded episodes that were not trained on."""
