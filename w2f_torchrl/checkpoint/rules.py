@@ -56,7 +56,11 @@ RULES = (
         False,
         "the replay holds records that were read with the old settings",
     ),
-    Rule(("data.path",), True, "the episodes can be moved; they must be the same"),
+    Rule(
+        ("data.path",),
+        False,
+        "a run either collects or has recorded data; the same episodes may lie elsewhere",
+    ),
     Rule(
         ("segmentation.source",),
         False,
@@ -161,6 +165,8 @@ def _is_allowed(name: str, before: Settings, after: Settings) -> bool:
     """Return whether a change is checked elsewhere, or compensated by another one."""
     if name == "segmentation.source":  # compared as resolved: check_same_source
         return True
+    if name == "data.path":  # the episodes are compared when they are opened
+        return None not in (before[name], after[name])
     ratio, batch = "training.train_ratio", "training.batch_size"
     if name in (ratio, batch):
         same = before[ratio] * after[batch] == after[ratio] * before[batch]
