@@ -16,6 +16,7 @@ continue.
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from pathlib import Path
 
@@ -31,6 +32,10 @@ from w2f_torchrl.plugins import load_plugins
 from w2f_torchrl.trainers import ConfigError, load_policy, to_run_config
 
 
+SETTING = re.compile(r"\w+(\.\w+)+=")
+"""A setting in the form of Hydra's overrides, anywhere among the arguments."""
+
+
 def load_players(args: argparse.Namespace) -> list[Player]:
     """Load the policies to record."""
     players = []
@@ -44,14 +49,14 @@ def load_players(args: argparse.Namespace) -> list[Player]:
     return players
 
 
-def environment_of(args: argparse.Namespace, players: list[Player]) -> EnvironmentConfig:
+def environment_of(settings: list[str], players: list[Player]) -> EnvironmentConfig:
     """Return the env's settings: those of the first checkpoint, and what the command line changes.
 
     Raises:
         ConfigError: If a setting is not one of the environment, or is out of range.
     """
-    for setting in args.settings:
-        if not setting.startswith("environment.") or "=" not in setting:
+    for setting in settings:
+        if not setting.startswith("environment."):
             raise ConfigError(
                 f"{setting!r} is no setting of the environment; allowed: environment.NAME=VALUE."
             )
@@ -59,7 +64,7 @@ def environment_of(args: argparse.Namespace, players: list[Player]) -> Environme
     base = OmegaConf.structured(policies[0].config.environment if policies else EnvironmentConfig())
     OmegaConf.set_struct(base.kwargs, False)
     try:
-        changed = OmegaConf.from_dotlist(args.settings).get("environment", {})
+        changed = OmegaConf.from_dotlist(settings).get("environment", {})
         merged = OmegaConf.merge({"environment": base}, {"environment": changed})
     except OmegaConfBaseException as error:
         raise ConfigError(f"settings of the environment: {error}") from error
@@ -77,10 +82,11 @@ def environment_of(args: argparse.Namespace, players: list[Player]) -> Environme
 def main(arguments: list[str] | None = None) -> None:
     """Read the command line, then record."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        usage="%(prog)s OUT (--episodes N | --replay RUN) [options] [environment.NAME=VALUE ...]",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("out", type=Path, help="folder of the episodes")
-    parser.add_argument("settings", nargs="*", metavar="environment.NAME=VALUE")
     parser.add_argument("--episodes", type=int, help="in the folder, afterwards")
     parser.add_argument(
         "--replay",
@@ -106,7 +112,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--max-steps", type=int, help="agent steps of an episode")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--plugins", nargs="*", default=[], help="files that register an env")
-    args = parser.parse_intermixed_args(arguments)
+    words = sys.argv[1:] if arguments is None else arguments
+    settings = [word for word in words if SETTING.match(word)]
+    args = parser.parse_args([word for word in words if word not in settings])
     for name in ("episodes", "hold", "max_steps"):
         value = getattr(args, name)
         if value is not None and value < 1:
@@ -122,7 +130,7 @@ def main(arguments: list[str] | None = None) -> None:
         players = load_players(args)
         recorder = Recorder(
             args.out,
-            environment_of(args, players),
+            environment_of(settings, players),
             players,
             seed=args.seed,
             hold=args.hold,

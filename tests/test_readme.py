@@ -478,3 +478,33 @@ def test_the_newcomer_tells_a_good_end_from_a_bad_one(
     assert (result["exit"], result["well"]) == (exit_code, well)
     if step.error and well:
         assert result["last_line"] == "no such file"
+
+
+RECORDED_PAGE = ROOT / "docs" / "howto" / "recorded.md"
+
+
+@pytest.mark.slow
+@pytest.mark.render
+def test_the_commands_of_recorded_data_record_and_train(reader: Path, tmp_path: Path, monkeypatch):
+    record = importlib.import_module("sota_configs.record")
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(reader / "runs", tmp_path / "runs")
+    short = ["environment.image_size=16", "--episodes", "4", "--max-steps", "20"]
+    trained = 0
+    for command in commands(RECORDED_PAGE):
+        words = shlex.split(command)
+        if words[1].endswith("record.py"):
+            more = [] if "--replay" in words else short  # the last --episodes counts
+            record.main([*words[2:], *more])
+            assert list((tmp_path / words[2]).glob("*.npz"))
+            continue
+        [config] = configs_of(words[2:])
+        where = {"run_dir": str(tmp_path / f"run{trained}")}
+        model = {"model": vars(tiny_run(tmp_path).model)}
+        every = {"evaluation": {"every_frames": 480, "max_control_steps": 40}}
+        Trainer(to_run_config(OmegaConf.merge(config, SHORT, model, every, where))).train()
+        rows = (tmp_path / f"run{trained}" / "metrics.jsonl").read_text()
+        assert "recorded/error" in rows
+        assert ("eval/return_mean" in rows) == ("environment=recorded" not in words)
+        trained += 1
+    assert trained == 2

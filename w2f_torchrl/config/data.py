@@ -36,9 +36,9 @@ class DataConfig(Settings):
     )
     actions: str = setting(
         "auto",
-        "Which action stands beside an observation: led_to, the one that led to it, as in files "
-        "of DreamerV2, V-D4RL and record.py; taken_at, the one that was taken there and leads to "
-        "the next, as in DreamerV3's replay and in LeRobot; or auto, by the format.",
+        "Which action a row holds with its observation: led_to, the one that led to it, as in "
+        "files of DreamerV2, V-D4RL and record.py; taken_at, the one that was taken there and "
+        "leads to the next, as in DreamerV3's replay and in LeRobot; or auto, by the format.",
         choices=ACTIONS,
     )
     action_range: Any = setting(
