@@ -31,7 +31,6 @@ from w2f_torchrl.evaluation.recorded.replay_export import export_replay
 from w2f_torchrl.plugins import load_plugins
 from w2f_torchrl.trainers import ConfigError, load_policy, to_run_config
 
-
 SETTING = re.compile(r"\w+(\.\w+)+=")
 """A setting in the form of Hydra's overrides, anywhere among the arguments."""
 

@@ -420,6 +420,8 @@ def test_filtering_is_measured_on_recorded_states(tmp_path, folder):
         ({"data": {"path": None}}, "environment.domain=recorded .*set data.path"),
         ({"data": {"choices": 3, "action_range": [0.0, 1.0]}}, "data.action_range"),
         ({"data": {"action_range": [1.0, 0.0]}}, "data.action_range"),
+        ({"model": {"vectors": {"position": 3}}}, "model.vectors=.* must be empty with data.path"),
+        ({"collection": {"overlap": True}}, "collection.overlap=true must be false"),
         ({"data": {"format": "zarr"}}, "data.format='zarr' is unknown"),
         ({"environment": {"distraction": "easy"}}, "environment.distraction='easy' must be none"),
         (

@@ -1,6 +1,5 @@
 """Every setting with its type, unit, range and default; imports neither torch nor a simulator."""
 
-from w2f_torchrl.config.data import DataConfig
 from w2f_torchrl.config.environment import AlgoConfig, EnvironmentConfig, SegmentationConfig
 from w2f_torchrl.config.loss import LossConfig
 from w2f_torchrl.config.methods import (
@@ -20,6 +19,7 @@ from w2f_torchrl.config.training import (
     ON_NAN,
     PRECISIONS,
     CollectionConfig,
+    DataConfig,
     DistributedConfig,
     OptimizerConfig,
     ReplayConfig,

@@ -6,7 +6,6 @@ import os
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from w2f_torchrl.config.data import DataConfig
 from w2f_torchrl.config.environment import AlgoConfig, EnvironmentConfig, SegmentationConfig
 from w2f_torchrl.config.loss import LossConfig
 from w2f_torchrl.config.methods import (
@@ -21,6 +20,7 @@ from w2f_torchrl.config.output import CheckpointConfig, EvaluationConfig, Loggin
 from w2f_torchrl.config.training import (
     GRAPHED,
     CollectionConfig,
+    DataConfig,
     DistributedConfig,
     OptimizerConfig,
     ReplayConfig,

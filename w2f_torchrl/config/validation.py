@@ -54,8 +54,8 @@ def validate(config: RunSettings) -> None:
     config.algo.validate()
     _validate_environment(config.environment)
     config.data.validate(config.environment.domain)
-    if config.collection.overlap and config.data.path is not None:
-        raise ConfigError("collection.overlap=true must be false with data.path: nothing acts.")
+    if config.data.path is not None:
+        _validate_recorded(config)
     _validate_distractions(config)
     _validate_segmentation(config)
     config.model.validate(config.environment.image_size)
@@ -180,6 +180,16 @@ def _validate_environment(environment: EnvironmentConfig) -> None:
                 f"environment.{name}={list(patterns)} must be empty for the domain "
                 f"{environment.domain!r}, whose factory makes its own masks."
             )
+
+
+def _validate_recorded(config: RunSettings) -> None:
+    if config.collection.overlap:
+        raise ConfigError("collection.overlap=true must be false with data.path: nothing acts.")
+    if config.model.observes_more:
+        raise ConfigError(
+            f"model.pictures={config.model.pictures} and model.vectors={config.model.vectors} must "
+            "be empty with data.path: recorded episodes are read with one picture, and no vectors."
+        )
 
 
 def _validate_distractions(config: RunSettings) -> None:

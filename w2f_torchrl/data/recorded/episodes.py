@@ -16,7 +16,7 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from w2f_torchrl.config import ConfigError, DataConfig
-from w2f_torchrl.config.data import FROM_DATA
+from w2f_torchrl.config.training import FROM_DATA
 from w2f_torchrl.keys import MASK, PIXELS
 
 Array = npt.NDArray[Any]
