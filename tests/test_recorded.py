@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from helpers.models import TINY
 from helpers.runs import tiny_run
 from helpers.short_runs import crash_when, differences, rows
 
@@ -22,11 +24,14 @@ from w2f_torchrl.data.recorded.collection import RecordedCollection
 from w2f_torchrl.data.recorded.episodes import DataError, RecordedData
 from w2f_torchrl.data.recorded.form import load_episode
 from w2f_torchrl.data.recorded.open import open_data
-from w2f_torchrl.data.recorded.reader import EpisodeStreams, frames_of
+from w2f_torchrl.data.recorded.reader import EpisodeStreams, frames_of, shared_out
 from w2f_torchrl.data.recorded.write import write_arrays
+from w2f_torchrl.evaluation.imagination import CONTEXT
+from w2f_torchrl.evaluation.recorded.open_loop import predict_open_loop
 from w2f_torchrl.evaluation.recorded.record import Player, Recorder
 from w2f_torchrl.evaluation.recorded.replay_export import export_replay
 from w2f_torchrl.masks.packing import unpack_mask
+from w2f_torchrl.modules import build_world_model
 from w2f_torchrl.trainers import Trainer
 from w2f_torchrl.utils.seeding import derive_seed
 
@@ -304,6 +309,43 @@ def test_frames_for_a_segmenter_come_from_all_episodes(folder):
         same = (everything == frame).flatten(2).all(-1)  # [episodes, T]
         owners.add(int(same.any(-1).nonzero()[0]))
     assert owners == set(range(EPISODES))
+
+
+def test_ranks_share_the_episodes_out(folder, tmp_path):
+    data = opened(folder)
+    training, held_out = data.split()
+    shares = [shared_out(data, rank, 3) for rank in range(3)]
+    assert sorted(index for share in shares for index in share) == training
+    assert not set(held_out) & set(training)
+    shutil.copy(sorted(folder.glob("*.npz"))[0], tmp_path / "a.npz")
+    with pytest.raises(DataError, match="has 1 episodes to train on for 2 ranks"):
+        shared_out(opened(tmp_path), 1, 2)
+
+
+# ------------------------------------------------------------------ evaluation
+
+
+def test_open_loop_errors_are_those_of_their_definition(folder):
+    episode = load_episode(opened(folder), 1)
+    model = build_world_model(TINY, action_size=1, image_size=SIZE, latent="split")
+    before = torch.get_rng_state()
+    found = predict_open_loop(model, episode.records().unsqueeze(0), count=1, seed=3)
+    assert torch.equal(before, torch.get_rng_state())
+    pixels = episode.pixels.float() / 255
+    still = (pixels[CONTEXT:] - pixels[CONTEXT - 1]).abs().mean()
+    assert found["still_error"] == pytest.approx(float(still), rel=1e-5)
+    # The head of a new model predicts a reward of zero.
+    assert found["reward_error"] == pytest.approx(float(episode.reward[CONTEXT:].abs().mean()))
+    assert 0 < found["error"] < 1
+    assert set(found) >= {"context_error", "last_error", "mask_iou"}
+    # Later pictures are not seen: neither predictions nor their errors on earlier frames change.
+    changed = replace(episode, pixels=episode.pixels.clone())
+    changed.pixels[-1] = 255 - changed.pixels[-1]
+    other = predict_open_loop(model, changed.records().unsqueeze(0), count=1, seed=3)
+    assert other["context_error"] == found["context_error"]
+    assert other["mask_iou"] == found["mask_iou"]
+    assert other["last_error"] != found["last_error"]
+    assert predict_open_loop(model, episode.records()[:CONTEXT].unsqueeze(0)) is None
 
 
 # ------------------------------------------------------------------ runs
