@@ -280,6 +280,8 @@ def _log_result(metrics: Mapping[str, float], frames: int) -> None:
     if "recorded/error" in metrics:
         error, still = metrics["recorded/error"], metrics["recorded/still_error"]
         parts.append(f"open-loop error {error:.4f} (of a still picture {still:.4f})")
+    elif "recorded/reward_error" in metrics:  # the model has no decoder
+        parts.append(f"open-loop error of the reward {metrics['recorded/reward_error']:.4f}")
     if "wm/mask_iou" in metrics:
         parts.append(f"mask IoU {metrics['wm/mask_iou']:.2f}")
     logger.info("evaluation at %s frames: %s", f"{frames:,}", ", ".join(parts))

@@ -100,6 +100,8 @@ def overview(run: Run) -> dict[str, str]:
     if returns:
         mean = _number(sum(returns) / len(returns))
         out["training episodes"] = f"{mean}, mean of the last {len(returns)}"
+    if errors := run.series("recorded/error"):
+        out["open-loop error"] = f"{errors[-1][2]:.4f} at {errors[-1][0]:,}"
     if iou := run.series("wm/mask_iou"):
         out["mask IoU"] = f"{iou[-1][2]:.2f}"
     out["frames"], out["updates"] = f"{run.frames:,}", f"{run.updates:,}"

@@ -248,7 +248,7 @@ def summarize_run(
 def _evaluations(rows: Sequence[dict[str, float]]) -> list[str]:
     evaluations = [row for row in rows if "eval/return_mean" in row]
     if not evaluations:
-        return []
+        return _predictions(rows)
     last, best = evaluations[-1], max(evaluations, key=lambda row: row["eval/return_mean"])
     line = f"evaluation: return {last['eval/return_mean']:.1f}"
     line += f" +- {last['eval/return_std']:.1f} at frame {last['frames']:,}"
@@ -256,6 +256,19 @@ def _evaluations(rows: Sequence[dict[str, float]]) -> list[str]:
     if "wm/mask_iou" in last:
         line += f"; mask IoU {last['wm/mask_iou']:.2f}"
     return [line]
+
+
+def _predictions(rows: Sequence[dict[str, float]]) -> list[str]:
+    """Return a line about the open-loop prediction of recorded episodes, if a run had only that."""
+    found = [row for row in rows if "recorded/error" in row]
+    if not found:
+        return []
+    last, best = found[-1], min(found, key=lambda row: row["recorded/error"])
+    return [
+        f"evaluation: open-loop error {last['recorded/error']:.4f} at frame {last['frames']:,}; "
+        f"best {best['recorded/error']:.4f} at frame {best['frames']:,}; of a still picture "
+        f"{last['recorded/still_error']:.4f}"
+    ]
 
 
 def _episodes(rows: Sequence[dict[str, float]]) -> list[str]:

@@ -115,6 +115,8 @@ class RecordedData(ABC):
         has_mask: Whether every episode has ``foreground_mask``.
         states: Names of the true states that every episode has.
         action_limits: Lowest and highest value of each number of a continuous action ``[A]``.
+        zero_first: Whether the first action of an episode must be zero if rows hold the one that
+            led to their observation, because the convention is only assumed.
         convention: ``led_to`` or ``taken_at``: which action stands next to an observation.
     """
 
@@ -123,6 +125,7 @@ class RecordedData(ABC):
     has_mask: bool
     states: tuple[str, ...]
     convention: str
+    zero_first: bool = False
     action_limits: tuple[Array, Array]
 
     def __init__(self, settings: DataConfig, image_size: int) -> None:

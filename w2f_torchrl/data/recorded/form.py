@@ -176,7 +176,7 @@ def actions_of(name: str, action: Array, data: RecordedData) -> Tensor:
     if data.convention == "taken_at":
         led[1:] = rows[:-1]  # the last one has led to nothing that was recorded
     else:
-        if data.settings.actions == "auto" and choices is None and np.any(action[0]):
+        if data.zero_first and choices is None and np.any(action[0]):
             raise DataError(
                 f"{name}: action of the first observation is {np.asarray(action[0]).tolist()}, but "
                 "no action led to it. If rows hold the action taken at their observation, set "

@@ -73,6 +73,7 @@ class NpzData(RecordedData):
                 f"{odd}: data.path holds both episodes and pieces of DreamerV3's replay "
                 "(TIME-ID-SUCCESSOR-LENGTH.npz); allowed: one kind per folder."
             )
+        self.zero_first = settings.actions == "auto" and settings.format != "vd4rl"
         self.convention = settings.actions
         if settings.actions == "auto":
             self.convention = "taken_at" if chunks[0] else "led_to"
