@@ -547,3 +547,26 @@ def test_the_command_records_what_it_is_told(tmp_path, capsys):
     ]:
         with pytest.raises(SystemExit, match=message):
             record.main([str(tmp_path / "a"), *arguments])
+
+
+def test_discrete_actions_are_recorded_and_trained_on(tmp_path):
+    pytest.importorskip("gymnasium", reason="needs the extra gym")
+    pytest.importorskip("pygame", reason="needs the extra gym")
+    environment = {"domain": "gym", "task": "CartPole-v1", "image_size": SIZE, "action_repeat": 1}
+    Recorder(tmp_path / "data", EnvironmentConfig(**environment), [Player("random")]).record(4)
+    episode = load_episode(opened(tmp_path / "data", choices=2), 0)
+    assert episode.terminated  # the pole has fallen
+    assert episode.action[1:].sum(-1).eq(1).all()
+    assert episode.reward[1:].eq(1).all()
+    settings: dict[str, Any] = {
+        "environment": environment,
+        "algo": {"name": "dreamer_v3", "latent": None},
+        "evaluation": {"every_frames": 0},
+        "training": {"total_frames": 96},
+    }
+    with pytest.raises(ConfigError, match=r"have 2 continuous numbers, but .* has 2 choices"):
+        Trainer(offline(tmp_path / "a", tmp_path / "data", **settings))
+    chosen = {"choices": 2}
+    trainer = Trainer(offline(tmp_path / "b", tmp_path / "data", data=chosen, **settings))
+    trainer.train()
+    assert trainer.updates > 0
