@@ -42,6 +42,7 @@ ORDER = (
     ("evaluation",),
     ("logging",),
     ("report",),
+    ("export",),
     ("trainers",),
 )
 """A folder imports from its own line and those above it, never from one below."""

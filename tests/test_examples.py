@@ -24,6 +24,7 @@ from w2f_torchrl.segmenters import mask_iou
 from w2f_torchrl.trainers import Trainer
 
 TESTED = {
+    "play_onnx": "test_exported_programs.py",
     "ppo_with_sam3": "test_masks_on_disk.py",
     "relabel_replay": "test_masks_on_disk.py",
     "watch_policy": "test_export.py",

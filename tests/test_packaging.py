@@ -36,6 +36,7 @@ LOCKS = {
         "analysis",
         "gym",
         "recorded",
+        "export",
     ],
 }
 

@@ -8,7 +8,7 @@ import pytest
 
 from w2f_torchrl.segmenters.sam3_requirements import missing_requirement
 
-PACKAGES = ("rliable", "sklearn", "gymnasium")
+PACKAGES = ("onnxruntime", "rliable", "sklearn", "gymnasium")
 needs_sam3 = pytest.mark.skipif(
     missing_requirement(__file__, None) is not None,
     reason="needs the packages of the extra sam3: run make extras",

@@ -31,6 +31,8 @@ PRIVATE_SEGMENTATION = dict.fromkeys(
     ("checkpoint", "vocabulary", "student_checkpoint", "labels", "backgrounds")
 )
 
+ELSEWHERE = (".onnx", ".pt2")
+
 
 def export_policy(checkpoint: str | Path, out: str | Path) -> Path:
     """Write the networks of a checkpoint, with weights in 16 bits, and its settings.
@@ -48,17 +50,18 @@ def export_policy(checkpoint: str | Path, out: str | Path) -> Path:
         The path of the new file.
 
     Raises:
-        CheckpointError: If the checkpoint cannot be read, or a weight is not finite or too large
-            for 16 bits.
+        CheckpointError: If the checkpoint cannot be read, a weight is not finite or too large for
+            16 bits, or the suffix is that of a file of :mod:`w2f_torchrl.export`.
     """
+    if Path(out).suffix in ELSEWHERE:
+        raise CheckpointError(
+            f"{out}: this writes a checkpoint; `python -m w2f_torchrl.export` writes "
+            f"{' and '.join(ELSEWHERE)} files."
+        )
     settings, learner, action_size = load_learner(checkpoint)
     saved, out = load_checkpoint(checkpoint), Path(out)
-    config: dict[str, Any] = saved.payload["config"] | PRIVATE
-    config["logging"] = config["logging"] | PRIVATE_LOGGING
-    config["data"] = config.get("data", {}) | PRIVATE_DATA
-    config["segmentation"] = config["segmentation"] | PRIVATE_SEGMENTATION
     payload = {
-        "config": config,
+        "config": public_settings(saved.payload["config"]),
         "action_size": action_size,
         "discrete_actions": bool(saved.payload.get("discrete_actions", False)),
         "learner": {"loss": _halved(learner.loss)},
@@ -69,6 +72,19 @@ def export_policy(checkpoint: str | Path, out: str | Path) -> Path:
         payload["masks"] = {name: saved.payload["masks"][name] for name in names}
     counters = {"updates": saved.updates, "frames": saved.frames}
     return save_checkpoint(out.parent, payload, name=out.name, **counters)
+
+
+def public_settings(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a checkpoint's settings without those about the place of the run.
+
+    Args:
+        config: The checkpoint's, as plain values.
+    """
+    public = config | PRIVATE
+    public["logging"] = config["logging"] | PRIVATE_LOGGING
+    public["data"] = config.get("data", {}) | PRIVATE_DATA
+    public["segmentation"] = config["segmentation"] | PRIVATE_SEGMENTATION
+    return public
 
 
 def _halved(module: nn.Module) -> dict[str, Tensor]:
