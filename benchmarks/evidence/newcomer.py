@@ -169,6 +169,10 @@ STEPS = (
     ),
     Step("python benchmarks/speed/end_to_end.py"),
     Step(
+        "python benchmarks/speed/export.py",
+        "python benchmarks/speed/export.py --models pretrained --rounds 20 --json export.json",
+    ),
+    Step(
         "python benchmarks/evidence/student.py",
         "python benchmarks/evidence/student.py --tasks 'walker walk' --few --seeds 0 "
         "--steps 60 --jobs 2",
