@@ -44,8 +44,7 @@ class OnnxPolicy:
 
         Args:
             **observation: ``pixels``, uint8 ``[N, 3, H, W]``, ``is_init``, bool ``[N, 1]``, true
-                where an episode begins, and ``foreground_mask``, bool ``[N, 1, H, W]``, if the
-                policy acts on masks.
+                where an episode begins, and what else the policy observes.
 
         Returns:
             Actions ``[N, A]`` in [-1, 1], or one-hot.
@@ -85,9 +84,11 @@ class TaskEnv:
             raise SystemExit(f"--scenery={scenery} is unknown; allowed: {', '.join(sets)}.")
         chosen = None if scenery is None else sets[scenery]
         self.env = build_env(environment, seed, evaluation_set=chosen)
-        self.observed = [
-            entry["name"] for entry in description["inputs"] if entry["kind"] == "observation"
-        ]
+        self.observed = {
+            entry["name"]: entry["dtype"]
+            for entry in description["inputs"]
+            if entry["kind"] == "observation"
+        }
 
     def reset(self) -> dict[str, NDArray[Any]]:
         """Begin an episode, and return the observation of one env, ``[1, ...]``."""
@@ -103,7 +104,10 @@ class TaskEnv:
         return self._observation(), float(self.data["reward"]), bool(self.data["done"])
 
     def _observation(self) -> dict[str, NDArray[Any]]:
-        return {name: self.data[name].numpy()[None] for name in self.observed}
+        return {
+            name: self.data[name].numpy()[None].astype(dtype)
+            for name, dtype in self.observed.items()
+        }
 
 
 def play(policy: OnnxPolicy, env: TaskEnv) -> tuple[float, int]:

@@ -131,7 +131,10 @@ def observations(steps: int, count: int = COUNT) -> list[dict[str, torch.Tensor]
         is_init = torch.full((count, 1), step == 0)
         is_init[1, 0] |= step == steps // 2
         mask = torch.rand(count, 1, SIZE, SIZE, generator=generator) < 0.3
-        found.append({"pixels": pixels.byte(), "is_init": is_init, "foreground_mask": mask})
+        seen = {"pixels": pixels.byte(), "is_init": is_init, "foreground_mask": mask}
+        seen["position"] = 30 * torch.randn(count, 3, generator=generator)
+        seen["pixels_wrist"] = pixels.byte().flip(-1)
+        found.append(seen)
     return found
 
 
@@ -171,6 +174,10 @@ CASES = {
         name: ({"algo": {"name": name, "latent": None}}, name == "tia")
         for name in ("dreamer_v3", "repo", "tia", "r2dreamer")
     },
+    "observations": (
+        {**SPLIT, "model": {"vectors": {"position": 3}, "pictures": ["pixels_wrist"]}},
+        False,
+    ),
     "pooled": ({**SPLIT, "model": {"resample": "reference", "posterior_layers": 2}}, False),
 }
 
@@ -190,8 +197,9 @@ def test_what_is_traced_acts_like_the_checkpoint(case, tmp_path):
     checkpoint = random_checkpoint(tmp_path, discrete=discrete, **settings)
     program = policy_program(checkpoint)
     check_actions(act_alike(load_policy(checkpoint), Played(program)), discrete)
-    needs_mask = "foreground_mask" in [entry.name for entry in program.inputs]
-    assert needs_mask == (case == "masked_input")
+    names = {entry.name for entry in program.inputs if entry.kind == "observation"}
+    further = {"masked_input": {"foreground_mask"}, "observations": {"position", "pixels_wrist"}}
+    assert names == {"pixels", "is_init"} | further.get(case, set())
 
 
 @pytest.fixture(scope="module")
@@ -578,7 +586,9 @@ def test_parts_that_cannot_be_exported_are_named(tmp_path, monkeypatch):
         return learner
 
     monkeypatch.setattr(Learner, "from_config", with_joints)
-    with pytest.raises(ExportError, match=r"algo=world2filter\): its encoder reads joints"):
+    with pytest.raises(
+        ExportError, match=r"algo=world2filter\): its encoder reads joints of unknown"
+    ):
         export_policy(checkpoint, tmp_path / "policy.pt2")
 
     def bare(*args: Any, **kwargs: Any) -> Learner:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import json
 import warnings
 from collections.abc import Mapping, Sequence
@@ -160,6 +161,22 @@ def read_description(path: str | Path) -> dict[str, Any]:
     return found
 
 
+class _Named(nn.Module):
+    """A step whose arguments are exactly the inputs, as tracing requires."""
+
+    def __init__(self, step: nn.Module, names: Sequence[str]) -> None:
+        super().__init__()
+        self.step = step
+
+        def forward(**given: Tensor) -> Any:
+            return step(**given)
+
+        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+        parameters = [inspect.Parameter(name, kind) for name in names]
+        forward.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        self.forward = forward
+
+
 def _trace(program: Program) -> ExportedProgram:
     """Trace the plain operations: the kernels for CPUs do not apply while torch traces."""
     example = {entry.name: entry.example(_EXAMPLE) for entry in program.inputs}
@@ -170,8 +187,9 @@ def _trace(program: Program) -> ExportedProgram:
         }
         for entry in program.inputs
     }
+    named = _Named(program.step, [entry.name for entry in program.inputs])
     with torch.no_grad():
-        traced = torch.export.export(program.step, (), example, dynamic_shapes=sizes, strict=False)
+        traced = torch.export.export(named, (), example, dynamic_shapes=sizes, strict=False)
     for node in traced.graph.nodes:
         node.meta.pop("stack_trace", None)  # names files of this machine
         if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace != "aten":

@@ -26,6 +26,7 @@ from w2f_torchrl.algorithms.masked_input import ACTING_MASK, StudentMask
 from w2f_torchrl.export.formats import SMALLEST, Entry, ExportError
 from w2f_torchrl.keys import MASK, PIXELS
 from w2f_torchrl.modules import CategoricalActor, GaussianActor
+from w2f_torchrl.modules.by_env.observations import ObservationEncoder
 from w2f_torchrl.segmenters.student import StudentNetwork
 
 NEXT = "next_"
@@ -65,9 +66,15 @@ def parts_of(policy: TensorDictModuleBase) -> PolicyParts:
     if not isinstance(actor[0].module, GaussianActor | CategoricalActor):
         kind = type(actor[0].module).__name__
         raise ExportError(f"its actor is a {kind}; allowed: GaussianActor, CategoricalActor")
-    unknown = [key for key in encoder.in_keys if key not in (PIXELS, MASK, ACTING_MASK)]
+    known: tuple[str, ...] = (PIXELS, MASK, ACTING_MASK)
+    if isinstance(encoder.module, ObservationEncoder):
+        known += tuple(encoder.module.in_keys)
+    unknown = [key for key in encoder.in_keys if key not in known]
     if unknown:
-        raise ExportError(f"its encoder reads {', '.join(unknown)}; allowed: {PIXELS}, {MASK}")
+        raise ExportError(
+            f"its encoder reads {', '.join(unknown)} of unknown shape; allowed: {PIXELS}, {MASK}, "
+            "and what model.vectors and model.pictures name"
+        )
     return PolicyParts(student, encoder, estimator, actor[0].module)
 
 
@@ -105,6 +112,7 @@ class PolicyStep(nn.Module):
         state_noise: Tensor,
         foreground_mask: Tensor | None = None,
         action_noise: Tensor | None = None,
+        **further: Tensor,
     ) -> dict[str, Tensor]:
         """Act on one observation of each of N envs; :meth:`inputs` describes the arguments.
 
@@ -112,7 +120,7 @@ class PolicyStep(nn.Module):
             ``action`` ``[N, A]`` and the entries to carry, ``next_state`` ``[N, S]``,
             ``next_belief`` ``[N, D]`` and ``next_previous_action`` ``[N, A]``.
         """
-        seen = {PIXELS: pixels, MASK: foreground_mask}
+        seen = {PIXELS: pixels, MASK: foreground_mask, **further}
         if self.student is not None:
             seen[ACTING_MASK] = segment(self.student, pixels) > self.threshold
         embedding = self.encoder(*(seen[key] for key in self.encoder_keys))  # [N, E]
@@ -145,6 +153,7 @@ class PolicyStep(nn.Module):
         if MASK in self.encoder_keys:
             shape = ("N", 1, size, size)
             given.append(Entry(MASK, "bool", shape, "observation", "true where the agent is"))
+        given += self._further(size)
         meaning = "true at the first observation of an episode"
         given.append(Entry("is_init", "bool", ("N", 1), "observation", meaning))
         for name, count in sizes.items():
@@ -156,6 +165,19 @@ class PolicyStep(nn.Module):
             kind, count = ("uniform", 1) if self.is_discrete else ("normal", sizes[PREVIOUS])
             given.append(Entry("action_noise", "float32", ("N", count), kind, "draws the action"))
         return given
+
+    def _further(self, size: int) -> list[Entry]:
+        """Describe the vectors and further pictures that the encoder reads."""
+        if not isinstance(self.encoder, ObservationEncoder):
+            return []
+        sizes = self.encoder.sizes
+        return [
+            Entry(key, "float32", ("N", sizes[key]), "observation", "a vector")
+            if key in sizes
+            else Entry(key, "uint8", ("N", 3, size, size), "observation", "an image, 0 to 255")
+            for key in self.encoder_keys
+            if key != PIXELS
+        ]
 
     def outputs(self) -> list[Entry]:
         """Describe what :meth:`forward` returns, in order."""
