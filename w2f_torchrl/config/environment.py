@@ -8,7 +8,7 @@ from typing import Any
 
 from w2f_torchrl.config.methods import METHODS
 from w2f_torchrl.config.model import LATENTS
-from w2f_torchrl.envs.drawing import RENDER_MODES
+from w2f_torchrl.envs.renderers.drawing import RENDER_MODES
 from w2f_torchrl.envs.scenery.backgrounds import ALL, SPLITS
 from w2f_torchrl.envs.tasks import MAX_IMAGE_SIZE, MIN_IMAGE_SIZE
 from w2f_torchrl.registry import algorithms, losses, segmenters

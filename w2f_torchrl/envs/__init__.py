@@ -10,8 +10,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from w2f_torchrl._lazy import lazy_exports
-from w2f_torchrl.envs.drawing import ForegroundRule, validate_distraction
 from w2f_torchrl.envs.renderers import _gl  # noqa: F401  # chooses when dm_control is imported
+from w2f_torchrl.envs.renderers.drawing import ForegroundRule, validate_distraction
 from w2f_torchrl.envs.scenery.clip_files import BackgroundError
 from w2f_torchrl.envs.scenery.distractions import (
     BackgroundConfig,

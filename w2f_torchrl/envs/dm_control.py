@@ -16,14 +16,14 @@ from torchrl.data import Bounded, Categorical, Composite, Unbounded
 from torchrl.envs import DMControlEnv
 
 from w2f_torchrl.envs._dm_control import Environment, suite
-from w2f_torchrl.envs.drawing import (
+from w2f_torchrl.envs.renderers._gl import require_gl_backend
+from w2f_torchrl.envs.renderers.drawing import (
     DEFAULT_RULE,
     ForegroundRule,
     RenderMode,
     find_camera,
     validate_further_cameras,
 )
-from w2f_torchrl.envs.renderers._gl import require_gl_backend
 from w2f_torchrl.envs.renderers.foreground import Foreground
 from w2f_torchrl.envs.renderers.further_cameras import FurtherCameras
 from w2f_torchrl.envs.renderers.make import Distractions, make_distractor, make_renderer

@@ -20,7 +20,7 @@ from torchrl.envs import (
 
 from w2f_torchrl.envs.actions import action_transform
 from w2f_torchrl.envs.dm_control import PixelDMControlEnv, validate_simulation
-from w2f_torchrl.envs.drawing import (
+from w2f_torchrl.envs.renderers.drawing import (
     DEFAULT_RULE,
     ForegroundRule,
     RenderMode,

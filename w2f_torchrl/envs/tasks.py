@@ -5,9 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from w2f_torchrl.envs.drawing import RENDER_MODES as RENDER_MODES
-from w2f_torchrl.envs.drawing import RenderMode as RenderMode
-from w2f_torchrl.envs.drawing import validate_distraction as validate_distraction
 from w2f_torchrl.envs.gym.tasks import (
     DOMAIN,
     make_gym,
@@ -16,6 +13,9 @@ from w2f_torchrl.envs.gym.tasks import (
 )
 from w2f_torchrl.envs.recorded import DOMAIN as RECORDED
 from w2f_torchrl.envs.recorded import make_recorded
+from w2f_torchrl.envs.renderers.drawing import RENDER_MODES as RENDER_MODES
+from w2f_torchrl.envs.renderers.drawing import RenderMode as RenderMode
+from w2f_torchrl.envs.renderers.drawing import validate_distraction as validate_distraction
 from w2f_torchrl.envs.suite_tasks import TASKS_BY_DOMAIN
 from w2f_torchrl.utils.checks import check_number
 

@@ -34,6 +34,7 @@ Unit = Literal[
     "episodes",
     "evaluations",
     "factor",
+    "failures",
     "features",
     "frames",
     "gradient steps",

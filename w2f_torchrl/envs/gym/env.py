@@ -13,11 +13,11 @@ from gymnasium.spaces import Box, Discrete
 from tensordict import TensorDictBase
 from torchrl.envs import GymWrapper
 
-from w2f_torchrl.envs.drawing import DEFAULT_RULE, ForegroundRule, RenderMode
 from w2f_torchrl.envs.gym.attributes import NotSavedError
 from w2f_torchrl.envs.gym.pictures import OwnPictures, RepeatedPictures
 from w2f_torchrl.envs.gym.simulation import SimulationPictures, find_simulation, find_view
 from w2f_torchrl.envs.gym.state import GymSimulationState
+from w2f_torchrl.envs.renderers.drawing import DEFAULT_RULE, ForegroundRule, RenderMode
 from w2f_torchrl.envs.renderers.make import Distractions
 from w2f_torchrl.envs.renderers.rendering import Drawing
 from w2f_torchrl.envs.scenery.distractions import Distraction

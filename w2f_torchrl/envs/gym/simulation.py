@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 from gymnasium.spaces import Discrete
 
-from w2f_torchrl.envs.drawing import find_camera
 from w2f_torchrl.envs.gym.pictures import Mask, Picture, own_mask
+from w2f_torchrl.envs.renderers.drawing import find_camera
 from w2f_torchrl.envs.renderers.make import Distractions, make_renderer
 from w2f_torchrl.envs.renderers.rendering import Drawing
 from w2f_torchrl.envs.simulation import Camera, FreeCamera, names_of, wrap

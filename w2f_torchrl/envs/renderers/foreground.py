@@ -9,7 +9,7 @@ import mujoco
 import numpy as np
 import numpy.typing as npt
 
-from w2f_torchrl.envs.drawing import DEFAULT_RULE, ForegroundRule
+from w2f_torchrl.envs.renderers.drawing import DEFAULT_RULE, ForegroundRule
 from w2f_torchrl.envs.simulation import Simulation, names_of
 
 BoolArray = npt.NDArray[np.bool_]

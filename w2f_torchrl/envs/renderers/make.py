@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from w2f_torchrl.envs.drawing import validate_distraction
 from w2f_torchrl.envs.renderers.distracted_rendering import frame_size, make_distracted_renderer
+from w2f_torchrl.envs.renderers.drawing import validate_distraction
 from w2f_torchrl.envs.renderers.rendering import Drawing, Renderer, SceneRenderer
 from w2f_torchrl.envs.scenery.backgrounds import LazyClips, load_clips, select_clips
 from w2f_torchrl.envs.scenery.distractions import Distraction, DistractionConfig

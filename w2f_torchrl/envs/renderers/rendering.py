@@ -7,8 +7,8 @@ from typing import Protocol
 
 import numpy as np
 
-from w2f_torchrl.envs.drawing import DEFAULT_RULE, ForegroundRule, RenderMode
 from w2f_torchrl.envs.renderers._gl import require_gl_backend
+from w2f_torchrl.envs.renderers.drawing import DEFAULT_RULE, ForegroundRule, RenderMode
 from w2f_torchrl.envs.renderers.foreground import BoolArray, Foreground
 from w2f_torchrl.envs.renderers.scene import (
     ALL,
