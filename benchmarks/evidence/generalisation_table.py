@@ -110,7 +110,7 @@ def summarise(played: Sequence[Played], difficulty: str) -> dict[str, object]:
     Args:
         played: Of all runs and sets.
         difficulty: The gap is the mean return before training videos of this difficulty less that
-            before unseen ones.
+            in front of unseen ones.
     """
     cells, gaps = [], []
     for method, task in _pairs(played):

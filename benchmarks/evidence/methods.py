@@ -7,7 +7,7 @@ python benchmarks/evidence/methods.py --runs runs/methods --no-training ...  # o
 Every run is ``experiment=cpu`` of ``sota_configs/world2filter.py`` in a process and a directory of
 its own, and a later call continues where an earlier one was cut. A finished run is measured once;
 ``measures.json`` in its directory keeps the result. Measured are returns before the scenery of
-training and before unseen scenery (the validation clips or colours), what probes read from the
+training and in front of unseen scenery (the validation clips or colours), what probes read from the
 latent that the actor reads, the change of action and value when the scenery is replaced or removed,
 and how far latents rolled on from histories with and without scenery part. Aggregates are
 interquartile means over tasks and seeds, of returns / 1000, with rliable's stratified intervals.

@@ -43,7 +43,7 @@ class Measured(NamedTuple):
         seed: The run's.
         frames: That it was trained for.
         seen: Returns of episodes before the scenery of training.
-        unseen: Returns before unseen scenery; empty in a world without scenery.
+        unseen: Returns in front of unseen scenery; empty in a world without scenery.
         measures: All others by name, see :data:`COLUMNS`.
         divergence: Distance of latents from histories with and without scenery, relative to
             random ones, over the horizon; empty in a world without scenery.
@@ -200,7 +200,7 @@ def draw(summary: dict[str, Any]) -> Figure:
 
 
 def _draw_returns(axes: Axes, rows: Sequence[dict[str, Any]], methods: Sequence[str]) -> None:
-    """Mark each method's mean before seen scenery, filled, and before unseen scenery, hollow."""
+    """Mark each method's mean in seen scenery, filled, and in unseen scenery, hollow."""
     for row in rows:
         if (found := row["estimate"]) is None:
             continue
