@@ -81,8 +81,11 @@ def find_camera(domain: str, camera_id: int | str, cameras: Sequence[str]) -> in
     whole = isinstance(camera_id, int) and not isinstance(camera_id, bool)
     if whole and camera_id in range(len(cameras)):
         return int(camera_id)
-    found = ", ".join(f"{index} {name}".strip() for index, name in enumerate(cameras))
-    raise ValueError(f"camera_id is {camera_id!r}: {domain} has {found or 'no camera'}.")
+    found = "only a free camera"
+    if cameras:
+        names = ", ".join(f"{index} {name}".strip() for index, name in enumerate(cameras))
+        found = f"cameras 0 to {len(cameras) - 1} ({names})"
+    raise ValueError(f"camera_id is {camera_id!r}: {domain} has {found}.")
 
 
 def validate_further_cameras(cameras: Sequence[int], distraction: object) -> None:
