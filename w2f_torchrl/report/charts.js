@@ -110,7 +110,7 @@
       return;
     }
     const least = Math.min(...every), most = Math.max(...every), scale = control("scale").value;
-    const logarithmic = least > 0 && (scale === "log" || (scale === "auto" && most > 100 * least));
+    const logarithmic = least > 0 && (scale === "log" || (scale === "auto" && most > 20 * least));
     const scaled = (v) => (logarithmic ? Math.log10(v) : v);
     let low = scaled(least), high = scaled(most);
     if (!logarithmic && low > 0 && low < 0.4 * high) low = 0;
