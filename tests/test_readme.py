@@ -382,7 +382,7 @@ CHOSEN = ("encoder", "decoder")
 
 def test_every_kind_of_part_has_a_page_with_a_command():
     pages_with_one = {Path(page).stem for page, _ in OWN_PARTS}
-    kinds = {"environment", "segmenter", "encoder", "decoder", "loss", "algorithm"}
+    kinds = {"environment", "task", "segmenter", "encoder", "decoder", "loss", "algorithm"}
     assert pages_with_one == kinds
     for page, command in OWN_PARTS:
         files = [file_of(block) for block in python_blocks(ROOT / page)]
