@@ -103,10 +103,10 @@ class SimulationPictures:
     ) -> None:
         self.image_size, self.has_mask = drawing.image_size, drawing.foreground_mask
         self._env, self._drawing, self._distractions = env, drawing, distractions
-        space = env.action_space
+        space: Any = env.action_space  # Gymnasium may be missing: then every space is Any to mypy.
         self._choices = int(space.n) if isinstance(space, Discrete) else None
         if self._choices is None:
-            low, high = (np.asarray(end, np.float64) for end in (space.low, space.high))  # type: ignore[attr-defined]
+            low, high = (np.asarray(end, np.float64) for end in (space.low, space.high))
             limited = np.isfinite(low) & np.isfinite(high)
             low, high = np.where(limited, low, -1.0), np.where(limited, high, 1.0)
             self._center, self._half_range = (high + low) / 2, (high - low) / 2
