@@ -78,8 +78,12 @@ def environment_of(settings: list[str], players: list[Player]) -> EnvironmentCon
     return config.environment
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Read the command line, then record."""
+def read_command_line(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Return the options, and the settings of the environment.
+
+    Raises:
+        SystemExit: If an option is out of range, or neither or both ways to record are chosen.
+    """
     parser = argparse.ArgumentParser(
         usage="%(prog)s OUT (--episodes N | --replay RUN) [options] [environment.NAME=VALUE ...]",
         description=__doc__,
@@ -111,7 +115,6 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--max-steps", type=int, help="agent steps of an episode")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--plugins", nargs="*", default=[], help="files that register an env")
-    words = sys.argv[1:] if arguments is None else arguments
     settings = [word for word in words if SETTING.match(word)]
     args = parser.parse_args([word for word in words if word not in settings])
     for name in ("episodes", "hold", "max_steps"):
@@ -120,6 +123,12 @@ def main(arguments: list[str] | None = None) -> None:
             sys.exit(f"error: --{name.replace('_', '-')} {value} must be at least 1.")
     if (args.episodes is None) == (args.replay is None):
         sys.exit("error: pass either --episodes or --replay.")
+    return args, settings
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Record what the command line says."""
+    args, settings = read_command_line(sys.argv[1:] if arguments is None else arguments)
     try:
         load_plugins(args.plugins)
         if args.replay is not None:
