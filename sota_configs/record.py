@@ -126,6 +126,22 @@ def read_command_line(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
     return args, settings
 
 
+def record(args: argparse.Namespace, settings: list[str]) -> None:
+    """Play episodes until the folder holds as many as the command line says."""
+    players = load_players(args)
+    recorder = Recorder(
+        args.out,
+        environment_of(settings, players),
+        players,
+        seed=args.seed,
+        hold=args.hold,
+        max_steps=args.max_steps,
+    )
+    there = len(list(args.out.glob("*.npz")))
+    with tqdm(total=args.episodes, initial=there, unit="episode", disable=None) as progress:
+        recorder.record(args.episodes, tell=lambda path: progress.update())
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Record what the command line says."""
     args, settings = read_command_line(sys.argv[1:] if arguments is None else arguments)
@@ -134,19 +150,8 @@ def main(arguments: list[str] | None = None) -> None:
         if args.replay is not None:
             with tqdm(unit="episode", disable=None) as progress:
                 export_replay(args.replay, args.out, tell=lambda path: progress.update())
-            return
-        players = load_players(args)
-        recorder = Recorder(
-            args.out,
-            environment_of(settings, players),
-            players,
-            seed=args.seed,
-            hold=args.hold,
-            max_steps=args.max_steps,
-        )
-        there = len(list(args.out.glob("*.npz")))
-        with tqdm(total=args.episodes, initial=there, unit="episode", disable=None) as progress:
-            recorder.record(args.episodes, tell=lambda path: progress.update())
+        else:
+            record(args, settings)
     except (ConfigError, CheckpointError, ValueError) as error:
         sys.exit(f"error: {error}")
     print(args.out)
