@@ -461,6 +461,8 @@ def test_bins_are_half_open_and_count_their_episodes(curves):
 
 def test_curves_compare_runs_with_the_published_points(curves, tmp_path, capsys):
     runs = [make_run(tmp_path / name, algo=name, seed=i) for i, name in enumerate(("a", "b"))]
+    starts = [{"commit": "abc"}, {"frames": "5"}, {"commit": "def"}, {"commit": "abc"}]
+    (runs[0] / "environment.json").write_text(json.dumps(starts))
     out, result = tmp_path / "o.png", tmp_path / "o.json"
     arguments = [*map(str, runs), "--task", "cartpole_balance", "--out", str(out)]
     curves.main([*arguments, "--json", str(result)])
@@ -468,6 +470,7 @@ def test_curves_compare_runs_with_the_published_points(curves, tmp_path, capsys)
     data = json.loads(result.read_text())
     assert {"command", "versions", "machine"} <= data.keys()
     assert [run["name"] for run in data["runs"]] == ["a, seed 0", "b, seed 1"]
+    assert [run["commits"] for run in data["runs"]] == [["abc", "def"], []]
     run = data["runs"][0]
     assert run["at_published_points"] == [
         {
@@ -507,6 +510,27 @@ def test_another_protocol_is_not_compared_with_the_published_curve(curves, tmp_p
     assert "world2filter, seed 0 ran another protocol" in capsys.readouterr().err
 
 
+def test_another_env_is_drawn_without_a_published_curve_in_its_own_range(
+    curves, tmp_path, capsys, monkeypatch
+):
+    run = make_run(tmp_path / "a")
+    config = run / "config.yaml"
+    text = config.read_text().replace("domain: cartpole", "domain: gym")
+    config.write_text(text.replace("task: balance", "task: Ant-v5"))
+    with (run / "metrics.jsonl").open("a") as stream:
+        for frames in (1000, 2000):
+            line = {"frames": frames, "updates": 9, "episode/return": 4000.0}
+            stream.write(json.dumps(line) + "\n")
+    drawn = []
+    monkeypatch.setattr(curves, "save_figure", lambda figure, *a, **k: drawn.append(figure))
+    out = ["--out", str(tmp_path / "o.png"), "--json", str(tmp_path / "o.json")]
+    curves.main([str(run), *out])
+    assert "none of gym_Ant-v5" in capsys.readouterr().err
+    assert drawn[0].axes[0].get_ylim()[1] > 2000
+    curves.main([str(make_run(tmp_path / "b")), *out])
+    assert drawn[1].axes[0].get_ylim() == (0, 1030)
+
+
 def test_curves_compare_evaluation_sets_with_published_scores(curves, tmp_path):
     """Only if all runs follow the protocol and have played the set."""
     runs, name = [], "eval/dmcgb_video_easy/return_mean"
@@ -531,8 +555,6 @@ def test_curves_name_what_is_wrong(curves, tmp_path):
     rest = ["--out", str(tmp_path / "o.png"), "--json", str(tmp_path / "o.json")]
     with pytest.raises(SystemExit):
         curves.main([str(run), "--task", "walker_walk", *rest])
-    with pytest.raises(ValueError, match="cartpole_swing is not in"):
-        curves.read_published(PUBLISHED, "cartpole_swing")
     (run / "config.yaml").write_text("seed: 1\n")
     with pytest.raises(ValueError, match=r"lacks algo\.name, environment\.domain"):
         curves.load_run(run)
@@ -567,6 +589,19 @@ def test_a_random_policy_sums_the_rewards_of_every_control_step(monkeypatch):
             return Step(len(steps) == 5)
 
     monkeypatch.setattr(random_policy.suite, "load", lambda *a, **k: Env())
-    assert random_policy.random_return("d", "t", seed=0, action_repeat=2) == 2.5
+    episode = random_policy.on_suite("d", "t", seed=0, still=False)
+    assert random_policy.episode_return(*episode, action_repeat=2) == 2.5
     assert [float(a[0]) for a in steps[:2]] == [float(steps[0][0])] * 2
     assert float(steps[2][0]) != float(steps[0][0])
+
+
+def test_a_random_policy_plays_gymnasiums_envs_and_can_stand_still():
+    pytest.importorskip("gymnasium", reason="needs the extra gym: make extras")
+    random_policy = importlib.import_module("random_policy")
+
+    def play(seed: int, *, still: bool) -> float:
+        episode = random_policy.on_gymnasium("Pendulum-v1", seed, still=still)
+        return random_policy.episode_return(*episode, action_repeat=2)
+
+    assert play(1, still=False) == play(1, still=False) != play(2, still=False)
+    assert play(1, still=True) != play(1, still=False)

@@ -29,6 +29,7 @@ from matplotlib.figure import Figure
 from omegaconf import DictConfig, OmegaConf
 from results_file import RESULTS, write_results
 
+from w2f_torchrl.logging.environment import read_environment
 from w2f_torchrl.logging.metrics import read_metrics
 from w2f_torchrl.logging.pictures.plotting import (
     Array,
@@ -44,6 +45,9 @@ from w2f_torchrl.logging.pictures.published import (
     published_scores,
     read_table,
 )
+
+# After w2f_torchrl, which imports triton: see the package's docstring.
+from dm_control import suite  # isort: skip
 
 COLORS = ("#3b6fb6", "#c8553d", "#4f9d69", "#8d6cab", "#b8923a", "#5b5b5b")
 SETTINGS = (
@@ -78,11 +82,19 @@ class Run(NamedTuple):
     published: frozenset[Published]
     """The published scores whose protocol it follows."""
     last_frame: int
+    commits: list[str]
+    """Those of the code that made it, in the order of its starts; none outside a checkout."""
 
     @property
     def name(self) -> str:
         """``<label>, seed <seed>``."""
         return f"{self.label}, seed {self.seed}"
+
+    @property
+    def on_suite(self) -> bool:
+        """Whether its task is one of the Control Suite."""
+        environment = self.settings["environment"]
+        return (environment["domain"], environment["task"]) in suite.ALL_TASKS
 
 
 def load_run(run_dir: Path, label: str | None = None) -> Run:
@@ -111,6 +123,7 @@ def load_run(run_dir: Path, label: str | None = None) -> Run:
     if missing := [key for key, value in values.items() if value is None]:
         raise ValueError(f"{path} lacks {', '.join(missing)}.")
     records = read_metrics(run_dir)
+    starts = read_environment(run_dir / "environment.json")
     if not records:
         raise ValueError(f"{run_dir / 'metrics.jsonl'} is empty.")
     algo = " ".join(filter(None, [values["algo.name"], OmegaConf.select(config, "algo.latent")]))
@@ -129,6 +142,7 @@ def load_run(run_dir: Path, label: str | None = None) -> Run:
         },
         published=frozenset(published_scores(_container(config))),
         last_frame=int(max(record["frames"] for record in records)),
+        commits=list(dict.fromkeys(start["commit"] for start in starts if "commit" in start)),
     )
 
 
@@ -196,16 +210,9 @@ def read_published(path: Path, task: str) -> list[dict[str, float]]:
         task: ``<domain>_<task>``.
 
     Returns:
-        The rows, ordered by env_steps.
-
-    Raises:
-        ValueError: If the table has no such task.
+        The rows, ordered by env_steps; none if the table lacks the task.
     """
-    rows = read_table(path)
-    found = [row for row in rows if row["task"] == f"dmc_{task}"]
-    if not found:
-        known = sorted({row["task"].removeprefix("dmc_") for row in rows})
-        raise ValueError(f"--task {task} is not in {path.name}; it has {', '.join(known)}.")
+    found = [row for row in read_table(path) if row["task"] == f"dmc_{task}"]
     columns = ("env_steps", "mean", "sd_over_seeds", "n_seeds")
     curve = [{name: float(row[name]) for name in columns} for row in found]
     return sorted(curve, key=lambda row: row["env_steps"])
@@ -251,6 +258,7 @@ def summarise(run: Run, edges: Array, published: Sequence[Mapping[str, float]]) 
     return {
         "name": run.name,
         "task": run.task,
+        "commits": run.commits,
         "settings": run.settings,
         "frames": run.last_frame,
         "training_episodes_binned": bin_means(frames, returns, edges),
@@ -372,7 +380,8 @@ def draw(
     if random_policy is not None:
         label = f"random policy (mean of {random_policy['episodes']} episodes)"
         axes.axhline(random_policy["return_mean"], color="grey", ls=":", lw=1.2, label=label)
-    axes.set_ylim(0, 1030)  # every Control Suite return lies in [0, 1000]
+    if all(run.on_suite for run in runs):
+        axes.set_ylim(0, 1030)  # every return lies in [0, 1000]
     axes.set_ylabel("episode return")
     axes.set_title(runs[0].task, fontsize=10)
     style_frames_axis(axes, last_frame)
@@ -408,7 +417,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     random_file = args.random or (default if default.exists() else None)
     random_policy = json.loads(random_file.read_text()) if random_file else None
     published = read_published(args.published, task)
-    if strangers := [run.name for run in runs if not follows_protocol(run)]:
+    if not published:
+        sys.stderr.write(f"no published curve: {args.published.name} has none of {task}\n")
+    elif strangers := [run.name for run in runs if not follows_protocol(run)]:
         sys.stderr.write(f"no published curve: {', '.join(strangers)} ran another protocol\n")
         published = []
     last_frame = max(run.last_frame for run in runs)

@@ -1,13 +1,16 @@
-"""Measure the return of a uniform random policy on a Control Suite task, without rendering.
+"""Measure the return of a uniform random policy on a task, without rendering.
 
 python benchmarks/evidence/random_policy.py cartpole balance --episodes 10
+python benchmarks/evidence/random_policy.py gym Ant-v5 --still  # all actions are zero
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 sys.path.append(str(Path(__file__).parents[1] / "shared"))
 
@@ -19,29 +22,72 @@ from w2f_torchrl.utils.seeding import derive_seed  # isort: split
 # After w2f_torchrl, which imports triton: see the package's docstring.
 from dm_control import suite
 
+Step = Callable[[Any], tuple[float, bool]]
+"""A control step with an action: the reward, and whether the episode has ended."""
 
-def random_return(domain: str, task: str, seed: int, action_repeat: int) -> float:
-    """Play one episode.
+
+def on_suite(domain: str, task: str, seed: int, *, still: bool) -> tuple[Callable[[], Any], Step]:
+    """Begin an episode of the Control Suite.
 
     Args:
         domain: Control Suite domain.
         task: Task of the domain.
         seed: Seed of the episode: the task's and the policy's.
-        action_repeat: Control steps for which an action is held.
+        still: Whether all actions are zero.
 
     Returns:
-        Sum of the rewards of all control steps.
+        What draws an action, and what makes a control step.
     """
     env = suite.load(domain, task, task_kwargs={"random": derive_seed(seed, "task")})
     generator = np.random.default_rng(derive_seed(seed, "policy"))
     spec = env.action_spec()
-    total, step = 0.0, env.reset()
-    while not step.last():
-        action = generator.uniform(spec.minimum, spec.maximum, spec.shape)
+    env.reset()
+
+    def act() -> Any:
+        drawn = generator.uniform(spec.minimum, spec.maximum, spec.shape)
+        return np.zeros(spec.shape) if still else drawn
+
+    def step(action: Any) -> tuple[float, bool]:
+        result = env.step(action)
+        return result.reward, result.last()
+
+    return act, step
+
+
+def on_gymnasium(task: str, seed: int, *, still: bool) -> tuple[Callable[[], Any], Step]:
+    """Begin an episode of a Gymnasium env; see :func:`on_suite`."""
+    import gymnasium
+
+    env = gymnasium.make(task)
+    env.action_space.seed(derive_seed(seed, "policy"))
+    env.reset(seed=derive_seed(seed, "task"))
+
+    def act() -> Any:
+        drawn = env.action_space.sample()
+        return np.zeros_like(drawn) if still else drawn
+
+    def step(action: Any) -> tuple[float, bool]:
+        _, reward, terminated, truncated, _ = env.step(action)
+        return float(reward), terminated or truncated
+
+    return act, step
+
+
+def episode_return(act: Callable[[], Any], step: Step, action_repeat: int) -> float:
+    """Return the sum of the rewards of all control steps of an episode.
+
+    Args:
+        act: Draws an action.
+        step: Makes a control step.
+        action_repeat: Control steps for which an action is held.
+    """
+    total, over = 0.0, False
+    while not over:
+        action = act()
         for _ in range(action_repeat):
-            step = env.step(action)
-            total += step.reward
-            if step.last():
+            reward, over = step(action)
+            total += reward
+            if over:
                 break
     return total
 
@@ -49,21 +95,27 @@ def random_return(domain: str, task: str, seed: int, action_repeat: int) -> floa
 def main() -> None:
     """Measure and write ``benchmarks/results/random_policy_<domain>_<task>.json``."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("domain")
-    parser.add_argument("task")
+    parser.add_argument("domain", help="of the Control Suite, or gym")
+    parser.add_argument("task", help="of the domain, or an id of Gymnasium")
+    parser.add_argument("--still", action="store_true", help="all actions are zero")
     parser.add_argument("--episodes", type=int, default=10)
     parser.add_argument("--action-repeat", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    if (args.domain, args.task) not in suite.ALL_TASKS:
+    if args.domain != "gym" and (args.domain, args.task) not in suite.ALL_TASKS:
         parser.error(f"{args.domain} {args.task} is not a Control Suite task.")
-    returns = [
-        random_return(args.domain, args.task, derive_seed(args.seed, "env", i), args.action_repeat)
-        for i in range(args.episodes)
-    ]
+    returns = []
+    for i in range(args.episodes):
+        seed = derive_seed(args.seed, "env", i)
+        if args.domain == "gym":
+            act, step = on_gymnasium(args.task, seed, still=args.still)
+        else:
+            act, step = on_suite(args.domain, args.task, seed, still=args.still)
+        returns.append(episode_return(act, step, args.action_repeat))
     name = f"{args.domain}_{args.task}"
-    path = args.json or RESULTS / f"random_policy_{name}.json"
+    kind = "still" if args.still else "random"
+    path = args.json or RESULTS / f"{kind}_policy_{name}.json"
     results = {
         "task": name,
         "action_repeat": args.action_repeat,
