@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from helpers.short_runs import rows, short_run
+from torch.utils import _pytree as pytree
 
 from w2f_torchrl.checkpoint import CheckpointError, latest_checkpoint, load_checkpoint
 from w2f_torchrl.checkpoint.rules import (
@@ -20,6 +22,8 @@ from w2f_torchrl.checkpoint.rules import (
     rule_of,
 )
 from w2f_torchrl.config import OptimizerConfig, config_to_dict
+from w2f_torchrl.learner import optimizer as optimizer_module
+from w2f_torchrl.learner.optimizer import CapturableOptimizer
 from w2f_torchrl.trainers import Learner, RunConfig, Trainer
 from w2f_torchrl.trainers.run import build_counters
 
@@ -121,6 +125,70 @@ def test_an_optimizers_settings_are_the_runs_and_its_moments_the_checkpoints():
     [group] = other.optimizer.param_groups
     assert (group["lr"], group["agc"], group["warmup_steps"]) == (2e-3, 0.1, 0)
     assert float(group["step"]) == 1
+
+
+def test_actor_and_critic_can_have_a_learning_rate_of_their_own():
+    from helpers.models import make_learner, make_sample
+
+    sample, steps = make_sample(), {}
+    for rate in (None, 4e-3):
+        learner = make_learner(
+            optimizer=OptimizerConfig(lr=1e-3, actor_critic_lr=rate, warmup_updates=0)
+        )
+        before = {name: p.detach().clone() for name, p in learner.loss.named_parameters()}
+        torch.manual_seed(1)
+        learner.update(sample)
+        after = learner.loss.named_parameters()
+        steps[rate] = {name: p.detach() - before[name] for name, p in after if p.requires_grad}
+    for name, step in steps[None].items():
+        factor = 4 if name.startswith(("actor.", "critic.")) else 1
+        torch.testing.assert_close(steps[4e-3][name], factor * step, rtol=1e-3, atol=1e-6)
+    for module in ("actor.", "critic.", "world_model."):
+        assert max(s.abs().max() for n, s in steps[None].items() if n.startswith(module)) > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "latent"), [("world2filter", "split"), ("tia", "split"), ("repo", "whole")]
+)
+@pytest.mark.parametrize("on_device", [False, True])
+def test_an_optimizer_with_two_groups_continues_one_with_one_and_back(
+    algorithm, latent, on_device, monkeypatch
+):
+    """With equal rates the groups must make no difference, wherever they are handed over."""
+    from helpers.models import make_learner, make_sample
+
+    if on_device:
+        monkeypatch.setattr(optimizer_module, "DreamerV3Optimizer", CapturableOptimizer)
+    sample = make_sample()
+
+    def learner_of(rate: float | None) -> Learner:
+        settings = OptimizerConfig(lr=1e-3, actor_critic_lr=rate, warmup_updates=3)
+        return make_learner(latent, optimizer=settings, algorithm=algorithm)
+
+    def train(rates: list[float | None]) -> dict[str, Any]:
+        learner = learner_of(rates[0])
+        for number, rate in enumerate(rates):
+            if number:
+                state, learner = learner.state_dict(), learner_of(rate)
+                learner.load_state_dict(copy.deepcopy(state))
+            torch.manual_seed(number)
+            learner.update(sample)
+        return learner.state_dict()
+
+    wanted = train([None, None, None])
+    for rates in ([1e-3, None, 1e-3], [None, 1e-3, None]):
+        found = train(rates)
+        assert torch.equal(_flat(found["loss"]), _flat(wanted["loss"]))
+        moments = [state["optimizer"]["state"] for state in (found, wanted)]
+        assert list(moments[0]) == list(moments[1])
+        assert torch.equal(*(_flat(each) for each in moments))
+        [group] = found["optimizer"]["param_groups"]
+        assert float(group["step"]) == 3
+
+
+def _flat(tree: Any) -> torch.Tensor:
+    leaves = pytree.tree_leaves(tree)
+    return torch.cat([leaf.flatten() for leaf in leaves if isinstance(leaf, torch.Tensor)])
 
 
 @pytest.mark.render

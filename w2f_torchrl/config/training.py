@@ -31,6 +31,13 @@ class OptimizerConfig(Settings):
     """LaProp with adaptive gradient clipping, as in the paper."""
 
     lr: float = setting(4e-5, "Learning rate after the warm-up.", unit="rate", above=0)
+    actor_critic_lr: float | None = setting(
+        None,
+        "Learning rate of actor and critic after the warm-up; null: that of everything else, as in "
+        "the paper.",
+        unit="rate",
+        above=0,
+    )
     warmup_updates: int = setting(
         1000,
         "Updates over which the learning rate rises linearly from 0.",

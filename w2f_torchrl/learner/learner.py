@@ -25,13 +25,17 @@ from w2f_torchrl.config import (
 from w2f_torchrl.learner.auto_execution import AutoUpdate
 from w2f_torchrl.learner.gradients import ComposedLoss, SharedGradients, share_gradients
 from w2f_torchrl.learner.non_finite_guard import FiniteGuard
-from w2f_torchrl.learner.optimizer import CapturableOptimizer, choose_precision, make_optimizer
+from w2f_torchrl.learner.optimizer import (
+    CapturableOptimizer,
+    choose_precision,
+    load_optimizer,
+    make_optimizer,
+    save_optimizer,
+)
 from w2f_torchrl.learner.update_modes import UpdateModes
 from w2f_torchrl.modules import WorldModel
 from w2f_torchrl.modules.packed_latents import LATENTS
 from w2f_torchrl.utils.checks import check_choice
-
-OPTIMIZER_SETTINGS = ("lr", "agc", "beta1", "beta2", "eps", "warmup_steps")
 
 
 class Learner(nn.Module):
@@ -92,8 +96,9 @@ class Learner(nn.Module):
         self.to(device)
         self.device_type = torch.device(device).type
         self.precision = choose_precision(settings.precision, self.device_type)
-        self.parameters_trained = [p for p in self.loss.parameters() if p.requires_grad]
-        self.optimizer = make_optimizer(self.parameters_trained, settings)
+        trained = {name: p for name, p in self.loss.named_parameters() if p.requires_grad}
+        self.parameters_trained = list(trained.values())
+        self.optimizer = make_optimizer(trained, settings)
         if execution == "auto" and self.device_type == "cpu":
             execution = "eager"
         self.execution = execution
@@ -206,7 +211,8 @@ class Learner(nn.Module):
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Return all that updates change: ``loss`` (networks, statistics) and ``optimizer``."""
         del args, kwargs  # of torch.nn.Module
-        return {"loss": dict(self.loss.state_dict()), "optimizer": self.optimizer.state_dict()}
+        moments = save_optimizer(self.optimizer, self.parameters_trained)
+        return {"loss": dict(self.loss.state_dict()), "optimizer": moments}
 
     def load_networks(self, state: dict[str, Any]) -> None:
         """Load the entry ``loss`` alone, which is all that acting needs.
@@ -232,8 +238,5 @@ class Learner(nn.Module):
         self.load_networks(state_dict["loss"])
         names = [name for name, p in self.loss.named_parameters() if p.requires_grad]
         moments = split_moments(state_dict["optimizer"], set(state_dict["loss"]), names)
-        settings = {name: self.optimizer.param_groups[0][name] for name in OPTIMIZER_SETTINGS}
-        self.optimizer.load_state_dict(moments)
-        for group in self.optimizer.param_groups:  # the settings are the run's
-            group.update(settings)
+        load_optimizer(self.optimizer, moments, self.parameters_trained)
         self._update = self._modes.capture_again(self._update)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,15 +22,32 @@ def choose_precision(precision: str, device_type: str) -> str:
     return "bfloat16" if mixed else "float32"
 
 
+SETTINGS = ("lr", "agc", "beta1", "beta2", "eps", "warmup_steps")
+"""Entries of a group that are settings of the run and not its state."""
+BEHAVIOUR = ("actor", "critic")
+"""The modules of a loss that ``optimizer.actor_critic_lr`` is for."""
+
+
 def make_optimizer(
-    parameters: Sequence[nn.Parameter], settings: OptimizerConfig
+    parameters: Mapping[str, nn.Parameter], settings: OptimizerConfig
 ) -> DreamerV3Optimizer:
-    """Make TorchRL's optimizer, on a GPU in the form that a CUDA graph can capture."""
+    """Make TorchRL's optimizer, on a GPU in the form that a CUDA graph can capture.
+
+    Args:
+        parameters: Of the loss, by their names; actor and critic are a group of their own if they
+            have their own learning rate.
+        settings: Of the optimizer.
+    """
+    groups: list[dict[str, Any]] = [{"params": list(parameters.values())}]
+    if settings.actor_critic_lr is not None:
+        behaviour = [p for name, p in parameters.items() if name.split(".")[0] in BEHAVIOUR]
+        others = [p for name, p in parameters.items() if name.split(".")[0] not in BEHAVIOUR]
+        groups = [{"params": others}, {"params": behaviour, "lr": settings.actor_critic_lr}]
     # TorchRL's optimizer counts on the host, which does not know whether an update is applied.
-    on_host = parameters[0].device.type == "cpu"
+    on_host = groups[0]["params"][0].device.type == "cpu"
     make = DreamerV3Optimizer if on_host else CapturableOptimizer
     return make(
-        parameters,
+        groups,
         lr=settings.lr,
         agc=settings.agc,
         beta1=settings.beta1,
@@ -37,6 +55,53 @@ def make_optimizer(
         eps=settings.eps,
         warmup_steps=settings.warmup_updates,
     )
+
+
+def save_optimizer(
+    optimizer: DreamerV3Optimizer, parameters: Sequence[nn.Parameter]
+) -> dict[str, Any]:
+    """Return the optimizer's state as one group, whatever its groups are.
+
+    Args:
+        optimizer: From :func:`make_optimizer`.
+        parameters: All that it trains, in the order in which they are numbered.
+    """
+    saved: dict[str, Any] = optimizer.state_dict()
+    if len(optimizer.param_groups) == 1:
+        return saved
+    numbers = {id(parameter): number for number, parameter in enumerate(parameters)}
+    order = [numbers[id(p)] for group in optimizer.param_groups for p in group["params"]]
+    state = {order[number]: moments for number, moments in saved["state"].items()}
+    group = saved["param_groups"][0] | {"params": list(range(len(parameters)))}
+    return {"state": {number: state[number] for number in sorted(state)}, "param_groups": [group]}
+
+
+def load_optimizer(
+    optimizer: DreamerV3Optimizer, saved: Mapping[str, Any], parameters: Sequence[nn.Parameter]
+) -> None:
+    """Load moments and the count of updates; the optimizer's settings stay.
+
+    Args:
+        optimizer: From :func:`make_optimizer`.
+        saved: From :func:`save_optimizer`.
+        parameters: As there.
+    """
+    settings = [{name: group[name] for name in SETTINGS} for group in optimizer.param_groups]
+    numbers = {id(parameter): number for number, parameter in enumerate(parameters)}
+    order = [numbers[id(p)] for group in optimizer.param_groups for p in group["params"]]
+    state = {
+        i: saved["state"][number] for i, number in enumerate(order) if number in saved["state"]
+    }
+    groups, begin = [], 0
+    for group in optimizer.param_groups:
+        end = begin + len(group["params"])
+        # Each group counts by itself, so none may share the tensor of another's count.
+        copied = copy.deepcopy(saved["param_groups"][0])
+        groups.append(copied | {"params": list(range(begin, end))})
+        begin = end
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+    for group, own in zip(optimizer.param_groups, settings, strict=True):
+        group.update(own)
 
 
 class CapturableOptimizer(DreamerV3Optimizer):
