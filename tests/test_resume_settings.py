@@ -127,31 +127,38 @@ def test_an_optimizers_settings_are_the_runs_and_its_moments_the_checkpoints():
     assert float(group["step"]) == 1
 
 
-def test_actor_and_critic_can_have_a_learning_rate_of_their_own():
+@pytest.mark.parametrize(
+    ("rates", "factors"),
+    [
+        ({"actor_lr": 4e-3}, {"actor": 4}),
+        ({"critic_lr": 5e-4}, {"critic": 0.5}),
+        ({"actor_lr": 4e-3, "critic_lr": 5e-4}, {"actor": 4, "critic": 0.5}),
+    ],
+)
+def test_actor_and_critic_can_have_learning_rates_of_their_own(rates, factors):
     from helpers.models import make_learner, make_sample
 
-    sample, steps = make_sample(), {}
-    for rate in (None, 4e-3):
-        learner = make_learner(
-            optimizer=OptimizerConfig(lr=1e-3, actor_critic_lr=rate, warmup_updates=0)
-        )
+    sample, steps = make_sample(), []
+    for chosen in ({}, rates):
+        settings = OptimizerConfig(lr=1e-3, warmup_updates=0, **chosen)
+        learner = make_learner(optimizer=settings)
         before = {name: p.detach().clone() for name, p in learner.loss.named_parameters()}
         torch.manual_seed(1)
         learner.update(sample)
         after = learner.loss.named_parameters()
-        steps[rate] = {name: p.detach() - before[name] for name, p in after if p.requires_grad}
-    for name, step in steps[None].items():
-        factor = 4 if name.startswith(("actor.", "critic.")) else 1
-        torch.testing.assert_close(steps[4e-3][name], factor * step, rtol=1e-3, atol=1e-6)
+        steps.append({name: p.detach() - before[name] for name, p in after if p.requires_grad})
+    for name, step in steps[0].items():
+        factor = factors.get(name.split(".")[0], 1)
+        torch.testing.assert_close(steps[1][name], factor * step, rtol=1e-3, atol=1e-6)
     for module in ("actor.", "critic.", "world_model."):
-        assert max(s.abs().max() for n, s in steps[None].items() if n.startswith(module)) > 1e-4
+        assert max(s.abs().max() for n, s in steps[0].items() if n.startswith(module)) > 1e-4
 
 
 @pytest.mark.parametrize(
     ("algorithm", "latent"), [("world2filter", "split"), ("tia", "split"), ("repo", "whole")]
 )
 @pytest.mark.parametrize("on_device", [False, True])
-def test_an_optimizer_with_two_groups_continues_one_with_one_and_back(
+def test_an_optimizer_with_three_groups_continues_one_with_one_and_back(
     algorithm, latent, on_device, monkeypatch
 ):
     """With equal rates the groups must make no difference, wherever they are handed over."""
@@ -162,7 +169,7 @@ def test_an_optimizer_with_two_groups_continues_one_with_one_and_back(
     sample = make_sample()
 
     def learner_of(rate: float | None) -> Learner:
-        settings = OptimizerConfig(lr=1e-3, actor_critic_lr=rate, warmup_updates=3)
+        settings = OptimizerConfig(lr=1e-3, actor_lr=rate, critic_lr=rate, warmup_updates=3)
         return make_learner(latent, optimizer=settings, algorithm=algorithm)
 
     def train(rates: list[float | None]) -> dict[str, Any]:

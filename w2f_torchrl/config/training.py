@@ -31,10 +31,15 @@ class OptimizerConfig(Settings):
     """LaProp with adaptive gradient clipping, as in the paper."""
 
     lr: float = setting(4e-5, "Learning rate after the warm-up.", unit="rate", above=0)
-    actor_critic_lr: float | None = setting(
+    actor_lr: float | None = setting(
         None,
-        "Learning rate of actor and critic after the warm-up; null: that of everything else, as in "
-        "the paper.",
+        "Learning rate of the actor after the warm-up; null: lr, as in the paper.",
+        unit="rate",
+        above=0,
+    )
+    critic_lr: float | None = setting(
+        None,
+        "Learning rate of the critic after the warm-up; null: lr, as in the paper.",
         unit="rate",
         above=0,
     )

@@ -24,8 +24,6 @@ def choose_precision(precision: str, device_type: str) -> str:
 
 SETTINGS = ("lr", "agc", "beta1", "beta2", "eps", "warmup_steps")
 """Entries of a group that are settings of the run and not its state."""
-BEHAVIOUR = ("actor", "critic")
-"""The modules of a loss that ``optimizer.actor_critic_lr`` is for."""
 
 
 def make_optimizer(
@@ -34,17 +32,21 @@ def make_optimizer(
     """Make TorchRL's optimizer, on a GPU in the form that a CUDA graph can capture.
 
     Args:
-        parameters: Of the loss, by their names; actor and critic are a group of their own if they
-            have their own learning rate.
+        parameters: Of the loss, by their names. Actor and critic are groups of their own if they
+            have their own learning rates.
         settings: Of the optimizer.
     """
-    groups: list[dict[str, Any]] = [{"params": list(parameters.values())}]
-    if settings.actor_critic_lr is not None:
-        behaviour = [p for name, p in parameters.items() if name.split(".")[0] in BEHAVIOUR]
-        others = [p for name, p in parameters.items() if name.split(".")[0] not in BEHAVIOUR]
-        groups = [{"params": others}, {"params": behaviour, "lr": settings.actor_critic_lr}]
+    rates = {"actor": settings.actor_lr, "critic": settings.critic_lr}
+    rates = {module: rate for module, rate in rates.items() if rate is not None}
+    members: dict[str, list[nn.Parameter]] = {"": [], **{module: [] for module in rates}}
+    for name, parameter in parameters.items():
+        module = name.split(".")[0]
+        members[module if module in rates else ""].append(parameter)
+    groups = [
+        {"params": each, "lr": rates.get(name, settings.lr)} for name, each in members.items()
+    ]
     # TorchRL's optimizer counts on the host, which does not know whether an update is applied.
-    on_host = groups[0]["params"][0].device.type == "cpu"
+    on_host = members[""][0].device.type == "cpu"
     make = DreamerV3Optimizer if on_host else CapturableOptimizer
     return make(
         groups,
