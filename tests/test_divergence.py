@@ -14,7 +14,7 @@ from w2f_torchrl.envs import PixelDMControlEnv
 from w2f_torchrl.evaluation import Episode, latent_divergence, record_episodes, replay_in
 from w2f_torchrl.evaluation import divergence as module
 from w2f_torchrl.evaluation.divergence import partners
-from w2f_torchrl.evaluation.imagination import roll
+from w2f_torchrl.evaluation.imagination import observe, roll
 
 ALL = ["world2filter", *METHODS]
 STEPS, CONTEXT, HORIZON = 12, 5, 4
@@ -80,10 +80,9 @@ def test_the_divergence_is_its_definition():
     starts = (0, STEPS - CONTEXT - HORIZON)
     latents = []
     for side in (clean, disturbed):
-        windows = torch.cat(
-            [e.records()[:, s : s + CONTEXT + HORIZON] for e in side for s in starts]
-        )
         torch.manual_seed(0)
+        seen = [observe(learner.world_model, e.records()) for e in side]
+        windows = torch.cat([each[:, s : s + CONTEXT + HORIZON] for each in seen for s in starts])
         rolled = roll(learner.world_model, windows, CONTEXT)
         latents.append(torch.cat((rolled["belief"], rolled["state"]), -1)[:, CONTEXT - 1 :])
     ours, theirs = (x.double().numpy() for x in latents)

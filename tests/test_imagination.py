@@ -9,8 +9,9 @@ from helpers.models import make_learner as tiny_learner
 from tensordict import TensorDict
 from torchrl.modules.models.model_based import RSSMPriorV3
 
-from w2f_torchrl.evaluation.imagination import cut_windows, decode, imagine_windows, roll
+from w2f_torchrl.evaluation.imagination import cut_windows, decode, imagine_windows, observe, roll
 from w2f_torchrl.logging.pictures.film import film, film_strip
+from w2f_torchrl.modules import WorldModel
 from w2f_torchrl.modules.rssm import BlockGRUStep
 from w2f_torchrl.trainers import Learner
 
@@ -38,6 +39,12 @@ def make_episode(length: int) -> TensorDict:
     )
 
 
+@torch.no_grad()
+def make_windows(model: WorldModel, episode: TensorDict | None = None) -> TensorDict:
+    observed = observe(model, make_episode(40) if episode is None else episode)
+    return cut_windows(observed, WINDOWS, CONTEXT, TIME - CONTEXT)
+
+
 def step_by_hand(prior: RSSMPriorV3, state, belief, action) -> torch.Tensor:
     """The belief after a step, by this package's block GRU instead of TorchRL's."""
     step = BlockGRUStep(prior)
@@ -49,7 +56,7 @@ def step_by_hand(prior: RSSMPriorV3, state, belief, action) -> torch.Tensor:
 def test_each_imagined_step_takes_the_action_that_led_to_its_frame(latent):
     learner = make_learner(latent)
     model = learner.world_model
-    windows = cut_windows(make_episode(40), WINDOWS, CONTEXT, TIME - CONTEXT)
+    windows = make_windows(model)
     assert windows.shape == (WINDOWS, TIME)
     rolled = roll(model, windows, CONTEXT)
     assert torch.equal(rolled["action"], windows["action"])
@@ -69,27 +76,33 @@ def test_each_imagined_step_takes_the_action_that_led_to_its_frame(latent):
 @torch.no_grad()
 def test_the_context_is_the_posterior_and_what_follows_sees_no_pixels(latent):
     model = make_learner(latent).world_model
-    windows = cut_windows(make_episode(40), WINDOWS, CONTEXT, TIME - CONTEXT)
     torch.manual_seed(3)
+    windows = make_windows(model)
     rolled = roll(model, windows, CONTEXT)
+    # A window in the middle continues from all that was seen before it.
     torch.manual_seed(3)
-    posterior = model.infer(windows[:, :CONTEXT].select(*model.in_keys))["next"]
+    posterior = model.infer(make_episode(40).select(*model.in_keys))["next"]
     keys = [key for key in rolled.keys() if key != "action"]
     assert len(keys) == (4 if latent == "split" else 2)
     for key in keys:
-        assert torch.equal(rolled[key][:, :CONTEXT], posterior[key])
-    blind = windows.clone()
-    blind["next", "pixels"][:, CONTEXT:] = 0
+        for number, start in enumerate((0, 14, 28)):
+            seen = posterior[key][0, start : start + CONTEXT]
+            assert torch.equal(rolled[key][number, :CONTEXT], seen)
     torch.manual_seed(3)
-    for key, value in roll(model, blind, CONTEXT).items():
-        assert torch.equal(value, rolled[key])
+    episode = make_episode(40)
+    episode["next", "pixels"][:, 28 + CONTEXT :] = 0  # after the last window's context
+    blind = roll(model, make_windows(model, episode), CONTEXT)
+    for key in keys:
+        assert torch.equal(blind[key][:, :CONTEXT], rolled[key][:, :CONTEXT])
+        # The draws of the priors come after those of the whole episode.
+        assert torch.equal(blind[key], rolled[key])
 
 
 @torch.no_grad()
 def test_the_background_goes_on_by_its_own_prior_whatever_the_agent_does():
     learner = make_learner("split")
     model = learner.world_model
-    windows = cut_windows(make_episode(40), WINDOWS, CONTEXT, TIME - CONTEXT)
+    windows = make_windows(model)
     torch.manual_seed(3)
     rolled = roll(model, windows, CONTEXT)
     prior = model.background_rollout.rssm_prior.module
@@ -112,7 +125,7 @@ def test_the_background_goes_on_by_its_own_prior_whatever_the_agent_does():
 def test_the_policy_acts_from_the_state_before_its_action(latent):
     learner = make_learner(latent)
     model, actor = learner.world_model, learner.loss.actor
-    windows = cut_windows(make_episode(40), WINDOWS, CONTEXT, TIME - CONTEXT)
+    windows = make_windows(model)
     rolled = roll(model, windows, CONTEXT, actor)
     assert torch.equal(rolled["action"][:, :CONTEXT], windows["action"][:, :CONTEXT])
     for t in range(CONTEXT, TIME):
@@ -158,7 +171,7 @@ def test_pictures_are_truth_imagination_and_their_difference(latent):
 
 def test_composed_pictures_are_foreground_over_background():
     learner = make_learner("split")
-    rolled = roll(learner.world_model, cut_windows(make_episode(40), 2), CONTEXT)
+    rolled = roll(learner.world_model, make_windows(learner.world_model), CONTEXT)
     made = decode(learner.world_model, rolled)
     expected = made["foreground"] + made["background"] * (1 - made["mask"])
     torch.testing.assert_close(made["imagined"], expected.clamp(0, 1), atol=1e-5, rtol=0)

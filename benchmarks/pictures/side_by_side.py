@@ -1,10 +1,11 @@
-r"""Draw one episode as two world models reconstruct it, and imagine it from its first frames.
+r"""Draw one episode as two world models reconstruct it, and as they imagine it to continue.
 
 python benchmarks/pictures/side_by_side.py runs/dreamer_v3 runs/split --set unseen_videos_easy \
     --out docs/images/side_by_side.png
 
 Takes checkpoints or run directories (their newest checkpoint). The last run's policy acts, with
-sampled actions; after the context only the actions are read, and no pictures.
+sampled actions. Imagination has seen the frames before those that are shown, and then reads only
+the actions.
 """
 
 from __future__ import annotations
@@ -24,29 +25,27 @@ from torchrl.envs.utils import ExplorationType, set_exploration_type
 from w2f_torchrl.data import records_from_rollout
 from w2f_torchrl.envs import evaluation_sets
 from w2f_torchrl.evaluation.evaluator import reconstruct
-from w2f_torchrl.evaluation.imagination import decode, roll
+from w2f_torchrl.evaluation.imagination import decode, observe, roll
 from w2f_torchrl.logging.pictures.video import contact_sheet
 from w2f_torchrl.modules import WorldModel
 from w2f_torchrl.trainers import load_policy
 
 
 def columns_of(
-    model: WorldModel, records: TensorDictBase, start: int, context: int, length: int, name: str
+    model: WorldModel, records: TensorDictBase, start: int, length: int, name: str
 ) -> dict[str, Tensor]:
     """Pictures ``[length, C, H, W]`` of the frames from ``start`` on: inferred, then imagined.
 
     Args:
         model: The world model.
         records: One episode ``[1, T]``.
-        start: First frame shown.
-        context: Frames before ``start`` that imagination sees; its first imagined frame is
-            ``start``.
+        start: First frame shown, and the first that is imagined, at least 1.
         length: Frames.
         name: The model's label.
     """
     seen, _ = reconstruct(model, records)
-    window = records[:, start - context : start + length]
-    dreamt = decode(model, roll(model, window, context))
+    window = observe(model, records)[:, start - 1 : start + length]
+    dreamt = decode(model, roll(model, window, context=1))
     shown = slice(start, start + length)
     found = {}  # empty for a model without a decoder
     if "reconstruction" in seen:
@@ -55,7 +54,7 @@ def columns_of(
         found["foreground"] = seen["foreground"][shown]
         found["both"] = seen.get("composed", seen["foreground"])[shown]
     if dreamt:
-        found["imagined"] = dreamt["imagined"][0, context:]
+        found["imagined"] = dreamt["imagined"][0, 1:]
     return {f"{name}: {key}": pictures for key, pictures in found.items()}
 
 
@@ -67,7 +66,6 @@ def main() -> None:
     parser.add_argument("--set", choices=evaluation_sets(), help="default: as the run was trained")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--start", type=int, default=40, help="first frame shown")
-    parser.add_argument("--context", type=int, default=5, help="frames that imagination sees")
     parser.add_argument("--length", type=int, default=15, help="frames shown, from the start on")
     parser.add_argument("--rows", type=int, default=5)
     parser.add_argument("--out", type=Path, required=True)
@@ -75,8 +73,8 @@ def main() -> None:
     names = args.names or [find_checkpoint(path).parents[1].name for path in args.checkpoints]
     if len(names) != len(args.checkpoints):
         parser.error(f"--names has {len(names)} entries for {len(args.checkpoints)} checkpoints.")
-    if not 1 <= args.context <= args.start or args.length < args.rows or args.rows < 1:
-        parser.error("--context must be in [1, start], --rows in [1, length].")
+    if args.start < 1 or not 1 <= args.rows <= args.length:
+        parser.error("--start must be at least 1, --rows in [1, length].")
     torch.manual_seed(args.seed)
     loaded = [load_policy(find_checkpoint(path)) for path in args.checkpoints]
     actor = loaded[-1]
@@ -88,9 +86,7 @@ def main() -> None:
     shown = slice(args.start, args.start + args.length)
     columns = {"frame": records["next", "pixels"][0, shown].cpu()}
     for policy, name in zip(loaded, names, strict=True):
-        columns |= columns_of(
-            policy.world_model, records, args.start, args.context, args.length, name
-        )
+        columns |= columns_of(policy.world_model, records, args.start, args.length, name)
     print(contact_sheet(args.out, columns, every=args.length // args.rows))
 
 

@@ -16,7 +16,7 @@ from tensordict import TensorDictBase
 from torch import Tensor
 
 from w2f_torchrl.evaluation.episodes import Episode
-from w2f_torchrl.evaluation.imagination import HORIZON, cut_windows, roll
+from w2f_torchrl.evaluation.imagination import HORIZON, cut_windows, observe, roll
 from w2f_torchrl.modules import WorldModel
 from w2f_torchrl.utils.stopping import check_stop
 
@@ -62,9 +62,15 @@ def latent_divergence(
         raise ValueError(
             f"clean and disturbed must be pairs, got {len(clean)} and {len(disturbed)}."
         )
-    sides = [_windows(each, windows, context, horizon) for each in (clean, disturbed)]
-    first, second = (_predict(world_model, side, context, seed=0) for side in sides)
-    again = _predict(world_model, sides[0], context, seed=1)
+    sides = [
+        [each for each in episodes if len(each) >= context + horizon]
+        for episodes in (clean, disturbed)
+    ]
+    if len(sides[0]) * windows < 2:
+        raise ValueError(f"at least one episode must have {context + horizon} observations.")
+    sizes = (windows, context, horizon)
+    first, second = (_predict(world_model, side, sizes, seed=0) for side in sides)
+    again = _predict(world_model, sides[0], sizes, seed=1)
     others = partners(len(first[0]))
     found = {}
     for name, ours, theirs in (
@@ -90,31 +96,30 @@ def partners(count: int) -> Tensor:
     return others
 
 
-def _windows(episodes: Sequence[Episode], count: int, context: int, horizon: int) -> TensorDictBase:
-    """Cut windows ``[N, context + horizon]``, at the same places of equally long episodes."""
-    length = context + horizon
-    cut = [
-        cut_windows(each.records(), count, context, horizon)
-        for each in episodes
-        if len(each) >= length
-    ]
-    kept = [window for window in cut if window is not None]
-    if len(kept) * count < 2:
-        raise ValueError(f"at least one episode must have {length} observations.")
-    windows: TensorDictBase = torch.cat(kept)
-    return windows
-
-
 def _predict(
-    world_model: WorldModel, windows: TensorDictBase, context: int, seed: int
+    world_model: WorldModel, episodes: Sequence[Episode], sizes: tuple[int, int, int], seed: int
 ) -> tuple[Tensor, Tensor]:
-    """Return latents ``[N, H + 1, F]`` and predicted rewards ``[N, H + 1, 1]``, on the CPU."""
-    check_stop()
+    """Return latents ``[N, H + 1, F]`` and predicted rewards ``[N, H + 1, 1]``, on the CPU.
+
+    Args:
+        world_model: The world model.
+        episodes: Each at least as long as a window.
+        sizes: Windows of an episode, observed frames, predicted steps.
+        seed: Of the random draws.
+    """
+    count, context, horizon = sizes
     device = next(world_model.parameters()).device
-    windows = windows.to(device)
+    cut: list[TensorDictBase] = []
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
-        latents = roll(world_model, windows, context)[:, context - 1 :]
+        for episode in episodes:
+            check_stop()
+            observed = observe(world_model, episode.records().to(device))
+            # Both sides have the same draws, since their episodes are equally long.
+            found = cut_windows(observed, count, context, horizon)
+            assert found is not None, "the episode is long enough"
+            cut.append(found.select("action", "observed"))
+        latents = roll(world_model, torch.cat(cut), context)[:, context - 1 :]
     features = torch.cat((latents["belief"], latents["state"]), -1)
     reward, _ = world_model.predict(features)
     return features.float().cpu(), reward.unsqueeze(-1).float().cpu()

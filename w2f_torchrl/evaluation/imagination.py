@@ -20,6 +20,8 @@ from w2f_torchrl.segmenters import mask_iou
 
 CONTEXT = 5
 HORIZON = 15
+OBSERVED = "observed"
+"""The entry with the latents of an observed episode."""
 
 
 class Imagination(NamedTuple):
@@ -35,13 +37,38 @@ class Imagination(NamedTuple):
     """Mean absolute error of the colours, in [0, 1], and IoU of the mask."""
 
 
+def observe(world_model: WorldModel, records: TensorDictBase) -> TensorDictBase:
+    """Infer the latents of whole episodes, from their first record on.
+
+    A window must continue from the latents before it: a model that is trained on slices which start
+    from replayed latents has never seen one that starts without any in the middle of an episode.
+
+    Args:
+        world_model: The world model.
+        records: ``[B, T]``, each row from the first record of an episode on.
+
+    Returns:
+        The records with ``observed``: ``state`` and ``belief``, with a background also
+        ``background_state`` and ``background_belief``.
+    """
+    with torch.no_grad():
+        latents = world_model.infer(records.select(*world_model.in_keys)).get("next")
+    keys = [key for each in _rollouts(world_model) for key in (each.state_key, each.belief_key)]
+    return records.copy().set(OBSERVED, latents.select(*keys))
+
+
+def _rollouts(world_model: WorldModel) -> list[RSSMRollout]:
+    background = world_model.background_rollout
+    return [world_model.rollout] if background is None else [world_model.rollout, background]
+
+
 def cut_windows(
     records: TensorDictBase, count: int, context: int = CONTEXT, horizon: int = HORIZON
 ) -> TensorDictBase | None:
     """Cut windows out of an episode, spread evenly over it.
 
     Args:
-        records: One episode's records ``[1, T]``.
+        records: One episode's records ``[1, T]``, for :func:`roll` those of :func:`observe`.
         count: N.
         context: Number of observed frames.
         horizon: Number of imagined frames; fewer if the episode is shorter.
@@ -64,15 +91,15 @@ def roll(
     context: int,
     actor: Actor | None = None,
 ) -> TensorDict:
-    """Infer the latents of the context, then continue with the priors only.
+    """Continue the observed latents of the context with the priors only.
 
     The action of a record led to its observation, so the step to time t uses the action at t. The
     background's prior is stepped afterwards.
 
     Args:
         world_model: The world model.
-        records: ``[N, T]`` from one episode, ``action``, ``is_init``, ``("next", "pixels")``; the
-            pixels after the context are not read.
+        records: ``[N, T]`` without a beginning of an episode after the first; ``action``, and the
+            latents of :func:`observe`, of which those after the context are not read.
         context: Number of observed frames, from 1 to T - 1.
         actor: The actor, whose mode is used after the context; None uses the records' actions.
 
@@ -80,13 +107,10 @@ def roll(
         ``[N, T]``: ``state`` and ``belief``, latent ``split`` also ``background_state`` and
         ``background_belief``, and the ``action`` of each step.
     """
-    seen = world_model.infer(records[:, :context].select(*world_model.in_keys)).get("next")
-    rollouts: list[RSSMRollout] = [world_model.rollout]
-    if world_model.background_rollout is not None:
-        rollouts.append(world_model.background_rollout)
+    seen = records[OBSERVED][:, :context]
     out: dict[str, Tensor] = {}
     actions = records.get("action").clone()
-    for rollout in rollouts:
+    for rollout in _rollouts(world_model):
         keys = (rollout.state_key, rollout.belief_key)
         states, beliefs = (list(seen.get(key).unbind(1)) for key in keys)
         prior = rollout.rssm_prior.module
@@ -158,12 +182,13 @@ def imagine_windows(
         The images and metrics, or None if the episode has no frame after the context, or the model
         no decoder.
     """
-    windows = cut_windows(records, count)
-    if windows is None or not world_model.decoder.out_keys:
+    if records.shape[1] <= CONTEXT or not world_model.decoder.out_keys:
         return None
-    device = windows.device or windows["action"].device
+    device = records.device or records["action"].device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
+        windows = cut_windows(observe(world_model, records), count)
+        assert windows is not None, "the episode is long enough"
         taken = decode(world_model, roll(world_model, windows, CONTEXT))
         acted = decode(world_model, roll(world_model, windows, CONTEXT, actor))
     truth = target_pixels(world_model, windows).cpu().float() / 255

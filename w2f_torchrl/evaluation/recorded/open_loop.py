@@ -6,7 +6,7 @@ import torch
 from tensordict import TensorDictBase
 
 from w2f_torchrl.algorithms.masked_input import target_pixels
-from w2f_torchrl.evaluation.imagination import CONTEXT, cut_windows, decode, roll
+from w2f_torchrl.evaluation.imagination import CONTEXT, cut_windows, decode, observe, roll
 from w2f_torchrl.keys import NEXT_MASK
 from w2f_torchrl.modules import WorldModel
 from w2f_torchrl.segmenters import mask_iou
@@ -45,12 +45,13 @@ def predict_open_loop(
         model and the records have masks. A model that decodes only the foreground is compared with
         the foreground.
     """
-    windows = cut_windows(records, count, CONTEXT, horizon)
-    if windows is None:
+    if records.shape[1] <= CONTEXT:
         return None
-    device = windows.device or windows["action"].device
+    device = records.device or records["action"].device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
+        windows = cut_windows(observe(world_model, records), count, CONTEXT, horizon)
+        assert windows is not None, "the episode is long enough"
         latents = roll(world_model, windows, CONTEXT)
         pictures = decode(world_model, latents)
     features = torch.cat((latents["belief"], latents["state"]), -1)
