@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import json
 import logging
@@ -14,10 +15,11 @@ import pytest
 import torch
 from helpers.checkout import ROOT
 from helpers.runs import tiny_run
+from hydra import compose, initialize_config_dir
 
 from w2f_torchrl.data.environments import probe_env
 from w2f_torchrl.envs import ForegroundRule, make_env
-from w2f_torchrl.trainers import ConfigError, Trainer
+from w2f_torchrl.trainers import ConfigError, Trainer, to_run_config
 
 # isort: split
 # MuJoCo after torch's compiler: the other order crashes with Mesa (see test_imports.py).
@@ -543,3 +545,13 @@ def test_metaworld_has_masks_and_continues():
         ),
     )
     np.testing.assert_array_equal(mask, truth)
+
+
+def test_the_preset_of_metaworld_is_a_run_of_its_task():
+    pytest.importorskip("metaworld", reason="pip install --no-deps metaworld==3.1.1")
+    importlib.import_module("sota_configs.world2filter")  # registers the typed settings
+    with initialize_config_dir(str(ROOT / "sota_configs"), version_base="1.3"):
+        config = to_run_config(compose("config", ["experiment=metaworld", "device=cpu"]))
+    config.validate()
+    assert config.environment.kwargs == {"env_name": "drawer-open-v3"}
+    assert config.needs_masks

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 sys.path.append(str(Path(__file__).parents[1] / "shared"))
 
 import numpy as np
+from omegaconf import OmegaConf
 from results_file import RESULTS, write_results
 
 from w2f_torchrl.utils.seeding import derive_seed  # isort: split
@@ -54,11 +55,13 @@ def on_suite(domain: str, task: str, seed: int, *, still: bool) -> tuple[Callabl
     return act, step
 
 
-def on_gymnasium(task: str, seed: int, *, still: bool) -> tuple[Callable[[], Any], Step]:
-    """Begin an episode of a Gymnasium env; see :func:`on_suite`."""
+def on_gymnasium(
+    task: str, seed: int, *, still: bool, kwargs: Mapping[str, Any] | None = None
+) -> tuple[Callable[[], Any], Step]:
+    """Begin an episode of a Gymnasium env made with ``kwargs``; see :func:`on_suite`."""
     import gymnasium
 
-    env = gymnasium.make(task)
+    env = gymnasium.make(task, **(kwargs or {}))
     env.action_space.seed(derive_seed(seed, "policy"))
     env.reset(seed=derive_seed(seed, "task"))
 
@@ -97,6 +100,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("domain", help="of the Control Suite, or gym")
     parser.add_argument("task", help="of the domain, or an id of Gymnasium")
+    parser.add_argument("--kwargs", nargs="+", default=[], metavar="NAME=VALUE", help="of the id")
     parser.add_argument("--still", action="store_true", help="all actions are zero")
     parser.add_argument("--episodes", type=int, default=10)
     parser.add_argument("--action-repeat", type=int, default=2)
@@ -109,7 +113,8 @@ def main() -> None:
     for i in range(args.episodes):
         seed = derive_seed(args.seed, "env", i)
         if args.domain == "gym":
-            act, step = on_gymnasium(args.task, seed, still=args.still)
+            kwargs = {str(k): v for k, v in OmegaConf.from_dotlist(args.kwargs).items()}
+            act, step = on_gymnasium(args.task, seed, still=args.still, kwargs=kwargs)
         else:
             act, step = on_suite(args.domain, args.task, seed, still=args.still)
         returns.append(episode_return(act, step, args.action_repeat))
