@@ -499,12 +499,15 @@ def test_the_commands_of_recorded_data_record_and_train(reader: Path, tmp_path: 
             assert list((tmp_path / words[2]).glob("*.npz"))
             continue
         [config] = configs_of(words[2:])
-        where = {"run_dir": str(tmp_path / f"run{trained}")}
+        run = next(
+            (w.partition("=")[2] for w in words if w.startswith("run_dir=")), f"run{trained}"
+        )
         model = {"model": vars(tiny_run(tmp_path).model)}
         every = {"evaluation": {"every_frames": 480, "max_control_steps": 40}}
-        Trainer(to_run_config(OmegaConf.merge(config, SHORT, model, every, where))).train()
-        rows = (tmp_path / f"run{trained}" / "metrics.jsonl").read_text()
-        assert "recorded/error" in rows
+        shorter = OmegaConf.merge(config, SHORT, model, every, {"run_dir": str(tmp_path / run)})
+        Trainer(to_run_config(shorter)).train()
+        rows = (tmp_path / run / "metrics.jsonl").read_text()
+        assert ("recorded/error" in rows) == any(w.startswith("data.path=") for w in words)
         assert ("eval/return_mean" in rows) == ("environment=recorded" not in words)
         trained += 1
-    assert trained == 2
+    assert trained == 4

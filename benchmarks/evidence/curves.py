@@ -470,7 +470,9 @@ def _draw_label(axes: Axes, label: str, runs: Sequence[Run], edges: Array, color
     table, lows = table[:, filled], edges[:-1][filled]
     centres = (lows + np.minimum(edges[1:][filled], last_frame)) / 2
     seeds = "1 seed" if len(runs) == 1 else f"{len(runs)} seeds"
-    axes.plot(centres, table.mean(0), color=color, lw=1.8, label=f"{label}, training ({seeds})")
+    if len(centres):  # a run on recorded data plays none
+        name = f"{label}, training ({seeds})"
+        axes.plot(centres, table.mean(0), color=color, lw=1.8, label=name)
     if len(runs) == 1:
         axes.scatter(*runs[0].episodes, s=6, color=color, alpha=0.25, lw=0)
     else:
