@@ -70,6 +70,7 @@ ANSWERED = {
     "tensorboard": "pip install",
     "environment=gym": "pip install",
     "experiment=gym": "pip install",
+    "experiment=metaworld": "pip install",
     "dmcgb_data": "needs DMControl-GB's data",
 }
 """What a checked run may lack here, and what its error then has to say."""

@@ -32,8 +32,8 @@ def make_optimizer(
     """Make TorchRL's optimizer, on a GPU in the form that a CUDA graph can capture.
 
     Args:
-        parameters: Of the loss, by their names. Actor and critic are groups of their own if they
-            have their own learning rates.
+        parameters: Of the loss, by their names. Actor and critic are separate groups if they have
+            their own learning rates.
         settings: Of the optimizer.
     """
     rates = {"actor": settings.actor_lr, "critic": settings.critic_lr}
