@@ -26,7 +26,7 @@ from w2f_torchrl.checkpoint import latest_checkpoint
 from w2f_torchrl.config import METHODS, ConfigError, LossConfig, RepoConfig, TiaConfig
 from w2f_torchrl.evaluation.evaluator import reconstruct
 from w2f_torchrl.evaluation.export import export_policy
-from w2f_torchrl.evaluation.imagination import imagine_windows, roll
+from w2f_torchrl.evaluation.imagination import imagine_windows, observe, roll
 from w2f_torchrl.kernels import switch
 from w2f_torchrl.learner.optimizer import CapturableOptimizer
 from w2f_torchrl.modules import latent_sizes
@@ -322,7 +322,7 @@ def test_tias_distractor_sees_the_actions():
     other["action"] = other["action"] + 1
     beliefs = [model_td(learner, each)["next", "background_belief"] for each in (sample, other)]
     assert not torch.equal(*beliefs)
-    records = make_sample(2, 12)
+    records = observe(learner.world_model, make_sample(2, 12))
     rolled = []
     for actor in (None, learner.loss.actor):
         torch.manual_seed(0)
@@ -379,7 +379,7 @@ def test_a_method_computes_the_same_without_cpu_kernels(method, monkeypatch):
         results.append(losses | gradients)
     for name, value in results[1].items():
         torch.testing.assert_close(
-            results[0][name], value, rtol=1e-3, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
+            results[0][name], value, rtol=1e-3, atol=3e-5, msg=lambda m, n=name: f"{n}: {m}"
         )
 
 

@@ -74,7 +74,7 @@ def thresholds(uniform: Tensor, unimix: float, classes: int) -> Tensor:
     """
     share = torch.arange(1, classes + 1, dtype=uniform.dtype, device=uniform.device)
     threshold = (uniform.unsqueeze(-1) - share * (unimix / classes)) / (1 - unimix)
-    threshold[..., -1] = -1
+    threshold[..., -1].fill_(-1)  # an assignment makes a tensor on the host in torch 2.11
     return threshold
 
 

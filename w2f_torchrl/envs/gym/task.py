@@ -5,11 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import gymnasium
 import mujoco
 import numpy as np
 import numpy.typing as npt
-from gymnasium.spaces import Box
+
+from w2f_torchrl.envs.gym.tasks import EXTRA
+
+try:
+    import gymnasium
+    from gymnasium.spaces import Box
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(f"MujocoTask needs gymnasium: {EXTRA}") from error
 
 FloatArray = npt.NDArray[np.float64]
 

@@ -197,7 +197,7 @@ def read_video(path: Path, times: list[float | None]) -> Iterator[Image.Image]:
             for frame in container.decode(container.streams.video[0]):
                 times.append(frame.time)
                 picture = Image.fromarray(frame.to_ndarray(format="rgb24"))
-                turn = getattr(frame, "rotation", 0)
+                turn = frame.rotation
                 yield picture.rotate(turn, expand=True) if turn else picture
     except (av.error.FFmpegError, OSError) as error:
         raise BackgroundError(f"background video {path} cannot be read: {error}") from error
