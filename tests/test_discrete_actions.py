@@ -29,7 +29,7 @@ from w2f_torchrl.envs import make_env, register_env, tasks
 from w2f_torchrl.envs.actions import random_action
 from w2f_torchrl.envs.discrete_actions import DiscreteActions, is_discrete
 from w2f_torchrl.evaluation.export import export_policy
-from w2f_torchrl.evaluation.imagination import roll
+from w2f_torchrl.evaluation.imagination import observe, roll
 from w2f_torchrl.kernels.imagination import CastActor, prepare
 from w2f_torchrl.learner import Algorithm, AlgorithmSettings, register_algorithm
 from w2f_torchrl.masks.prepare import collect_frames
@@ -296,7 +296,7 @@ def test_films_of_imagination_act_by_the_mode():
     learner = make_learner("whole", actions=A).eval()
     with torch.no_grad():
         learner.loss.actor.logits_head.weight.normal_(std=3)
-    records = make_sample(actions=A)
+    records = observe(learner.world_model, make_sample(actions=A))
     rolled = roll(learner.world_model, records, 3, learner.loss.actor)
     assert torch.equal(rolled["action"][:, :3], records["action"][:, :3])
     for t in range(3, records.shape[1]):
