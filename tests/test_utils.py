@@ -529,6 +529,10 @@ def test_another_env_is_drawn_without_a_published_curve_in_its_own_range(
     assert drawn[0].axes[0].get_ylim()[1] > 2000
     curves.main([str(make_run(tmp_path / "b")), *out])
     assert drawn[1].axes[0].get_ylim() == (0, 1030)
+    # A run on recorded data plays no training episodes.
+    curves.main([str(make_run(tmp_path / "c", count=1)), *out])
+    names = [[text.get_text() for text in each.legends[0].get_texts()] for each in drawn[1:]]
+    assert ["training" in " ".join(each) for each in names] == [True, False]
 
 
 def test_curves_compare_evaluation_sets_with_published_scores(curves, tmp_path):

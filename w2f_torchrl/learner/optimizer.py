@@ -13,6 +13,9 @@ from torchrl.trainers.algorithms import DreamerV3Optimizer
 
 from w2f_torchrl.config import OptimizerConfig
 
+SETTINGS = ("lr", "agc", "beta1", "beta2", "eps", "warmup_steps")
+"""Entries of a group that are settings of the run and not its state."""
+
 
 def choose_precision(precision: str, device_type: str) -> str:
     """Return ``float32`` or ``bfloat16``; ``auto`` selects ``bfloat16`` if CUDA supports it."""
@@ -20,10 +23,6 @@ def choose_precision(precision: str, device_type: str) -> str:
         return precision
     mixed = device_type == "cuda" and torch.cuda.is_bf16_supported()
     return "bfloat16" if mixed else "float32"
-
-
-SETTINGS = ("lr", "agc", "beta1", "beta2", "eps", "warmup_steps")
-"""Entries of a group that are settings of the run and not its state."""
 
 
 def make_optimizer(
@@ -71,8 +70,7 @@ def save_optimizer(
     saved: dict[str, Any] = optimizer.state_dict()
     if len(optimizer.param_groups) == 1:
         return saved
-    numbers = {id(parameter): number for number, parameter in enumerate(parameters)}
-    order = [numbers[id(p)] for group in optimizer.param_groups for p in group["params"]]
+    order = _numbers(optimizer, parameters)
     state = {order[number]: moments for number, moments in saved["state"].items()}
     group = saved["param_groups"][0] | {"params": list(range(len(parameters)))}
     return {"state": {number: state[number] for number in sorted(state)}, "param_groups": [group]}
@@ -89,11 +87,8 @@ def load_optimizer(
         parameters: As there.
     """
     settings = [{name: group[name] for name in SETTINGS} for group in optimizer.param_groups]
-    numbers = {id(parameter): number for number, parameter in enumerate(parameters)}
-    order = [numbers[id(p)] for group in optimizer.param_groups for p in group["params"]]
-    state = {
-        i: saved["state"][number] for i, number in enumerate(order) if number in saved["state"]
-    }
+    moments, order = saved["state"], _numbers(optimizer, parameters)
+    state = {i: moments[number] for i, number in enumerate(order) if number in moments}
     groups, begin = [], 0
     for group in optimizer.param_groups:
         end = begin + len(group["params"])
@@ -104,6 +99,12 @@ def load_optimizer(
     optimizer.load_state_dict({"state": state, "param_groups": groups})
     for group, own in zip(optimizer.param_groups, settings, strict=True):
         group.update(own)
+
+
+def _numbers(optimizer: DreamerV3Optimizer, parameters: Sequence[nn.Parameter]) -> list[int]:
+    """Return the numbers of the parameters in the order of the optimizer's groups."""
+    numbers = {id(parameter): number for number, parameter in enumerate(parameters)}
+    return [numbers[id(p)] for group in optimizer.param_groups for p in group["params"]]
 
 
 class CapturableOptimizer(DreamerV3Optimizer):
