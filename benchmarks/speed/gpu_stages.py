@@ -399,6 +399,7 @@ CURVES = [
     "experiment=cpu",
     "environment.task=swingup",
     "training.train_ratio=128",
+    "optimizer.actor_lr=null",
     "environment.distraction=easy",
     "environment.num_envs=16",
     "collection.steps_per_batch=4",
