@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 pytest.importorskip("rliable")
 
+import generalisation
 from generalisation_table import Played, aggregate, cell, draw, markdown, summarise
+from PIL import Image
 
 from w2f_torchrl.logging.pictures.plotting import save_figure
+from w2f_torchrl.trainers.run import make_evaluator
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
 def played(
@@ -107,3 +114,27 @@ def test_a_method_has_one_color_in_every_panel_and_no_aggregate_over_other_tasks
     assert colors[1] == {method: colors[0][method] for method in "ac"}
     assert {entry["method"] for entry in summary["aggregates"]} == {"a", "c"}
     assert "b, clean: not played on y" in summary["not_aggregated"]
+
+
+def test_a_policy_plays_before_the_clips_of_a_folder(tmp_path, monkeypatch):
+    for split in ("train", "val"):
+        for clip in range(4):
+            folder = tmp_path / "real" / split / f"{split}{clip}"
+            folder.mkdir(parents=True)
+            for frame in range(2):
+                Image.new("RGB", (64, 64), (clip * 60, frame * 90, 128)).save(
+                    folder / f"{frame}.png"
+                )
+    seen = []
+
+    def make(config, *args, **kwargs):
+        seen.append(config.environment.background_source)
+        return make_evaluator(config, *args, **kwargs)
+
+    monkeypatch.setattr(generalisation, "make_evaluator", make)
+    policy = EXAMPLES / "pretrained" / "finger_spin_easy.pt"
+    rows = generalisation.play(policy, ["unseen_videos_easy"], 1, 0, str(tmp_path / "real"))
+    assert [row.set for row in rows] == ["unseen_videos_easy, real"]
+    assert seen == [str(tmp_path / "real")]
+    assert len(rows[0].returns) == 1
+    assert rows[0].mask_iou is not None

@@ -5,7 +5,8 @@ python benchmarks/evidence/generalisation.py runs/a runs/b runs/c --episodes 10 
 
 Takes checkpoints or run directories (their newest checkpoint). Rows are tasks and methods, columns
 the evaluation sets by name, and `own`, the environment that the run was trained in. Runs of one
-task and method are its seeds. All runs play the same episodes of a set.
+task and method are its seeds. All runs play the same episodes of a set. `--source FOLDER` plays the
+sets with videos once more, with the clips of a folder.
 """
 
 from __future__ import annotations
@@ -32,10 +33,23 @@ from w2f_torchrl.utils.seeding import derive_seed
 SETS = ("clean", "train_videos_{0}", "unseen_videos_{0}", "color_{0}", "camera_{0}", "all_{0}")
 
 
-def play(path: Path, sets: Sequence[str], episodes: int, seed: int) -> list[Played]:
-    """Play a run's policy, with the mode action, in its own environment and in the sets."""
+def play(
+    path: Path, sets: Sequence[str], episodes: int, seed: int, source: str | None = None
+) -> list[Played]:
+    """Play a run's policy, with the mode action, in its own environment and in the sets.
+
+    Args:
+        path: A checkpoint or a run.
+        sets: Names of evaluation sets.
+        episodes: Number of episodes in each.
+        seed: Of the envs.
+        source: Of the videos, in place of the run's: its own environment then isn't listed, and
+            the names of the sets name the source.
+    """
     config, learner, action_size = load_learner(find_checkpoint(path))
     config.evaluation.sets = list(sets)
+    if source is not None:
+        config.environment.background_source = source
     config.validate()
     seed = derive_seed(seed, "generalisation")
     evaluator = make_evaluator(config, learner.policy, action_size, seed=seed)
@@ -44,7 +58,7 @@ def play(path: Path, sets: Sequence[str], episodes: int, seed: int) -> list[Play
     method = config.algo.name + (f" {config.algo.latent}" if config.algo.latent else "")
     task = f"{config.environment.domain} {config.environment.task}"
     played = []
-    for name in (OWN, *sets):
+    for name in sets if source is not None else (OWN, *sets):
         prefix = "eval/" if name == OWN else f"eval/{name}/"
         iou = "wm/mask_iou" if name == OWN else f"{prefix}mask_iou"
         ious = [row[iou] for row in rows if iou in row]
@@ -53,7 +67,7 @@ def play(path: Path, sets: Sequence[str], episodes: int, seed: int) -> list[Play
                 method,
                 task,
                 config.seed,
-                name,
+                name if source is None else f"{name}, {Path(source).name}",
                 [row[f"{prefix}return_mean"] for row in rows],
                 sum(ious) / len(ious) if ious else None,
             )
@@ -71,12 +85,23 @@ def main() -> None:
     )
     parser.add_argument("--episodes", type=int, default=10, help="in each set, for each run")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--source",
+        action="append",
+        default=[],
+        help="play the sets with videos of this source too (a folder of clips); repeatable",
+    )
     for name in ("json", "markdown", "plot"):
         parser.add_argument(f"--{name}", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
     sets = args.sets or [name.format(args.difficulty) for name in SETS]
-    played = [each for run in args.runs for each in play(run, sets, args.episodes, args.seed)]
+    with_video = [name for name in sets if "video" in name or name.startswith("all_")]
+    played = []
+    for run in args.runs:
+        played += play(run, sets, args.episodes, args.seed)
+        for source in args.source:
+            played += play(run, with_video, args.episodes, args.seed, source)
     summary = summarise(played, args.difficulty)
     table = markdown(summary)
     print(table)

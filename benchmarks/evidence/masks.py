@@ -52,12 +52,19 @@ TASKS = (
 
 
 def frames_of(
-    name: str, distraction: str, count: int, seed: int, split: str = "val", every: int = 3
+    name: str,
+    distraction: str,
+    count: int,
+    seed: int,
+    split: str = "val",
+    every: int = 3,
+    source: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Frames uint8 [N, 3, 64, 64] and the simulator's masks, of a random policy."""
     domain, task = name.split()
     make = partial(make_env, domain, task, distraction=distraction, seed=seed)
-    env = make() if distraction == "none" else make(background_split=split)
+    videos = {"background_split": split, "background_source": source}
+    env = make() if distraction == "none" else make(**videos)
     data = collect_frames(env, count, seed, every)
     return data["pixels"], data["foreground_mask"]
 

@@ -8,8 +8,9 @@ training clips of procedural:1). 300 frames of other episodes on the validation 
 training never saw, test it. Steps are 600 of 64 frames, and 250 for walker and cheetah. The
 corrupted teacher grows or shrinks the simulator's mask by a pixel and drops or adds patches. The
 few labels are the ten most diverse; these students and those of the corrupted teacher learn in 250
-steps of 32, the latter without pasting. The cost is compared with the collection of the demo: its
-envs and its policy, CPU time of an agent step.
+steps of 32, the latter without pasting. With ``--clips FOLDER`` the students of the simulator are
+also tested before the validation clips of a folder, such as real scenes. The cost is compared with
+the collection of the demo: its envs and its policy, CPU time of an agent step.
 """
 
 from __future__ import annotations
@@ -65,7 +66,9 @@ def corrupted(masks: Tensor, seed: int) -> Tensor:
     return wrong
 
 
-def experiment(name: str, seed: int, backgrounds: Tensor, steps: int, few: bool) -> dict[str, Any]:
+def experiment(
+    name: str, seed: int, backgrounds: Tensor, steps: int, few: bool, clips: str | None = None
+) -> dict[str, Any]:
     """Train and test the students of one task and seed."""
     torch.set_num_threads(1)
     pixels, masks = frames_of(name, "easy", FRAMES, seed, split="train", every=2)
@@ -73,6 +76,9 @@ def experiment(name: str, seed: int, backgrounds: Tensor, steps: int, few: bool)
     steps = STEPS.get(name, steps)
     full = train_student(pixels, masks, backgrounds=backgrounds, steps=steps, seed=seed)
     rows: dict[str, Any] = {"simulator": score(full, *unseen)}
+    if clips is not None:
+        real = frames_of(name, "easy", 300, seed + 1000, source=clips)
+        rows[f"simulator, {Path(clips).name}"] = score(full, *real)
     if few:
         train = partial(train_student, steps=250, batch_size=32, seed=seed)
         labelled = choose_diverse(pixels, FEW)
@@ -123,6 +129,7 @@ def main() -> None:
     parser.add_argument("--few", nargs="*", default=["walker walk", "cheetah run"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=600, help="gradient steps of a student")
+    parser.add_argument("--clips", help="folder of clips to test on too")
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     parser.add_argument("--json", type=Path, default=RESULTS / "student.json")
     args = parser.parse_args()
@@ -144,10 +151,9 @@ def main() -> None:
     found = results["on_unseen_backgrounds_and_episodes"]
     with ProcessPoolExecutor(args.jobs, get_context("spawn")) as pool:
         jobs = {
-            pool.submit(experiment, name, seed, backgrounds, args.steps, name in args.few): (
-                name,
-                f"seed {seed}",
-            )
+            pool.submit(
+                experiment, name, seed, backgrounds, args.steps, name in args.few, args.clips
+            ): (name, f"seed {seed}")
             for seed in args.seeds
             for name in args.tasks
         }
