@@ -72,6 +72,7 @@ ANSWERED = {
     "experiment=gym": "pip install",
     "experiment=metaworld": "pip install",
     "dmcgb_data": "needs DMControl-GB's data",
+    "slider.py": "No module named 'gymnasium'",
 }
 """What a checked run may lack here, and what its error then has to say."""
 TRAINING = (
