@@ -58,15 +58,20 @@ def test_the_list_of_runs_is_every_combination_and_its_settings_are_checked(tmp_
     jobs = methods.jobs_of(args)
     assert len(jobs) == len({job.name for job in jobs}) == 2 * 2 * 2 * 2
     first = next(iter(jobs))
-    assert first.name == "split_none_cartpole_swingup_seed0"
-    assert first.settings["training.total_frames"] == "96000"
+    assert first.name == "split_none_finger_spin_seed0"
+    assert first.settings["environment.action_repeat"] == "4"
+    assert {job.settings["training.total_frames"] for job in jobs} == {"96000"}
     assert first.settings["model.preset"] == "size1m"
     catch = next(job for job in jobs if "tia_easy_ball" in job.name)
     assert catch.settings["environment.domain"] == "ball_in_cup"
+    assert catch.settings["environment.action_repeat"] == "8"
     assert (catch.settings["algo.name"], catch.settings["algo.latent"]) == ("tia", "null")
     assert catch.settings["environment.distraction"] == "easy"
+    args.override = []
+    frames = {job.settings["training.total_frames"] for job in methods.jobs_of(args)}
+    assert frames == {"64000", "320000"}
     args.override = ["training.total_frames=nothing"]
-    with pytest.raises(ValueError, match=r"split_none_cartpole_swingup: .*total_frames"):
+    with pytest.raises(ValueError, match=r"split_none_finger_spin: .*total_frames"):
         methods.jobs_of(args)
 
 

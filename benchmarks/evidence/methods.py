@@ -57,7 +57,17 @@ WORLDS: dict[str, tuple[str, ...]] = {
     ),
     "reactive": ("environment.distraction=reactive_action_time",),
 }
-TASKS = ("cartpole_swingup", "ball_in_cup_catch")
+TASKS: dict[str, tuple[str, ...]] = {
+    "finger_spin": (
+        "environment.action_repeat=4",
+        "loss.discount_horizon=166",
+        "training.total_frames=64000",
+        "evaluation.every_frames=16000",
+    ),
+    "ball_in_cup_catch": ("training.total_frames=320000",),
+    "cartpole_swingup": ("training.total_frames=640000",),
+}
+"""Settings of a task: as many frames as DreamerV3 needs to learn it without distraction."""
 SHARED = ("experiment=cpu",)
 MEASURES = "measures.json"
 
@@ -75,6 +85,7 @@ def jobs_of(args: argparse.Namespace) -> dict[Job, Measured]:
             *SHARED,
             *METHODS[method],
             *(each.replace("CLIPS", str(args.clips)) for each in WORLDS[world]),
+            *TASKS.get(task, ()),
             f"environment.domain={domain}",
             f"environment.task={name}",
             *args.override,
@@ -176,7 +187,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(table)
     if args.markdown is not None:
         args.markdown.write_text(table)
-    results = {"overrides": args.override, **summary, "not_finished": missing}
+    results = {
+        "overrides": args.override,
+        "tasks": {task: TASKS.get(task, ()) for task in args.tasks},
+        **summary,
+        "not_finished": missing,
+    }
     write_results(args.json, results | {"runs": [each._asdict() for each in measured]})
     if args.plot is not None:
         save_figure(draw(summary), args.plot)
@@ -188,7 +204,7 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--worlds", nargs="+", choices=WORLDS, default=list(WORLDS))
-    parser.add_argument("--tasks", nargs="+", default=list(TASKS), help="DOMAIN_TASK")
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS)[:2], help="DOMAIN_TASK")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--runs", type=Path, required=True, help="where the runs are")
     parser.add_argument("--parallel", type=int, default=1, help="runs at a time")
