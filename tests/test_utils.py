@@ -359,6 +359,8 @@ def make_run(run_dir: Path, count: int = 60, algo: str = "world2filter", seed: i
                 row["episode/return"] = 10.0 * step
             if step % 10 == 0:
                 row |= {"eval/return_mean": 9.0 * step, "eval/return_std": 5.0}
+            if step % 7 == 0:
+                row["speed/seconds"] = 2.0 * step
             metrics.log(row, frames=1000 * step, updates=step)
     (run_dir / "config.yaml").write_text(
         f"algo: {{name: {algo}, latent: null}}\n"
@@ -484,6 +486,8 @@ def test_curves_compare_runs_with_the_published_points(curves, tmp_path, capsys)
     ]
     assert run["final_evaluation"] == {
         "frames": 60000,
+        "updates": 60,
+        "seconds": 112,  # as logged at 56k frames
         "mean": 540.0,
         "std_over_episodes": 5.0,
         "episodes": 4,

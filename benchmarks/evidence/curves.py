@@ -82,6 +82,9 @@ class Run(NamedTuple):
     published: frozenset[Published]
     """The published scores whose protocol it follows."""
     last_frame: int
+    updates: tuple[Array, Array]
+    seconds: tuple[Array, Array]
+    """Wall-clock time of the run so far."""
     commits: list[str]
     """Those of the code that made it, in the order of its starts; none outside a checkout."""
 
@@ -142,6 +145,8 @@ def load_run(run_dir: Path, label: str | None = None) -> Run:
         },
         published=frozenset(published_scores(_container(config))),
         last_frame=int(max(record["frames"] for record in records)),
+        updates=metric_series(records, "updates"),
+        seconds=metric_series(records, "speed/seconds"),
         commits=list(dict.fromkeys(start["commit"] for start in starts if "commit" in start)),
     )
 
@@ -246,7 +251,9 @@ def summarise(run: Run, edges: Array, published: Sequence[Mapping[str, float]]) 
         if row["env_steps"] <= run.last_frame
     ]
     evaluations = [
-        {"frames": int(frame), "mean": float(mean)}
+        {"frames": int(frame)}
+        | {name: int(value) for name, value in _effort(run, frame).items()}
+        | {"mean": float(mean)}
         for frame, mean in zip(*run.eval_mean, strict=True)
     ]
     if len(run.eval_std[0]) == len(evaluations):
@@ -267,6 +274,16 @@ def summarise(run: Run, edges: Array, published: Sequence[Mapping[str, float]]) 
         "final_training_return": {"over": "the last 10 % of frames"} | _moments(last),
         "final_evaluation": evaluations[-1] if evaluations else None,
     }
+
+
+def _effort(run: Run, frame: float) -> dict[str, float]:
+    """Updates and seconds of a run until a frame, as far as they are known."""
+    until = {}
+    for name, (frames, values) in {"updates": run.updates, "seconds": run.seconds}.items():
+        reached = values[frames <= frame]
+        if len(reached):
+            until[name] = float(reached.max())
+    return until
 
 
 def summarise_labels(runs: Sequence[Run]) -> list[dict[str, Any]]:
