@@ -181,7 +181,7 @@ REACTIVE: dict[str, ReactiveConfig] = {
         "action_time", action_bins=4, action_dimensions=1, time_period=625
     ),
 }
-"""Grids by name, with the bins of the World2Filter repository's ``benchmark_suite.yaml``; 2,500
+"""Grids by name, with the bins of the original World2Filter research code; 2,500
 pictures of action and time, as in Policy-Shaped Prediction."""
 CORRUPTION = "corruption"
 CORRUPTIONS = ("noise", "blur", "brightness", "occluder")
