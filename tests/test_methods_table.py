@@ -120,6 +120,20 @@ def test_the_picture_has_a_column_for_each_world(tmp_path):
     figure.savefig(tmp_path / "methods.png")
 
 
+def test_an_interrupted_comparison_says_how_it_continues(tmp_path, capsys, monkeypatch):
+    def interrupt(self, jobs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(methods.Runs, "train", interrupt)
+    command = ["--runs", str(tmp_path), "--worlds", "easy", "--json", str(tmp_path / "m.json")]
+    with pytest.raises(SystemExit) as stopped:
+        methods.main(command)
+    assert stopped.value.code == 130
+    assert "the same command continues" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="no run is finished"):
+        methods.main([*command, "--no-training"])
+
+
 @pytest.mark.slow
 @pytest.mark.render
 @pytest.mark.timeout(1800)

@@ -45,8 +45,8 @@ METHODS: dict[str, tuple[str, ...]] = {
     "foreground": ("algo=world2filter", "algo.latent=foreground"),
     "split": ("algo=world2filter", "algo.latent=split"),
     "tia": ("algo=tia",),
-    # At the authors' 1e-5 the budget has no effect within so few updates. At 0.6 the posterior's share
-    # of the KL, a sixth, has DreamerV3's weight of 0.1.
+    # At the authors' 1e-5 the budget has no effect within so few updates. At 0.6 the posterior's
+    # share of the KL, a sixth, has DreamerV3's weight of 0.1.
     "repo": ("algo=repo", "repo.initial_dual=0.6"),
     "r2dreamer": ("algo=r2dreamer",),
 }
@@ -165,14 +165,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     def say(line: str) -> None:
         sys.stderr.write(f"{line}\n")
 
-    failure = None
+    failure: str | int | None = None  # what the process exits with
     if not args.no_training:
         try:
             Runs(args.runs, args.parallel, say).train(list(jobs))
         except KeyboardInterrupt:
-            failure = "interrupted; the same command continues"
+            say("interrupted; the same command continues")
+            failure = 130
         except RuntimeError as error:
-            failure = str(error)
+            failure = f"error: {error}"
     measured, missing = [], []
     for job, what in jobs.items():
         run_dir = args.runs / job.name
@@ -183,7 +184,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         wanted = {"episodes": args.episodes, "probed": args.probed, "seed": args.seed}
         measured.append(measure(run_dir, what, **wanted))
     if not measured:
-        sys.exit(f"error: {failure or 'no run is finished'}")
+        sys.exit(failure or "error: no run is finished")
     summary = summarise(measured)
     table = markdown(summary, missing)
     print(table)

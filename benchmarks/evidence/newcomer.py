@@ -128,6 +128,7 @@ STEPS = (
         "python benchmarks/evidence/generalisation.py runs/short/split --episodes 5 "
         "--sets train_videos_easy unseen_videos_easy --json generalisation.json",
     ),
+    Step("python benchmarks/evidence/methods.py", interrupt=75),
     Step(f"{TRAIN} experiment=cpu algo=dreamer_v3", interrupt=150),
     Step(
         "python benchmarks/evidence/curves.py runs/cpu_swingup_seed0",
