@@ -133,8 +133,11 @@ def test_a_policy_plays_before_the_clips_of_a_folder(tmp_path, monkeypatch):
 
     monkeypatch.setattr(generalisation, "make_evaluator", make)
     policy = EXAMPLES / "pretrained" / "finger_spin_easy.pt"
-    rows = generalisation.play(policy, ["unseen_videos_easy"], 1, 0, str(tmp_path / "real"))
+    sets = ["clean", "unseen_videos_easy", "unseen_procedural_easy", "dmcgb_video_easy_stand_in"]
+    rows = generalisation.play(policy, sets, 1, 0, str(tmp_path / "real"))
     assert [row.set for row in rows] == ["unseen_videos_easy, real"]
     assert seen == [str(tmp_path / "real")]
     assert len(rows[0].returns) == 1
     assert rows[0].mask_iou is not None
+    with pytest.raises(ValueError, match="no evaluation set of --sets shows its videos"):
+        generalisation.play(policy, ["clean", "color_easy"], 1, 0, str(tmp_path / "real"))

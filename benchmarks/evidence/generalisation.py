@@ -12,6 +12,7 @@ sets with videos once more, with the clips of a folder.
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ from find_checkpoint import find_checkpoint
 from generalisation_table import OWN, Played, draw, markdown, summarise
 from results_file import write_results
 
+from w2f_torchrl.config import EnvironmentConfig
 from w2f_torchrl.envs import evaluation_sets
 from w2f_torchrl.envs.scenery.distractions import DIFFICULTIES
 from w2f_torchrl.evaluation.policy import load_learner
@@ -43,13 +45,19 @@ def play(
         sets: Names of evaluation sets.
         episodes: Number of episodes in each.
         seed: Of the envs.
-        source: Of the videos, in place of the run's: its own environment then isn't listed, and
-            the names of the sets name the source.
+        source: Of the videos, in place of the run's: only sets that show them are played, without
+            the run's own environment, and their names have the source's.
+
+    Raises:
+        ValueError: If a source is given, and no set shows videos of it.
     """
     config, learner, action_size = load_learner(find_checkpoint(path))
-    config.evaluation.sets = list(sets)
     if source is not None:
         config.environment.background_source = source
+        sets = [name for name in sets if shows(name, config.environment)]
+        if not sets:
+            raise ValueError(f"--source {source}: no evaluation set of --sets shows its videos.")
+    config.evaluation.sets = list(sets)
     config.validate()
     seed = derive_seed(seed, "generalisation")
     evaluator = make_evaluator(config, learner.policy, action_size, seed=seed)
@@ -75,6 +83,13 @@ def play(
     return played
 
 
+def shows(name: str, environment: EnvironmentConfig) -> bool:
+    """Whether an evaluation set shows videos of an environment's source."""
+    chosen = evaluation_sets()[name].resolved(environment.distraction, environment.dmcgb_data)
+    source = environment.background_source
+    return chosen.background_source(source) == source
+
+
 def main() -> None:
     """Play, tabulate, write and draw."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -96,12 +111,12 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     sets = args.sets or [name.format(args.difficulty) for name in SETS]
-    with_video = [name for name in sets if "video" in name or name.startswith("all_")]
     played = []
-    for run in args.runs:
-        played += play(run, sets, args.episodes, args.seed)
-        for source in args.source:
-            played += play(run, with_video, args.episodes, args.seed, source)
+    try:
+        for run, source in itertools.product(args.runs, (None, *args.source)):
+            played += play(run, sets, args.episodes, args.seed, source)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
     summary = summarise(played, args.difficulty)
     table = markdown(summary)
     print(table)
