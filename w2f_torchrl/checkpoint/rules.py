@@ -68,7 +68,7 @@ RULES = (
     ),
     Rule(("segmentation.",), True, "applies from the next frame; a student keeps its weights"),
     Rule(
-        ("loss.", "optimizer.", "repo.", "r2dreamer.", "tia."),
+        ("loss.", "optimizer.", "repo.", "r2dreamer.", "tia.", "augmentation."),
         True,
         "applies from the next update; moments and statistics are kept",
     ),

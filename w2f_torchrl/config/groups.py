@@ -19,6 +19,7 @@ from w2f_torchrl.config.model import ModelConfig
 from w2f_torchrl.config.output import CheckpointConfig, EvaluationConfig, LoggingConfig
 from w2f_torchrl.config.training import (
     GRAPHED,
+    AugmentationConfig,
     CollectionConfig,
     DataConfig,
     DistributedConfig,
@@ -52,6 +53,7 @@ class RunSettings(Settings):
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
     collection: CollectionConfig = field(default_factory=CollectionConfig)
     replay: ReplayConfig = field(default_factory=ReplayConfig)
+    augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)

@@ -215,6 +215,30 @@ class ReplayConfig(Settings):
 
 
 @dataclass
+class AugmentationConfig(Settings):
+    """Changes of the replayed images; records keep what was observed."""
+
+    scenery: float = setting(
+        0.0,
+        "Share of the sampled sequences whose scenery is replaced by a video: every pixel that the "
+        "mask does not mark. Needs masks in training.",
+        unit="share",
+        minimum=0,
+        maximum=1,
+    )
+    source: str | None = setting(
+        None,
+        "The videos, all clips of the training split, in the form of environment.background_source; "
+        "null: procedural.",
+    )
+    colors: bool = setting(
+        True,
+        "Whether these videos also change: the order of the colour channels, brightness, contrast, "
+        "saturation, left and right.",
+    )
+
+
+@dataclass
 class DataConfig(Settings):
     """Recorded episodes to train on, in place of an environment."""
 
