@@ -228,7 +228,7 @@ class AugmentationConfig(Settings):
     )
     source: str | None = setting(
         None,
-        "The videos, all clips of the training split, in the form of environment.background_source; "
+        "The videos, all training clips of a source in the form of environment.background_source; "
         "null: procedural.",
     )
     colors: bool = setting(
