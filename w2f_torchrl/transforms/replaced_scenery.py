@@ -114,6 +114,7 @@ class ReplacedSceneryTransform(Transform):
         if not len(rows):
             return tensordict
         scenery = torch.stack([self._draw_frames(steps) for _ in rows])  # [N, T, 3, H, W]
+        matrices = None
         if self.colors:
             matrices = torch.stack([_draw_colors(self.generator) for _ in rows])  # [N, 3, 4]
         for key, mask_key in zip(self.in_keys, self.mask_keys, strict=True):
@@ -125,13 +126,10 @@ class ReplacedSceneryTransform(Transform):
                 )
             check_tensor("pixels", pixels, torch.uint8, ("...", 3, *scenery.shape[-2:]))
             check_tensor("mask", mask, torch.bool, (*pixels.shape[:-3], 1, *pixels.shape[-2:]))
-            behind = scenery.to(pixels.device, non_blocking=True)
-            if self.colors:
-                behind = _recolored(behind, matrices.to(pixels.device, non_blocking=True))
-            behind = behind.reshape(len(rows), *pixels.shape[1:])
-            places = rows.to(pixels.device)
-            seen = torch.where(mask[places], pixels[places], behind)
-            tensordict.set(key, pixels.index_copy(0, places, seen))
+            rows, scenery = rows.to(pixels.device), scenery.to(pixels.device)
+            if matrices is not None:
+                matrices = matrices.to(pixels.device)
+            tensordict.set(key, _composed(pixels, mask, rows, scenery, matrices))
         return tensordict
 
     def _call(self, next_tensordict: TensorDictBase) -> TensorDictBase:
@@ -170,6 +168,29 @@ def _draw_colors(generator: torch.Generator) -> Tensor:
     # Contrast changes around the middle grey.
     offset = 128 * (1 - gain) + OFFSET * (2 * torch.rand(3, generator=generator) - 1)
     return torch.cat([linear, offset.unsqueeze(-1)], -1)
+
+
+def _composed(
+    pixels: Tensor, mask: Tensor, rows: Tensor, scenery: Tensor, matrices: Tensor | None
+) -> Tensor:
+    """Put scenery behind the foregrounds of some sequences.
+
+    All tensors are on one device, whose results the host does not read.
+
+    Args:
+        pixels: uint8 ``[B, ..., 3, H, W]``, T frames in each of B sequences.
+        mask: bool ``[B, ..., 1, H, W]``.
+        rows: The sequences, int64 ``[N]``.
+        scenery: uint8 ``[N, T, 3, H, W]``.
+        matrices: Changes of its colours, float32 ``[N, 3, 4]``; None for none.
+
+    Returns:
+        uint8 ``[B, ..., 3, H, W]``.
+    """
+    if matrices is not None:
+        scenery = _recolored(scenery, matrices)
+    behind = scenery.reshape(len(rows), *pixels.shape[1:])
+    return pixels.index_copy(0, rows, torch.where(mask[rows], pixels[rows], behind))
 
 
 def _recolored(frames: Tensor, matrices: Tensor) -> Tensor:
