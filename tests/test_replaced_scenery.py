@@ -148,6 +148,15 @@ def test_a_replay_buffer_samples_it_and_keeps_what_was_stored():
     assert (buffer.storage[:]["pixels"] == 200).all()
 
 
+def test_a_replay_buffer_of_whole_sequences_plays_a_clip_in_each():
+    buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(20), batch_size=8)
+    buffer.append_transform(ReplacedSceneryTransform(clips(), 1.0, colors=False))
+    data = sample(20, T)["next"]
+    buffer.extend(TensorDict({"next": TensorDict(dict(data.items()), [20])}, [20]))
+    levels = levels_behind(buffer.sample()).int() - 1
+    assert ((levels[:, 1:] - levels[:, :-1]).abs() == 1).all()
+
+
 def test_what_it_cannot_do_is_an_error():
     with pytest.raises(ValueError, match=r"share=1\.5 must be in \[0, 1\]"):
         ReplacedSceneryTransform(clips(), 1.5)
@@ -175,11 +184,11 @@ def test_what_it_cannot_do_is_an_error():
         ({"augmentation": {"scenery": 0.5, "source": "/x"}}, r"augmentation\.source=/x: .*folder"),
         (
             {"augmentation": {"scenery": 0.5}, "algo": {"name": "dreamer_v3", "latent": None}},
-            r"must be 0 with algo=dreamer_v3, which has no masks",
+            r"must be 0 with algo=dreamer_v3, which has no masks in training",
         ),
         (
             {"augmentation": {"scenery": 0.5}, "algo": {"name": "masked_input", "latent": None}},
-            r"must be 0 with algo=masked_input, which acts on masked images",
+            r"must be 0 with algo=masked_input, .*sees only what they mark",
         ),
     ],
 )

@@ -6,7 +6,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from w2f_torchrl.envs import BackgroundError
 from w2f_torchrl.envs.recorded import DOMAIN as RECORDED
+from w2f_torchrl.envs.scenery.backgrounds import list_clips
 from w2f_torchrl.envs.tasks import validate_action_range
 from w2f_torchrl.utils.checks import check_choice as check_choice
 from w2f_torchrl.utils.settings import Settings, check_fields, setting
@@ -236,6 +238,35 @@ class AugmentationConfig(Settings):
         "Whether these videos also change: the order of the colour channels, brightness, contrast, "
         "saturation, left and right.",
     )
+
+    def validate(self, algorithm: str, *, has_masks: bool) -> None:
+        """Check the settings together; the clips are decoded later.
+
+        Args:
+            algorithm: ``algo.name``.
+            has_masks: Whether it learns from masks, and sees what they do not mark.
+
+        Raises:
+            ValueError: Naming the setting, its value and what is allowed.
+        """
+        if not self.scenery:
+            for field in fields(self):
+                value = getattr(self, field.name)
+                if value != field.default:
+                    raise ValueError(
+                        f"augmentation.{field.name}={value} has no effect with "
+                        "augmentation.scenery=0: leave it out."
+                    )
+            return
+        if not has_masks:
+            raise ValueError(
+                f"augmentation.scenery={self.scenery} must be 0 with algo={algorithm}, which has "
+                "no masks in training, or sees only what they mark; allowed: world2filter."
+            )
+        try:
+            list_clips(self.source, "train")
+        except BackgroundError as error:
+            raise ValueError(f"augmentation.source={self.source}: {error}") from error
 
 
 @dataclass

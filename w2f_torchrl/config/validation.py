@@ -16,7 +16,6 @@ from w2f_torchrl.config.methods import METHODS
 from w2f_torchrl.config.output import LoggingConfig
 from w2f_torchrl.config.training import GRAPHED
 from w2f_torchrl.envs import evaluation_sets, validate_distraction, validate_task
-from w2f_torchrl.envs.scenery.backgrounds import list_clips
 from w2f_torchrl.envs.scenery.distractions import Distraction, shows_video
 from w2f_torchrl.envs.tasks import (
     registered_factory,
@@ -59,7 +58,9 @@ def validate(config: RunSettings) -> None:
         _validate_recorded(config)
     _validate_distractions(config)
     _validate_segmentation(config)
-    _validate_augmentation(config)
+    config.augmentation.validate(
+        config.algo.name, has_masks=config.needs_masks and not config.acts_on_masks
+    )
     config.model.validate(config.environment.image_size)
     _validate_observations(config)
     config.loss.validate()
@@ -134,29 +135,6 @@ def _validate_segmentation(config: RunSettings) -> None:
         )
         if missing is not None:
             raise ConfigError(f"segmentation={segmentation.source}: {missing}")
-
-
-def _validate_augmentation(config: RunSettings) -> None:
-    augmentation = config.augmentation
-    if not augmentation.scenery:
-        for field in fields(augmentation):
-            value = getattr(augmentation, field.name)
-            if value != field.default:
-                raise ConfigError(
-                    f"augmentation.{field.name}={value} has no effect with augmentation.scenery=0: "
-                    "leave it out."
-                )
-        return
-    if not config.needs_masks or config.acts_on_masks:
-        kind = "acts on masked images" if config.acts_on_masks else "has no masks"
-        raise ConfigError(
-            f"augmentation.scenery={augmentation.scenery} must be 0 with algo={config.algo.name}, "
-            f"which {kind}; allowed: world2filter."
-        )
-    try:
-        list_clips(augmentation.source, "train")
-    except ValueError as error:
-        raise ConfigError(f"augmentation.source={augmentation.source}: {error}") from error
 
 
 def _validate_observations(config: RunSettings) -> None:

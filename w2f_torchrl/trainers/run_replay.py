@@ -1,4 +1,4 @@
-"""The replay of one rank of a run, empty or with the records of a checkpoint."""
+"""The replay of one rank of a run, and what changes its samples."""
 
 from __future__ import annotations
 
@@ -10,10 +10,20 @@ from typing import Any
 
 from w2f_torchrl.checkpoint.file import CheckpointError
 from w2f_torchrl.checkpoint.resume import SavedRecords
-from w2f_torchrl.config import EnvironmentConfig, ReplayConfig, RunConfig, TrainingConfig
+from w2f_torchrl.config import (
+    ConfigError,
+    EnvironmentConfig,
+    ReplayConfig,
+    RunConfig,
+    TrainingConfig,
+)
 from w2f_torchrl.data import StreamReplayBuffer, make_replay
 from w2f_torchrl.data.replay.record_files import Fields
 from w2f_torchrl.data.replay.replay_files import Manifest, ReplayFiles, new_generation, ring_rows
+from w2f_torchrl.envs import BackgroundError
+from w2f_torchrl.envs.scenery.backgrounds import load_clips
+from w2f_torchrl.keys import PIXELS
+from w2f_torchrl.transforms import ReplacedSceneryTransform
 
 logger = logging.getLogger(__name__)
 
@@ -178,3 +188,25 @@ def check_layout(environment: EnvironmentConfig, manifest: Manifest) -> None:
             f"environment.image_size={environment.image_size} must stay {size}, as the "
             "checkpoint's replay has it."
         )
+
+
+def build_replaced_scenery(config: RunConfig) -> ReplacedSceneryTransform | None:
+    """Build what replaces the scenery of sampled sequences; None without.
+
+    Raises:
+        ConfigError: If a clip cannot be read.
+    """
+    settings = config.augmentation
+    if not settings.scenery:
+        return None
+    try:
+        clips = load_clips(settings.source, "train", None, config.environment.image_size)
+    except BackgroundError as error:
+        raise ConfigError(f"augmentation.source={settings.source}: {error}") from error
+    pictures = (PIXELS, *config.model.pictures)
+    return ReplacedSceneryTransform(
+        clips,
+        settings.scenery,
+        [("next", name) for name in pictures],
+        colors=settings.colors,
+    )

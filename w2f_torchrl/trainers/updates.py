@@ -6,41 +6,15 @@ import math
 
 from tensordict import TensorDictBase
 
-from w2f_torchrl.config import ConfigError, RunConfig
 from w2f_torchrl.data.device_copy import DeviceCopy
-from w2f_torchrl.envs import BackgroundError
-from w2f_torchrl.envs.scenery.backgrounds import load_clips
-from w2f_torchrl.keys import PIXELS
 from w2f_torchrl.learner.non_finite_guard import FINITE
 from w2f_torchrl.learner.update_metrics import Sums, shown_row
 from w2f_torchrl.trainers.interruptions import save_batch
 from w2f_torchrl.trainers.run import Parts, Run
-from w2f_torchrl.transforms import ReplacedSceneryTransform
+from w2f_torchrl.trainers.run_replay import build_replaced_scenery
 from w2f_torchrl.utils.random_state import random_state, restore_random_state
 from w2f_torchrl.utils.seeding import derive_seed
 from w2f_torchrl.utils.stopping import StopRequested, may_be_cut
-
-
-def build_replaced_scenery(config: RunConfig) -> ReplacedSceneryTransform | None:
-    """Build what replaces the scenery of sampled sequences; None without.
-
-    Raises:
-        ConfigError: If a clip cannot be read.
-    """
-    settings = config.augmentation
-    if not settings.scenery:
-        return None
-    try:
-        clips = load_clips(settings.source, "train", None, config.environment.image_size)
-    except BackgroundError as error:
-        raise ConfigError(f"augmentation.source={settings.source}: {error}") from error
-    pictures = (PIXELS, *config.model.pictures)
-    return ReplacedSceneryTransform(
-        clips,
-        settings.scenery,
-        [("next", name) for name in pictures],
-        colors=settings.colors,
-    )
 
 
 class Updates:

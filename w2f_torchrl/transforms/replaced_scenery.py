@@ -52,7 +52,7 @@ class ReplacedSceneryTransform(Transform):
         seed: Seed of the draws. They are made on the CPU, equal on every device.
 
     Raises:
-        ValueError: If there are no clips, one has another shape, or the share is out of range.
+        ValueError: If no clip is given, one has another shape, or the share is out of range.
         KeyError: When called, if a mask is missing.
 
     Examples:
@@ -98,7 +98,7 @@ class ReplacedSceneryTransform(Transform):
         self.generator.manual_seed(seed)
 
     def get_extra_state(self) -> Tensor:
-        """Return the generator's state, as part of the state dict."""
+        """Return the generator's state, uint8 ``[N]``, as part of the state dict."""
         return self.generator.get_state()
 
     def set_extra_state(self, state: Any) -> None:
@@ -107,9 +107,9 @@ class ReplacedSceneryTransform(Transform):
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Replace the scenery of some sequences of a sample ``[B, T]`` or ``[B]``."""
-        sequences = tensordict.shape[0]
-        steps = tensordict.shape[1:].numel()
-        chosen = torch.rand(sequences, generator=self.generator) < self.share
+        shape = tensordict.get(self.in_keys[0]).shape[:-3]
+        steps = shape[1:].numel()
+        chosen = torch.rand(shape[0], generator=self.generator) < self.share
         rows = chosen.nonzero().flatten()  # [N]
         if not len(rows):
             return tensordict
