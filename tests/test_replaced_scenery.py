@@ -13,9 +13,9 @@ from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
 from torchrl.envs import TransformedEnv
 
 from w2f_torchrl.config import ConfigError
+from w2f_torchrl.segmenters import recoloring
 from w2f_torchrl.trainers import Trainer
 from w2f_torchrl.transforms import ReplacedSceneryTransform
-from w2f_torchrl.transforms import replaced_scenery as module
 
 B, T, SIZE = 6, 7, 8
 CLIP_OF_FRAME = 10
@@ -80,8 +80,8 @@ def test_the_share_is_that_of_whole_sequences():
 def test_colours_change_as_the_formula_says():
     frames = torch.randint(256, (2, 3, 3, 4, 4), dtype=torch.uint8)
     generator = torch.Generator().manual_seed(3)
-    matrices = torch.stack([module._draw_colors(generator) for _ in range(2)])
-    changed = module._recolored(frames, matrices)
+    matrices = torch.stack([recoloring.draw_recoloring(generator) for _ in range(2)])
+    changed = recoloring.recolored(frames, matrices)
     for n in range(2):
         for pixel, new in zip(
             frames[n].movedim(1, -1).reshape(-1, 3).double(),
@@ -95,12 +95,12 @@ def test_colours_change_as_the_formula_says():
 def test_drawn_colours_stay_in_their_ranges():
     generator = torch.Generator().manual_seed(0)
     for _ in range(200):
-        matrix = module._draw_colors(generator).double()
+        matrix = recoloring.draw_recoloring(generator).double()
         gain = matrix[:, :3].sum() / 3  # grey stays grey, times the gain
         assert torch.allclose(matrix[:, :3].sum(1), gain.expand(3), atol=1e-5)
-        assert module.GAIN[0] <= gain <= module.GAIN[1]
+        assert recoloring.GAIN[0] <= gain <= recoloring.GAIN[1]
         offset = matrix[:, 3] - 128 * (1 - gain)
-        assert offset.abs().max() <= module.OFFSET + 1e-4
+        assert offset.abs().max() <= recoloring.OFFSET + 1e-4
 
 
 def test_with_colours_too_only_the_scenery_changes():

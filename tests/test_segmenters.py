@@ -16,6 +16,7 @@ from w2f_torchrl.segmenters import (
     boundary_error,
     choose_diverse,
     mask_iou,
+    teaching,
     train_student,
 )
 from w2f_torchrl.segmenters.teaching import mask_loss, paste_foreground, vary
@@ -95,6 +96,21 @@ def test_a_student_takes_any_size(height, width):
     pixels = torch.zeros(3, 3, height, width, dtype=torch.uint8)
     assert StudentSegmenter()(pixels).shape == (3, 1, height, width)
     assert StudentSegmenter()(pixels[:0]).shape == (0, 1, height, width)
+
+
+def test_pasted_backgrounds_get_other_colours_and_keep_their_shapes():
+    generator = torch.Generator().manual_seed(0)
+    backgrounds = random_pixels(3)
+    drawn = teaching._draw_backgrounds(backgrounds, 20, generator, recolor=False)
+    assert all(any(torch.equal(one, b) for b in backgrounds) for one in drawn)
+    generator = torch.Generator().manual_seed(0)
+    other = teaching._draw_backgrounds(backgrounds, 20, generator, recolor=True)
+    assert other.dtype is torch.uint8
+    assert ((other.float() - drawn.float()).abs().flatten(1).mean(1) > 10).all()
+    # One matrix for a picture: pixels of one colour stay pixels of one colour.
+    flat = torch.full((1, 3, 8, 8), 90, dtype=torch.uint8)
+    one = teaching._draw_backgrounds(flat, 5, generator, recolor=True)
+    assert (one == one[:, :, :1, :1]).all()
 
 
 def test_a_students_frame_costs_less_than_a_tenth_of_a_gflop():

@@ -14,6 +14,7 @@ from torch.nn.functional import (
 )
 
 from w2f_torchrl.segmenters.base import check_masks, check_pixels
+from w2f_torchrl.segmenters.recoloring import draw_recoloring, recolored
 from w2f_torchrl.segmenters.student import WIDTHS, StudentNetwork, StudentSegmenter, to_images
 from w2f_torchrl.utils.checks import check_number
 
@@ -28,6 +29,7 @@ def train_student(
     learning_rate: float = 1e-2,
     paste: float = 0.5,
     moves: float = 0.0,
+    recolor: bool = True,
     widths: Sequence[int] = WIDTHS,
     seed: int = 0,
     device: torch.device | str = "cpu",
@@ -46,6 +48,8 @@ def train_student(
         paste: Share of a batch that is pasted onto ``backgrounds``, in [0, 1].
         moves: Maximum shift and scaling of a pasted foreground, as a share of the image, in
             [0, 0.5]; 0 keeps it in place.
+        recolor: Whether pasted backgrounds get other colours, so that the student meets more than
+            they show.
         widths: Channels of a new student.
         seed: Seed of the weights, the batches and the augmentation.
         device: Where to train.
@@ -77,7 +81,8 @@ def train_student(
         frames, target = _draw(pixels, masks, batch_size, generator, torch.device(device))
         if backgrounds is not None and paste:
             count = round(paste * batch_size)
-            frames, target = _paste_some(frames, target, backgrounds, count, generator, moves)
+            behind = _draw_backgrounds(backgrounds, count, generator, recolor=recolor)
+            frames, target = _paste_some(frames, target, behind, generator, moves)
         frames, target = vary(frames, target, generator)
         with torch.autocast(student.device.type, torch.bfloat16, student.dtype is torch.bfloat16):
             logits = network(to_images(frames))
@@ -98,18 +103,23 @@ def _draw(
     return pixels[rows].to(device), masks[rows].to(device).float()
 
 
+def _draw_backgrounds(
+    backgrounds: Tensor, count: int, generator: torch.Generator, *, recolor: bool
+) -> Tensor:
+    drawn = backgrounds[torch.randint(len(backgrounds), (count,), generator=generator)]
+    if not recolor:
+        return drawn
+    matrices = torch.stack([draw_recoloring(generator) for _ in range(count)])
+    return recolored(drawn.unsqueeze(1), matrices).squeeze(1)
+
+
 def _paste_some(
-    frames: Tensor,
-    target: Tensor,
-    backgrounds: Tensor,
-    count: int,
-    generator: torch.Generator,
-    moves: float,
+    frames: Tensor, target: Tensor, behind: Tensor, generator: torch.Generator, moves: float
 ) -> tuple[Tensor, Tensor]:
-    """Paste the first foregrounds of a batch onto random backgrounds."""
-    behind = torch.randint(len(backgrounds), (count,), generator=generator)
+    """Paste the first foregrounds of a batch onto as many backgrounds."""
+    count = len(behind)
     new_frames, new_target = paste_foreground(
-        frames[:count], target[:count], backgrounds[behind].to(frames.device), generator, moves
+        frames[:count], target[:count], behind.to(frames.device), generator, moves
     )
     return torch.cat([new_frames, frames[count:]]), torch.cat([new_target, target[count:]])
 

@@ -13,17 +13,11 @@ from torch import Tensor
 from torchrl.envs import Transform
 
 from w2f_torchrl.keys import NEXT_PIXELS, mask_of
+from w2f_torchrl.segmenters.recoloring import draw_recoloring, recolored
 from w2f_torchrl.utils.checks import check_number
 from w2f_torchrl.utils.tensors import check_tensor
 
 UInt8Array = npt.NDArray[np.uint8]
-
-GAIN = (0.5, 1.6)
-"""Range of the factor of all colours of a clip."""
-SATURATION = (0.3, 3.0)
-"""Range of the factor of a colour's distance from its grey."""
-OFFSET = 60.0
-"""Maximum change of a channel, in colour levels."""
 
 
 class ReplacedSceneryTransform(Transform):
@@ -116,7 +110,7 @@ class ReplacedSceneryTransform(Transform):
         scenery = torch.stack([self._draw_frames(steps) for _ in rows])  # [N, T, 3, H, W]
         matrices = None
         if self.colors:
-            matrices = torch.stack([_draw_colors(self.generator) for _ in rows])  # [N, 3, 4]
+            matrices = torch.stack([draw_recoloring(self.generator) for _ in rows])  # [N, 3, 4]
         for key, mask_key in zip(self.in_keys, self.mask_keys, strict=True):
             pixels, mask = tensordict.get(key), tensordict.get(mask_key, None)
             if mask is None:
@@ -156,20 +150,6 @@ class ReplacedSceneryTransform(Transform):
         return int(torch.randint(below, (), generator=self.generator))
 
 
-def _draw_colors(generator: torch.Generator) -> Tensor:
-    """Draw a matrix ``[3, 4]`` from colours in [0, 255], and 1, to other colours."""
-    gain, saturation = (
-        low * (high / low) ** torch.rand((), generator=generator)
-        for low, high in (GAIN, SATURATION)
-    )
-    order = torch.randperm(3, generator=generator)
-    grey = torch.full((3, 3), 1 / 3)
-    linear = gain * (grey + saturation * (torch.eye(3)[order] - grey))
-    # Contrast changes around the middle grey.
-    offset = 128 * (1 - gain) + OFFSET * (2 * torch.rand(3, generator=generator) - 1)
-    return torch.cat([linear, offset.unsqueeze(-1)], -1)
-
-
 def _composed(
     pixels: Tensor, mask: Tensor, rows: Tensor, scenery: Tensor, matrices: Tensor | None
 ) -> Tensor:
@@ -188,25 +168,9 @@ def _composed(
         uint8 ``[B, ..., 3, H, W]``.
     """
     if matrices is not None:
-        scenery = _recolored(scenery, matrices)
+        scenery = recolored(scenery, matrices)
     behind = scenery.reshape(len(rows), *pixels.shape[1:])
     return pixels.index_copy(0, rows, torch.where(mask[rows], pixels[rows], behind))
-
-
-def _recolored(frames: Tensor, matrices: Tensor) -> Tensor:
-    """Change the colours of clips.
-
-    Args:
-        frames: uint8 ``[N, T, 3, H, W]``.
-        matrices: float32 ``[N, 3, 4]``.
-
-    Returns:
-        uint8 ``[N, T, 3, H, W]``.
-    """
-    linear, offset = matrices[:, :, :3], matrices[:, :, 3]
-    changed = torch.einsum("ncd,ntdhw->ntchw", linear, frames.float())
-    changed = changed + offset[:, None, :, None, None]
-    return changed.round_().clamp_(0, 255).to(torch.uint8)
 
 
 def _mask_beside(key: NestedKey) -> NestedKey:
