@@ -92,15 +92,21 @@ def test_the_capturable_optimizer_is_the_same_with_and_without_a_gate():
             assert torch.equal(one, two)
 
 
-def poisoned(run_dir: Path, on_nan: str, updates: range) -> Trainer:
-    """A run whose samples hold a reward that is not a number in some of its updates."""
+def poisoned(run_dir: Path, on_nan: str, updates: range, **settings) -> Trainer:
+    """A run whose samples hold a reward that is not a number in some of its updates.
+
+    The images of the first of them are kept as ``trainer.poisoned``.
+    """
     quiet = {"every_frames": 0}
-    trainer = Trainer(short_run(run_dir, training={"on_nan": on_nan}, evaluation=quiet))
+    settings |= {"training": {"on_nan": on_nan}, "evaluation": quiet}
+    trainer = Trainer(short_run(run_dir, **settings))
     update = trainer.learner.update
 
     def poison(sample):
         if trainer.updates in updates:
             sample["next", "reward"][0, 2] = math.nan
+            if trainer.updates == updates.start:
+                trainer.poisoned = sample["next", "pixels"].clone()
         return update(sample)
 
     trainer.learner.update = poison
@@ -124,6 +130,20 @@ def test_a_run_stops_with_the_batch_and_the_state_of_before(tmp_path):
     resumed.train()
     assert resumed.updates == 48
     assert all(v is not None for row in metrics(tmp_path) for v in row.values())
+
+
+@pytest.mark.render
+@pytest.mark.usefixtures("no_curves")
+@pytest.mark.parametrize("on_nan", ["stop", "skip"])
+def test_the_batch_has_the_scenery_that_the_update_saw(tmp_path, on_nan):
+    # Rows of metrics are logged every five updates: all of the second row's are bad.
+    settings = {"augmentation": {"scenery": 0.8}}
+    trainer = poisoned(tmp_path, on_nan, range(10, 48), **settings)
+    with pytest.raises(FloatingPointError, match="are not finite"):
+        trainer.train()
+    [path] = tmp_path.glob("not_finite_after_*.pt")
+    batch = torch.load(path, weights_only=True)
+    assert torch.equal(batch["next/pixels"], trainer.poisoned)
 
 
 @pytest.mark.render

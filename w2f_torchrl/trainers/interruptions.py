@@ -9,10 +9,8 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
-from tensordict import NestedKey
-from torch import Tensor
+from tensordict import NestedKey, TensorDictBase
 
-from w2f_torchrl.data import StreamReplayBuffer
 from w2f_torchrl.trainers.preemption import stop_signals
 from w2f_torchrl.utils.stopping import listen
 
@@ -26,19 +24,17 @@ def stop_on_signal() -> AbstractContextManager[list[int]]:
     return listen(stop_signals())
 
 
-def save_batch(path: Path, replay: StreamReplayBuffer, slots: Tensor) -> Path:
+def save_batch(path: Path, batch: TensorDictBase) -> Path:
     """Save the batch of a failed update.
 
     Args:
         path: The file to write.
-        replay: The replay, which must still hold the records.
-        slots: Their slots, int64 ``[B, T]``.
+        batch: What the update learned from, ``[B, T]``.
 
     Returns:
         ``path``, for ``torch.load(weights_only=True)``: the entries ``[B, T, ...]`` by key.
     """
-    records = replay.gather(slots)
-    torch.save({"/".join(_path(key)): leaf for key, leaf in records.items(True, True)}, path)
+    torch.save({"/".join(_path(key)): leaf for key, leaf in batch.items(True, True)}, path)
     return path
 
 

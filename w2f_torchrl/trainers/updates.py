@@ -53,17 +53,22 @@ class Updates:
         """Draw a sample ``[B, T]`` and learn from it."""
         sample = self.collection.replay.sample()
         slots = sample["index"]
-        sample = self.to_device(sample)
-        if self.replaced_scenery is not None:
-            # Every update has a seed, so that a resumed run draws what an uninterrupted one does.
-            place = "scenery", self.ranks.rank, self.counters.updates
-            self.replaced_scenery.seed(derive_seed(self.config.seed, *place))
-            sample = self.replaced_scenery(sample)
+        sample = self._augmented(self.to_device(sample), self.counters.updates)
         metrics = self.learner.update(sample)
         self.metrics.add(metrics, slots)
         if self.learner.latents is not None:
             self.collection.replay.write_back(slots, self.learner.latents, metrics[FINITE])
         return sample
+
+    def _augmented(self, sample: TensorDictBase, update: int) -> TensorDictBase:
+        """Change a sample as before an update; that many updates came before it."""
+        if self.replaced_scenery is None:
+            return sample
+        # Every update has a seed, so that a resumed run draws what an uninterrupted one does.
+        self.replaced_scenery.seed(
+            derive_seed(self.config.seed, "scenery", self.ranks.rank, update)
+        )
+        return self.replaced_scenery(sample)
 
     def _learn_first(self) -> TensorDictBase:
         """Do the first update of a process; a signal interrupts it, as it may compile for minutes.
@@ -110,13 +115,13 @@ class Updates:
 
     def _not_finite(self, sums: Sums) -> FloatingPointError:
         """Save the batch of the first bad update, and restore the counters before it."""
+        before = self.counters.updates - sums.missed
         if self.config.training.on_nan == "stop":
             self.counters.take_back(sums.missed)
         updates = self.counters.updates
         name = f"not_finite_after_{updates:012d}_rank_{self.ranks.rank}.pt"
-        path = save_batch(
-            self.directory / name, self.collection.replay, self.metrics.slots[sums.applied]
-        )
+        batch = self.collection.replay.gather(self.metrics.slots[sums.applied])
+        path = save_batch(self.directory / name, self._augmented(batch, before))
         self.metrics.clear()
         weights = "were not changed" if self.learner.is_finite() else "are not finite either"
         return FloatingPointError(
