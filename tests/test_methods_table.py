@@ -29,6 +29,7 @@ def measured(method: str, world: str, task: str, seed: int, score: float) -> Mea
         960,
         [score - 10, score + 10],
         [score / 2] if scenery else [],
+        [score / 4] if scenery else [],
         {COLUMNS["pose R2"]: score / 1000, **({COLUMNS["apart, last"]: 0.5} if scenery else {})},
         [0.1, 0.2 + seed] if scenery else [],
     )
@@ -100,11 +101,16 @@ def test_the_table_says_what_is_missing():
         row[0]: row for row in lines[: lines.index(["world: none", "runs", "pose R2"])] if row
     }
     header = tables["IQM of returns / 1000"]
-    assert header[1:] == ["none, seen", "easy, seen", "easy, unseen"]
-    assert tables["tia"][2:] == ["not run", "not run"]
+    assert header[1:] == ["none, seen", "easy, seen", "easy, unseen", "easy, real"]
+    assert tables["tia"][2:] == ["not run", "not run", "not run"]
     assert tables["split"][1] == "seeds differ"  # a run of one task is missing
     assert tables["split, cartpole_swingup"][1] == "600"
-    assert tables["split, ball_in_cup_catch"][1:] == ["540, 640", "540, 640", "270, 320"]
+    assert tables["split, ball_in_cup_catch"][1:] == [
+        "540, 640",
+        "540, 640",
+        "270, 320",
+        "135, 160",
+    ]
     assert "Not finished: tia_easy_cartpole_swingup_seed0." in text
     assert "apart, last" in text
     assert "camera R2" not in text
@@ -115,7 +121,7 @@ def test_the_picture_has_a_column_for_each_world(tmp_path):
     panels = figure.axes
     assert [axes.get_title() for axes in panels[:2]] == ["scenery: none", "scenery: easy"]
     assert len(panels[0].containers) == 2
-    assert len(panels[1].containers) == 4  # seen and unseen
+    assert len(panels[1].containers) == 6  # seen, unseen and real
     assert [len(axes.lines) for axes in panels[2:]] == [0, 2]
     figure.savefig(tmp_path / "methods.png")
 

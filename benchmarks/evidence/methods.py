@@ -7,9 +7,10 @@ python benchmarks/evidence/methods.py --runs runs/methods --no-training ...  # o
 Every run is ``experiment=cpu`` of ``sota_configs/world2filter.py`` in a process and a directory of
 its own, and a later call continues where an earlier one was cut. A finished run is measured once;
 ``measures.json`` in its directory keeps the result. Measured are returns before the scenery of
-training and in front of unseen scenery (the validation clips or colours), what probes read from the
-latent that the actor reads, the change of action and value when the scenery is replaced or removed,
-and how far latents rolled on from histories with and without scenery part. Aggregates are
+training, in front of unseen scenery (the validation clips or colours), and after training with
+computed videos also in front of the unseen real ones of --clips, what probes read from the latent
+that the actor reads, the change of action and value when the scenery is replaced or removed, and
+how far latents rolled on from histories with and without scenery part. Aggregates are
 interquartile means over tasks and seeds, of returns / 1000, with rliable's stratified intervals.
 """
 
@@ -32,6 +33,7 @@ from results_file import RESULTS, write_results
 
 from w2f_torchrl.algorithms.masked_input import student_of
 from w2f_torchrl.config import RunConfig
+from w2f_torchrl.envs.scenery.distractions import shows_video
 from w2f_torchrl.evaluation.policy import LoadedPolicy, load_learner
 from w2f_torchrl.evaluation.run_filtering import FilteringMeter, flat_metrics
 from w2f_torchrl.learner import Learner
@@ -44,6 +46,7 @@ METHODS: dict[str, tuple[str, ...]] = {
     "masked_input": ("algo=masked_input",),
     "foreground": ("algo=world2filter", "algo.latent=foreground"),
     "split": ("algo=world2filter", "algo.latent=split"),
+    "split_replaced": ("algo=world2filter", "algo.latent=split", "augmentation.scenery=0.5"),
     "tia": ("algo=tia",),
     # At the authors' 1e-5 the budget has no effect within so few updates. At 0.6 the posterior's
     # share of the KL, a sixth, has DreamerV3's weight of 0.1.
@@ -101,7 +104,14 @@ def jobs_of(args: argparse.Namespace) -> dict[Job, Measured]:
     return found
 
 
-def play(config: RunConfig, learner: Learner, episodes: int, seed: int, split: str) -> list[float]:
+def play(
+    config: RunConfig,
+    learner: Learner,
+    episodes: int,
+    seed: int,
+    split: str,
+    source: Path | None = None,
+) -> list[float]:
     """Return the returns of episodes with the mode action.
 
     Args:
@@ -110,8 +120,11 @@ def play(config: RunConfig, learner: Learner, episodes: int, seed: int, split: s
         episodes: Number of episodes.
         seed: Of the envs: all methods of a task and a world play the same episodes.
         split: ``train`` for the scenery of training, ``val`` for unseen scenery.
+        source: Clips instead of the run's.
     """
     environment = config.environment.thawed(background_split=split)
+    if source is not None:
+        environment.background_source = str(source)
     policy = LoadedPolicy(
         config.thawed(environment=environment), learner, learner.world_model.action_size
     )
@@ -121,7 +134,9 @@ def play(config: RunConfig, learner: Learner, episodes: int, seed: int, split: s
     return returns
 
 
-def measure(run_dir: Path, what: Measured, *, episodes: int, probed: int, seed: int) -> Measured:
+def measure(
+    run_dir: Path, what: Measured, *, episodes: int, probed: int, seed: int, clips: Path | None
+) -> Measured:
     """Measure a run's newest checkpoint, or return what ``measures.json`` has of it.
 
     Args:
@@ -130,20 +145,28 @@ def measure(run_dir: Path, what: Measured, *, episodes: int, probed: int, seed: 
         episodes: Episodes played before each scenery.
         probed: Episodes of random actions for the probes.
         seed: Of both.
+        clips: Real clips, for runs that were trained with computed ones; None for none.
     """
     checkpoint, path = find_checkpoint(run_dir), run_dir / MEASURES
     asked = {"checkpoint": checkpoint.name, "episodes": episodes, "probed": probed, "seed": seed}
+    asked["real"] = clips is not None
     if path.exists() and (before := json.loads(path.read_text()))["asked"] == asked:
         return Measured(**before["measured"])
     config, learner, _ = load_learner(checkpoint)
     with_scenery = config.environment.distraction != "none"
     meter = FilteringMeter(config.environment, probed, derive_seed(seed, "probes"))
     found = meter.measure(learner.loss, segment=student_of(learner.policy), seeds=(0,))
+    shows_computed = shows_video(config.environment.distraction) and (
+        config.environment.background_source is None
+    )
     flat = {name.removeprefix("filtering/"): value for name, value in flat_metrics(found).items()}
     result = what._replace(
         frames=int(read_metrics(run_dir)[-1]["frames"]),
         seen=play(config, learner, episodes, seed, "train"),
         unseen=play(config, learner, episodes, seed, "val") if with_scenery else [],
+        real=play(config, learner, episodes, seed, "val", clips)
+        if clips is not None and shows_computed
+        else [],
         measures=flat,
         divergence=found.get("divergence", {}).get("latent", []),
     )
@@ -182,6 +205,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             continue
         say(f"{job.name}: measuring")
         wanted = {"episodes": args.episodes, "probed": args.probed, "seed": args.seed}
+        wanted["clips"] = args.clips if args.clips.is_dir() else None
         measured.append(measure(run_dir, what, **wanted))
     if not measured:
         sys.exit(failure or "error: no run is finished")

@@ -14,7 +14,7 @@ from rliable import metrics
 
 Array = npt.NDArray[np.float64]
 COLORS = ("#3b6fb6", "#c8553d", "#4f9d69", "#8d6cab", "#b8923a", "#5b5b5b", "#3fa7b5", "#a3355e")
-SCENERIES = ("seen", "unseen")
+SCENERIES = ("seen", "unseen", "real")
 COLUMNS = {
     "clip": "leakage/foreground/clip/linear",
     "chance": "leakage/foreground/clip/chance",
@@ -44,6 +44,7 @@ class Measured(NamedTuple):
         frames: That it was trained for.
         seen: Returns of episodes before the scenery of training.
         unseen: Returns in front of unseen scenery; empty in a world without scenery.
+        real: Returns in front of unseen real clips, after training with computed ones.
         measures: All others by name, see :data:`COLUMNS`.
         divergence: Distance of latents from histories with and without scenery, relative to
             random ones, over the horizon; empty in a world without scenery.
@@ -56,6 +57,7 @@ class Measured(NamedTuple):
     frames: int = 0
     seen: Sequence[float] = ()
     unseen: Sequence[float] = ()
+    real: Sequence[float] = ()
     measures: dict[str, float] = {}  # noqa: RUF012  # never written to
     divergence: Sequence[float] = ()
 
@@ -191,7 +193,7 @@ def draw(summary: dict[str, Any]) -> Figure:
         if not below.lines:
             below.text(0.5, 0.5, "no scenery", ha="center", transform=below.transAxes, fontsize=9)
         below.set_xlabel("predicted agent steps", fontsize=9)
-    seen = "filled: scenery of training, hollow: unseen"
+    seen = "filled: scenery of training, hollow: unseen, diamond: real"
     panels[0, 0].set_ylabel(f"interquartile mean of returns / 1000\n{seen}", fontsize=8)
     panels[1, 0].set_ylabel("distance of latents with and\nwithout scenery (1: random)", fontsize=9)
     panels[0, 0].set_ylim(0, 1)
@@ -200,16 +202,16 @@ def draw(summary: dict[str, Any]) -> Figure:
 
 
 def _draw_returns(axes: Axes, rows: Sequence[dict[str, Any]], methods: Sequence[str]) -> None:
-    """Mark each method's mean in seen scenery, filled, and in unseen scenery, hollow."""
+    """Mark each method's mean in seen scenery, filled, and in unseen and real scenery, hollow."""
     for row in rows:
         if (found := row["estimate"]) is None:
             continue
-        place, unseen = methods.index(row["method"]), row["scenery"] == "unseen"
+        place, kind = methods.index(row["method"]), SCENERIES.index(row["scenery"])
         value = found["value"]
         error = [[max(value - found["low"], 0)], [max(found["high"] - value, 0)]]
         color = COLORS[place]
         axes.errorbar(
-            [place + 0.25 * unseen], [value], yerr=error, color=color, marker="o", ms=6,
-            mfc="white" if unseen else color, capsize=2, lw=1.2,
+            [place + 0.2 * kind], [value], yerr=error, color=color, marker="ood"[kind], ms=6,
+            mfc="white" if kind else color, capsize=2, lw=1.2,
         )  # fmt: skip
     axes.set_xticks(range(len(methods)), methods, rotation=60, ha="right", fontsize=8)
