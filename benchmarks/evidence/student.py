@@ -67,14 +67,22 @@ def corrupted(masks: Tensor, seed: int) -> Tensor:
 
 
 def experiment(
-    name: str, seed: int, backgrounds: Tensor, steps: int, few: bool, clips: str | None = None
+    name: str,
+    seed: int,
+    backgrounds: Tensor,
+    steps: int,
+    few: bool,
+    clips: str | None = None,
+    recolor: bool = False,
 ) -> dict[str, Any]:
     """Train and test the students of one task and seed."""
     torch.set_num_threads(1)
     pixels, masks = frames_of(name, "easy", FRAMES, seed, split="train", every=2)
     unseen = frames_of(name, "easy", 300, seed + 1000)
     steps = STEPS.get(name, steps)
-    full = train_student(pixels, masks, backgrounds=backgrounds, steps=steps, seed=seed)
+    full = train_student(
+        pixels, masks, backgrounds=backgrounds, steps=steps, seed=seed, recolor=recolor
+    )
     rows: dict[str, Any] = {"simulator": score(full, *unseen)}
     if clips is not None:
         real = frames_of(name, "easy", 300, seed + 1000, source=clips)
@@ -130,6 +138,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=600, help="gradient steps of a student")
     parser.add_argument("--clips", help="folder of clips to test on too")
+    parser.add_argument("--recolor", action="store_true", help="recolour pasted backgrounds")
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     parser.add_argument("--json", type=Path, default=RESULTS / "student.json")
     args = parser.parse_args()
@@ -152,7 +161,14 @@ def main() -> None:
     with ProcessPoolExecutor(args.jobs, get_context("spawn")) as pool:
         jobs = {
             pool.submit(
-                experiment, name, seed, backgrounds, args.steps, name in args.few, args.clips
+                experiment,
+                name,
+                seed,
+                backgrounds,
+                args.steps,
+                name in args.few,
+                args.clips,
+                args.recolor,
             ): (name, f"seed {seed}")
             for seed in args.seeds
             for name in args.tasks

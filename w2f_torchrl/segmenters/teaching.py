@@ -29,7 +29,7 @@ def train_student(
     learning_rate: float = 1e-2,
     paste: float = 0.5,
     moves: float = 0.0,
-    recolor: bool = True,
+    recolor: bool = False,
     widths: Sequence[int] = WIDTHS,
     seed: int = 0,
     device: torch.device | str = "cpu",
@@ -49,7 +49,7 @@ def train_student(
         moves: Maximum shift and scaling of a pasted foreground, as a share of the image, in
             [0, 0.5]; 0 keeps it in place.
         recolor: Whether pasted backgrounds get other colours, so that the student meets more than
-            they show.
+            they show. Better for some tasks and worse for others (docs/evidence.md).
         widths: Channels of a new student.
         seed: Seed of the weights, the batches and the augmentation.
         device: Where to train.
