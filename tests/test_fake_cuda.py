@@ -38,7 +38,7 @@ from w2f_torchrl.learner.update_metrics import UpdateMetrics
 from w2f_torchrl.modules import build_world_model, latent_sizes
 from w2f_torchrl.objectives import LossConfig
 from w2f_torchrl.trainers import Learner
-from w2f_torchrl.transforms.replaced_scenery import _composed
+from w2f_torchrl.transforms import ReplacedSceneryTransform
 
 fake = pytest.mark.skipif(why_not() is not None, reason=f"no fake CUDA tensors: {why_not()}")
 PRECISIONS = ["float32", "bfloat16"]
@@ -269,15 +269,17 @@ def test_a_learner_on_the_second_device_uses_no_other(cuda):
 
 @fake
 @pytest.mark.parametrize("colors", [False, True])
-def test_replaced_scenery_is_composed_on_the_device(cuda, colors):
-    sample, rows = fake_sample(), torch.arange(1, device="cuda")
-    pixels, mask = sample["next", "pixels"], sample["next", "foreground_mask"]
-    scenery = torch.zeros(1, *pixels.shape[1:], dtype=torch.uint8, device="cuda")
-    matrices = torch.zeros(1, 3, 4, device="cuda") if colors else None
-    with Watch() as watch:
-        seen = _composed(pixels, mask, rows, scenery, matrices)
-    assert not watch.found
-    assert (seen.device.type, seen.dtype, seen.shape) == ("cuda", torch.uint8, pixels.shape)
+def test_replaced_scenery_is_composed_on_the_device(colors):
+    clips = [np.zeros((3, SIZE, SIZE, 3), np.uint8)]
+    transform = ReplacedSceneryTransform(clips, 1.0, colors=colors)
+    drawn = transform.draw(2, 4)
+    with fake_cuda():
+        sample, drawn = fake_sample(), fake_like(drawn, "cuda")
+        pixels = sample["next", "pixels"]
+        with Watch() as watch:
+            seen = transform.compose(sample, drawn)["next", "pixels"]
+        assert not watch.found
+        assert (seen.device.type, seen.dtype, seen.shape) == ("cuda", torch.uint8, pixels.shape)
 
 
 # ------------------------------------------------------------------ acting, films, probes

@@ -240,6 +240,6 @@ class _Black(ReplacedSceneryTransform):
         )
         self.calls = 0
 
-    def forward(self, tensordict):
+    def compose(self, tensordict, drawn):
         self.calls += 1
-        return super().forward(tensordict)
+        return super().compose(tensordict, drawn)

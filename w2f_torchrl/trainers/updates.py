@@ -33,6 +33,7 @@ class Updates:
         self.clock = parts.progress.clock
         self.to_device = DeviceCopy(run.device)
         self.replaced_scenery = build_replaced_scenery(run.config)
+        self.pinned = run.device.type == "cuda"
         self.mask_iou: float | None = None
         """IoU of the predicted masks in the last row of metrics; None without such a row."""
         self._compiled = False
@@ -61,14 +62,17 @@ class Updates:
         return sample
 
     def _augmented(self, sample: TensorDictBase, update: int) -> TensorDictBase:
-        """Change a sample as before an update; that many updates came before it."""
+        """Change a sample on the device as for an update; that many updates came before it."""
         if self.replaced_scenery is None:
             return sample
         # Every update has a seed, so that a resumed run draws what an uninterrupted one does.
         self.replaced_scenery.seed(
             derive_seed(self.config.seed, "scenery", self.ranks.rank, update)
         )
-        return self.replaced_scenery(sample)
+        drawn = self.replaced_scenery.draw(*sample.shape)
+        if self.pinned:  # copied during the previous update, as samples are
+            drawn = drawn.pin_memory()
+        return self.replaced_scenery.compose(sample, self.to_device(drawn))
 
     def _learn_first(self) -> TensorDictBase:
         """Do the first update of a process; a signal interrupts it, as it may compile for minutes.
@@ -121,7 +125,8 @@ class Updates:
         updates = self.counters.updates
         name = f"not_finite_after_{updates:012d}_rank_{self.ranks.rank}.pt"
         batch = self.collection.replay.gather(self.metrics.slots[sums.applied])
-        path = save_batch(self.directory / name, self._augmented(batch, before))
+        batch = self._augmented(self.to_device(batch), before).cpu()
+        path = save_batch(self.directory / name, batch)
         self.metrics.clear()
         weights = "were not changed" if self.learner.is_finite() else "are not finite either"
         return FloatingPointError(

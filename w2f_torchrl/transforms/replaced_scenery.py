@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from tensordict import NestedKey, TensorDictBase, unravel_key
+from tensordict import NestedKey, TensorDict, TensorDictBase, unravel_key
 from torch import Tensor
 from torchrl.envs import Transform
 
@@ -101,16 +101,49 @@ class ReplacedSceneryTransform(Transform):
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Replace the scenery of some sequences of a sample ``[B, T]`` or ``[B]``."""
-        shape = tensordict.get(self.in_keys[0]).shape[:-3]
-        steps = shape[1:].numel()
-        chosen = torch.rand(shape[0], generator=self.generator) < self.share
-        rows = chosen.nonzero().flatten()  # [N]
-        if not len(rows):
-            return tensordict
-        scenery = torch.stack([self._draw_frames(steps) for _ in rows])  # [N, T, 3, H, W]
-        matrices = None
+        pixels = tensordict.get(self.in_keys[0])
+        shape = pixels.shape[:-3]
+        drawn = self.draw(shape[0], shape[1:].numel())
+        return self.compose(tensordict, drawn.to(pixels.device))
+
+    def draw(self, sequences: int, steps: int) -> TensorDict:
+        """Draw what the next sample gets, on the host.
+
+        Args:
+            sequences: B, sequences of the sample.
+            steps: T, frames of each.
+
+        Returns:
+            For the N chosen sequences, ``[N]``, which may be none: ``row`` int64 ``[N]``,
+            ``scenery`` uint8 ``[N, T, 3, H, W]``, and with ``colors`` the change of its colours
+            ``matrix`` float32 ``[N, 3, 4]``.
+        """
+        chosen = torch.rand(sequences, generator=self.generator) < self.share
+        rows = chosen.nonzero().flatten()
+        count = len(rows)
+        height, width = self.clips[0].shape[1:3]
+        scenery = torch.empty(count, steps, 3, height, width, dtype=torch.uint8)
+        for place in range(count):
+            scenery[place] = self._draw_frames(steps)
+        drawn = TensorDict({"row": rows, "scenery": scenery}, [count])
         if self.colors:
-            matrices = torch.stack([draw_recoloring(self.generator) for _ in rows])  # [N, 3, 4]
+            drawn["matrix"] = torch.empty(count, 3, 4)
+            for place in range(count):
+                drawn["matrix"][place] = draw_recoloring(self.generator)
+        return drawn
+
+    def compose(self, tensordict: TensorDictBase, drawn: TensorDictBase) -> TensorDictBase:
+        """Put drawn scenery behind the foregrounds of a sample.
+
+        Args:
+            tensordict: The sample, ``[B, T]`` or ``[B]``.
+            drawn: Of :meth:`draw`, on the sample's device.
+        """
+        if not len(drawn):
+            return tensordict
+        scenery = drawn["scenery"]
+        if self.colors:
+            scenery = recolored(scenery, drawn["matrix"])
         for key, mask_key in zip(self.in_keys, self.mask_keys, strict=True):
             pixels, mask = tensordict.get(key), tensordict.get(mask_key, None)
             if mask is None:
@@ -120,10 +153,9 @@ class ReplacedSceneryTransform(Transform):
                 )
             check_tensor("pixels", pixels, torch.uint8, ("...", 3, *scenery.shape[-2:]))
             check_tensor("mask", mask, torch.bool, (*pixels.shape[:-3], 1, *pixels.shape[-2:]))
-            rows, scenery = rows.to(pixels.device), scenery.to(pixels.device)
-            if matrices is not None:
-                matrices = matrices.to(pixels.device)
-            tensordict.set(key, _composed(pixels, mask, rows, scenery, matrices))
+            rows, behind = drawn["row"], scenery.reshape(len(scenery), *pixels.shape[1:])
+            seen = torch.where(mask[rows], pixels[rows], behind)
+            tensordict.set(key, pixels.index_copy(0, rows, seen))
         return tensordict
 
     def _call(self, next_tensordict: TensorDictBase) -> TensorDictBase:
@@ -148,29 +180,6 @@ class ReplacedSceneryTransform(Transform):
 
     def _integer(self, below: int) -> int:
         return int(torch.randint(below, (), generator=self.generator))
-
-
-def _composed(
-    pixels: Tensor, mask: Tensor, rows: Tensor, scenery: Tensor, matrices: Tensor | None
-) -> Tensor:
-    """Put scenery behind the foregrounds of some sequences.
-
-    All tensors are on one device, whose results the host does not read.
-
-    Args:
-        pixels: uint8 ``[B, ..., 3, H, W]``, T frames in each of B sequences.
-        mask: bool ``[B, ..., 1, H, W]``.
-        rows: The sequences, int64 ``[N]``.
-        scenery: uint8 ``[N, T, 3, H, W]``.
-        matrices: Changes of its colours, float32 ``[N, 3, 4]``; None for none.
-
-    Returns:
-        uint8 ``[B, ..., 3, H, W]``.
-    """
-    if matrices is not None:
-        scenery = recolored(scenery, matrices)
-    behind = scenery.reshape(len(rows), *pixels.shape[1:])
-    return pixels.index_copy(0, rows, torch.where(mask[rows], pixels[rows], behind))
 
 
 def _mask_beside(key: NestedKey) -> NestedKey:
