@@ -15,7 +15,7 @@ try:
     import gymnasium
     from gymnasium.spaces import Box
 except ModuleNotFoundError as error:
-    raise ModuleNotFoundError(f"MujocoTask needs gymnasium: {EXTRA}") from error
+    raise ModuleNotFoundError(f"MujocoTask needs gymnasium: {EXTRA}", name=error.name) from error
 
 FloatArray = npt.NDArray[np.float64]
 
