@@ -29,7 +29,7 @@ def clips(count: int = 3, length: int = 4) -> list[np.ndarray]:
 
 
 def sample(*shape: int) -> TensorDict:
-    """Frames of the colour 200 with a mask of its own each."""
+    """Frames of the colour 200, each with another mask."""
     generator = torch.Generator().manual_seed(0)
     mask = torch.rand(*shape, 1, SIZE, SIZE, generator=generator) < 0.3
     pixels = torch.full((*shape, 3, SIZE, SIZE), 200, dtype=torch.uint8)
