@@ -18,14 +18,14 @@ from w2f_torchrl.trainers import Trainer
 from w2f_torchrl.transforms import ReplacedSceneryTransform
 
 B, T, SIZE = 6, 7, 8
-CLIP_OF_FRAME = 10
-"""Colour levels between the clips: frame l of clip c has the colour 10 c + l + 1 everywhere."""
+LEVELS_PER_CLIP = 10
+"""Colour levels between clips: frame l of clip c has the colour 10 c + l + 1 everywhere."""
 
 
 def clips(count: int = 3, length: int = 4) -> list[np.ndarray]:
     levels = np.arange(length, dtype=np.uint8)[:, None, None, None]
     ones = np.ones((1, SIZE, SIZE, 3), np.uint8)
-    return [ones * (CLIP_OF_FRAME * clip + levels + 1) for clip in range(count)]
+    return [ones * (LEVELS_PER_CLIP * clip + levels + 1) for clip in range(count)]
 
 
 def sample(*shape: int) -> TensorDict:
@@ -48,7 +48,7 @@ def test_the_foreground_stays_and_the_rest_plays_one_clip():
     data = sample(B, T)
     before = data.clone()
     levels = levels_behind(ReplacedSceneryTransform(clips(), 1.0, colors=False)(data)).int() - 1
-    clip, frame = levels // CLIP_OF_FRAME, levels % CLIP_OF_FRAME
+    clip, frame = levels // LEVELS_PER_CLIP, levels % LEVELS_PER_CLIP
     assert (clip == clip[:, :1]).all()  # one clip in a sequence
     assert len(clip[:, 0].unique()) > 1
     # A clip of 4 frames plays 0 1 2 3 2 1 0 1 ...: neighbours in each step, turning at the ends.

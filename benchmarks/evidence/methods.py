@@ -149,7 +149,7 @@ def measure(
     """
     checkpoint, path = find_checkpoint(run_dir), run_dir / MEASURES
     asked = {"checkpoint": checkpoint.name, "episodes": episodes, "probed": probed, "seed": seed}
-    asked["real"] = clips is not None
+    asked |= {"real": clips is not None}
     if path.exists() and (before := json.loads(path.read_text()))["asked"] == asked:
         return Measured(**before["measured"])
     config, learner, _ = load_learner(checkpoint)
@@ -197,6 +197,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             failure = 130
         except RuntimeError as error:
             failure = f"error: {error}"
+    clips = args.clips if args.clips.is_dir() else None
+    if clips is None:
+        say(f"--clips {args.clips} does not exist: no run is played in front of real clips")
     measured, missing = [], []
     for job, what in jobs.items():
         run_dir = args.runs / job.name
@@ -205,8 +208,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             continue
         say(f"{job.name}: measuring")
         wanted = {"episodes": args.episodes, "probed": args.probed, "seed": args.seed}
-        wanted["clips"] = args.clips if args.clips.is_dir() else None
-        measured.append(measure(run_dir, what, **wanted))
+        measured.append(measure(run_dir, what, **wanted, clips=clips))
     if not measured:
         sys.exit(failure or "error: no run is finished")
     summary = summarise(measured)
