@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from scipy import stats
 from tiny_run import MODEL
 
@@ -138,6 +139,50 @@ def test_an_interrupted_comparison_says_how_it_continues(tmp_path, capsys, monke
     assert "the same command continues" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="no run is finished"):
         methods.main([*command, "--no-training"])
+
+
+def test_runs_of_another_call_count_if_made_and_measured_alike(tmp_path, monkeypatch):
+    trained = []
+    monkeypatch.setattr(methods.Runs, "train", lambda self, jobs: trained.extend(jobs))
+    monkeypatch.setattr(methods, "measure", lambda run, what, **_: what._replace(seen=[300.0]))
+    monkeypatch.setattr(methods, "read_environment", lambda path: [{"commit": "abc"}])
+
+    def call(name, *more):
+        trained.clear()
+        methods.main(
+            [
+                *("--runs", str(tmp_path / "runs"), "--json", str(tmp_path / name), "--methods"),
+                *("split", "tia", "--worlds", "clips", "--tasks", "finger_spin", *more),
+            ]
+        )
+        return json.loads((tmp_path / name).read_text())
+
+    clips, elsewhere = tmp_path / "clips", tmp_path / "moved"
+    for folder in (clips, elsewhere):
+        for number in range(8):
+            (folder / f"clip{number}").mkdir(parents=True)
+            Image.new("RGB", (4, 4)).save(folder / f"clip{number}" / "0.png")
+    monkeypatch.setattr(methods, "is_finished", lambda run: "tia" in run.name)
+    first = call("first.json", "--clips", str(clips), "--seeds", "0")
+    assert [(r["method"], r["commit"]) for r in first["runs"]] == [("tia", "abc")]
+    assert str(tmp_path) not in json.dumps(first["runs"])
+    monkeypatch.setattr(methods, "is_finished", lambda run: "split" in run.name)
+    more = ["--clips", str(elsewhere), "--seeds", "0", "1", "--add", str(tmp_path / "first.json")]
+    second = call("second.json", *more)
+    assert [job.name for job in trained] == [
+        "split_clips_finger_spin_seed0",
+        "split_clips_finger_spin_seed1",
+        "tia_clips_finger_spin_seed1",
+    ]
+    assert second["not_finished"] == ["tia_clips_finger_spin_seed1"]
+    assert first["runs"][0] in second["runs"]
+    assert len(second["runs"]) == 3
+    for other in (["--episodes", "3"], ["--override", "optimizer.lr=1e-4"]):
+        assert len(call("third.json", *more, *other)["runs"]) == 2
+        assert len(trained) == 4
+    (tmp_path / "old.json").write_text('{"returns": [], "runs": [{"method": "tia"}]}')
+    with pytest.raises(SystemExit, match=r"old.json is no results file"):
+        call("fourth.json", "--add", str(tmp_path / "old.json"))
 
 
 @pytest.mark.slow

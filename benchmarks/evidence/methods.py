@@ -3,10 +3,13 @@ r"""Train methods in worlds of scenery, measure all of them alike, and tabulate 
 python benchmarks/evidence/methods.py --runs runs/methods --json benchmarks/results/methods.json \
     --markdown methods.md --plot docs/images/methods.png
 python benchmarks/evidence/methods.py --runs runs/methods --no-training ...  # of what is there
+python benchmarks/evidence/methods.py --runs runs/methods --add machine1.json machine2.json ...
 
 Every run is ``experiment=cpu`` of ``sota_configs/world2filter.py`` in a process and a directory of
 its own, and a later call continues where an earlier one was cut. A finished run is measured once;
-``measures.json`` in its directory keeps the result. Measured are returns before the scenery of
+``measures.json`` in its directory keeps the result. With --add, runs in the results files of other
+calls count as done, so that several machines can share the work; they must have had the same
+settings and been measured in the same way. Measured are returns before the scenery of
 training, in front of unseen scenery (the validation clips or colours), and after training with
 computed videos also in front of the unseen real ones of --clips, what probes read from the latent
 that the actor reads, the change of action and value when the scenery is replaced or removed, and
@@ -22,13 +25,14 @@ import sys
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 sys.path.append(str(Path(__file__).parents[1] / "shared"))
 
 import torch
 from curve_runs import Job, Runs, check_same_settings, is_finished, settings_of
 from find_checkpoint import find_checkpoint
-from methods_table import Measured, draw, markdown, summarise
+from methods_table import Measured, draw, markdown, read_entries, summarise
 from results_file import RESULTS, write_results
 
 from w2f_torchrl.algorithms.masked_input import student_of
@@ -37,10 +41,13 @@ from w2f_torchrl.envs.scenery.distractions import shows_video
 from w2f_torchrl.evaluation.policy import LoadedPolicy, load_learner
 from w2f_torchrl.evaluation.run_filtering import FilteringMeter, flat_metrics
 from w2f_torchrl.learner import Learner
+from w2f_torchrl.logging.environment import read_environment
 from w2f_torchrl.logging.metrics_file import read_metrics
 from w2f_torchrl.logging.pictures.plotting import save_figure
 from w2f_torchrl.utils.seeding import derive_seed
 
+CLIPS = "CLIPS"
+"""Stands for the folder of --clips."""
 METHODS: dict[str, tuple[str, ...]] = {
     "dreamer_v3": ("algo=dreamer_v3",),
     "masked_input": ("algo=masked_input",),
@@ -58,7 +65,7 @@ WORLDS: dict[str, tuple[str, ...]] = {
     "easy": ("environment.distraction=easy",),
     "clips": (
         "environment.distraction={background:{num_videos:4}}",
-        "environment.background_source=CLIPS",
+        f"environment.background_source={CLIPS}",
     ),
     "reactive": ("environment.distraction=reactive_action_time",),
 }
@@ -89,7 +96,7 @@ def jobs_of(args: argparse.Namespace) -> dict[Job, Measured]:
         overrides = (
             *SHARED,
             *METHODS[method],
-            *(each.replace("CLIPS", str(args.clips)) for each in WORLDS[world]),
+            *(each.replace(CLIPS, str(args.clips)) for each in WORLDS[world]),
             *TASKS.get(task, ()),
             f"environment.domain={domain}",
             f"environment.task={name}",
@@ -132,6 +139,13 @@ def play(
     returns = [float(env.rollout(10_000, policy)["next", "reward"].sum()) for _ in range(episodes)]
     env.close()
     return returns
+
+
+def recipe_of(job: Job, args: argparse.Namespace) -> dict[str, Any]:
+    """Return what made a run and its measures, in plain values and without paths."""
+    measured = {"episodes": args.episodes, "probed": args.probed, "seed": args.seed}
+    overrides = [each.replace(str(args.clips), CLIPS) for each in job.overrides]
+    return {"overrides": overrides, "measured_with": measured | {"real": args.clips.is_dir()}}
 
 
 def measure(
@@ -182,16 +196,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
         jobs = jobs_of(args)
         for job in jobs:
             check_same_settings(job, args.runs / job.name)
-    except ValueError as error:
+        elsewhere = read_entries(args.add)
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 
     def say(line: str) -> None:
         sys.stderr.write(f"{line}\n")
 
+    def known(job: Job) -> dict[str, Any] | None:
+        """Return a run of --add with the same settings and measures."""
+        recipe = recipe_of(job, args) | {"seed": job.seed}
+        return next((e for e in elsewhere if all(e[key] == recipe[key] for key in recipe)), None)
+
     failure: str | int | None = None  # what the process exits with
     if not args.no_training:
         try:
-            Runs(args.runs, args.parallel, say).train(list(jobs))
+            Runs(args.runs, args.parallel, say).train([job for job in jobs if not known(job)])
         except KeyboardInterrupt:
             say("interrupted; the same command continues")
             failure = 130
@@ -200,15 +220,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     clips = args.clips if args.clips.is_dir() else None
     if clips is None:
         say(f"--clips {args.clips} does not exist: no run is played in front of real clips")
-    measured, missing = [], []
+    entries, missing = [], []
     for job, what in jobs.items():
         run_dir = args.runs / job.name
-        if not is_finished(run_dir):
+        if is_finished(run_dir):
+            say(f"{job.name}: measuring")
+            wanted = {"episodes": args.episodes, "probed": args.probed, "seed": args.seed}
+            found = measure(run_dir, what, **wanted, clips=clips)
+            made_by = read_environment(run_dir / "environment.json")[-1]
+            made_by = {key: made_by[key] for key in ("commit", "processor") if key in made_by}
+            entries.append(found._asdict() | recipe_of(job, args) | made_by)
+        elif (entry := known(job)) is not None:
+            entries.append(entry)
+        else:
             missing.append(job.name)
-            continue
-        say(f"{job.name}: measuring")
-        wanted = {"episodes": args.episodes, "probed": args.probed, "seed": args.seed}
-        measured.append(measure(run_dir, what, **wanted, clips=clips))
+    measured = [Measured(**{key: each[key] for key in Measured._fields}) for each in entries]
     if not measured:
         sys.exit(failure or "error: no run is finished")
     summary = summarise(measured)
@@ -222,7 +248,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         **summary,
         "not_finished": missing,
     }
-    write_results(args.json, results | {"runs": [each._asdict() for each in measured]})
+    write_results(args.json, results | {"runs": entries})
     if args.plot is not None:
         save_figure(draw(summary), args.plot)
     if failure is not None:
@@ -237,6 +263,9 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--runs", type=Path, required=True, help="where the runs are")
     parser.add_argument("--parallel", type=int, default=1, help="runs at a time")
+    parser.add_argument(
+        "--add", nargs="*", type=Path, default=[], help="results files whose runs count as done"
+    )
     parser.add_argument("--no-training", action="store_true", help="measure what is finished")
     parser.add_argument("--clips", type=Path, default=Path("../shared/data/clips"))
     parser.add_argument("--episodes", type=int, default=10, help="played before each scenery")

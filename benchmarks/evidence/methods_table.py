@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -60,6 +62,23 @@ class Measured(NamedTuple):
     real: Sequence[float] = ()
     measures: dict[str, float] = {}  # noqa: RUF012  # never written to
     divergence: Sequence[float] = ()
+
+
+def read_entries(paths: Sequence[Path]) -> list[dict[str, Any]]:
+    """Return the runs of results files of methods.py.
+
+    Raises:
+        OSError: If a file can't be read.
+        ValueError: If it is no such file, or an old one, which lacks the settings of its runs.
+    """
+    entries = []
+    for path in paths:
+        found = json.loads(path.read_text())
+        runs = found.get("runs") if isinstance(found, dict) else None
+        if not runs or not all({"overrides", *Measured._fields} <= run.keys() for run in runs):
+            raise ValueError(f"--add {path} is no results file of methods.py with runs' settings.")
+        entries += runs
+    return entries
 
 
 def summarise(measured: Sequence[Measured]) -> dict[str, Any]:

@@ -5,9 +5,11 @@
 A clone of this checkout is set up with an empty download cache, then again with the filled one, and
 the installed files are added up: what the package requires, what only its development does (tests,
 linters, documentation), and of both what only the CUDA build of PyTorch brings, which the CPU build
-(``make setup CPU=1``) leaves out. PyTorch itself is a separate row, since its two builds differ in
-size, and so is the bytecode that set-up compiles. Bytes are those of the files, not of the blocks
-that they take on a disk.
+(``make setup CPU=1``) leaves out. PyTorch itself is a separate row, with its libraries for CUDA,
+which the CPU build lacks, in a row of their own, and so is the bytecode that set-up compiles. Bytes
+are those of the files, not of the blocks that they take on a disk.
+
+The CPU build is not on PyPI for Linux on x86, so ``cpu_build`` adds up what is left without CUDA.
 """
 
 from __future__ import annotations
@@ -60,7 +62,12 @@ def size(distribution):
     return total
 
 walk("w2f-torchrl")
-print(json.dumps({name: [size(d), name in required] for name, d in installed.items()}))
+sizes = {name: [size(d), name in required] for name, d in installed.items()}
+torch = installed["torch"]
+cuda = [f for f in torch.files if re.search(r"lib/lib.*(cuda|nvshmem).*\\.so", str(f))]
+sizes["torch_cuda"] = [sum(os.path.getsize(torch.locate_file(f)) for f in cuda), True]
+sizes["torch"][0] -= sizes["torch_cuda"][0]
+print(json.dumps(sizes))
 """
 
 
@@ -83,17 +90,18 @@ def sizes(checkout: Path) -> dict[str, float]:
     """Return the sizes of the installed packages in groups, in MB of 1e6 bytes."""
     python = checkout / ".venv" / "bin" / "python"
     done = subprocess.run([python, "-c", SIZES], check=True, capture_output=True, text=True)
-    groups = dict.fromkeys(("required", "development", "cuda_only", "torch"), 0)
+    groups = dict.fromkeys(("required", "development", "cuda_only", "torch", "torch_cuda"), 0)
     for name, (size, is_required) in json.loads(done.stdout).items():
         if name.startswith(CUDA_ONLY):
             group = "cuda_only"
-        elif name == "torch":
-            group = "torch"
+        elif name in ("torch", "torch_cuda"):
+            group = name
         else:
             group = "required" if is_required else "development"
         groups[group] += size
     bytecode = (checkout / ".venv").rglob("*.pyc")
     groups["bytecode"] = sum(path.stat().st_size for path in bytecode)
+    groups["cpu_build"] = groups["required"] + groups["torch"]  # without development, bytecode
     return {group: round(size / 1e6, 1) for group, size in groups.items()}
 
 
