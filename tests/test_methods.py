@@ -199,6 +199,19 @@ def test_the_dual_variable_rises_above_the_budget_and_falls_below_it(target, sig
     assert torch.equal(again.loss.scaled_log_dual, learner.loss.scaled_log_dual)
 
 
+def test_the_dual_variable_passes_one_as_fast_as_it_moves_elsewhere():
+    """Clipping relative to a parameter must not stop its logarithm where it is zero."""
+    repo = RepoConfig(target_kl=1e-3, initial_dual=0.995, dual_slowdown=1)
+    learner = learner_of("repo", method=repo, lr=1e-3)
+    path = []
+    for _ in range(30):
+        learner.update(make_sample())
+        path.append(float(learner.loss.log_dual))
+    assert path[3] < 0 < path[-1]
+    moved = np.diff(path[5:])
+    assert moved.min() > 0.5 * moved.max() > 0
+
+
 # ------------------------------------------------------------------ R2-Dreamer
 
 

@@ -13,6 +13,7 @@ from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
 from torchrl.envs import TransformedEnv
 
 from w2f_torchrl.config import ConfigError
+from w2f_torchrl.learner.non_finite_guard import FINITE
 from w2f_torchrl.segmenters import recoloring
 from w2f_torchrl.trainers import Trainer
 from w2f_torchrl.transforms import ReplacedSceneryTransform
@@ -228,6 +229,59 @@ def test_an_update_sees_the_sample_with_replaced_scenery(tmp_path):
     pixels, mask = seen[0]["next", "pixels"], seen[0]["next", "foreground_mask"]
     assert (pixels[~mask.expand_as(pixels)] == 0).all()
     assert pixels[mask.expand_as(pixels)].any()
+
+
+@pytest.mark.render
+@pytest.mark.parametrize(
+    ("latent", "forgotten"),
+    [
+        ("split", {"background_belief", "background_state"}),
+        ("shared", {"belief", "state"}),
+        ("foreground", set()),
+    ],
+)
+def test_latents_of_other_scenery_are_neither_read_nor_stored(tmp_path, latent, forgotten):
+    algo = {"name": "world2filter", "latent": latent}
+    trainer = Trainer(tiny_run(tmp_path, algo=algo, augmentation={"scenery": 0.5}))
+    updates, seen, stored, rows = trainer._updates, [], [], []
+    draw = updates.replaced_scenery.draw
+
+    def draw_and_tell(*shape: int) -> TensorDict:
+        drawn = draw(*shape)
+        rows.append(drawn["row"].tolist())
+        return drawn
+
+    def learn(sample: TensorDict) -> TensorDict:
+        seen.append(sample["initial"].clone())
+        trainer.learner.latents = sample["initial"].apply(torch.ones_like)
+        return TensorDict({FINITE: torch.ones(())})
+
+    updates.replaced_scenery.draw = draw_and_tell
+    trainer.learner.update = learn
+    trainer.start()
+    trainer.replay.write_back = lambda slots, latents, applied: stored.append(latents.clone())
+    try:
+        while len(trainer.replay) < 200:
+            trainer._collect()
+        slots = torch.arange(trainer.replay.latents.num_rows)
+        ones = {
+            name: torch.ones(len(slots), *field.shape, dtype=field.torch_dtype)
+            for name, field in trainer.replay.latents.fields.items()
+        }
+        trainer.replay.latents.write(slots, ones)
+        for _ in range(4):
+            updates._learn()
+    finally:
+        trainer._close(report=False)
+    assert any(rows)
+    assert any(len(each) < len(seen[0]) for each in rows)
+    for replaced, *latents in zip(rows, seen, stored, strict=True):
+        for found in latents:
+            assert forgotten <= set(found.keys())
+            for name, value in found.items():
+                for row, values in enumerate(value):
+                    assert values.all() == (name not in forgotten or row not in replaced), name
+                    assert not (name in forgotten and row in replaced and values.any())
 
 
 class _Black(ReplacedSceneryTransform):

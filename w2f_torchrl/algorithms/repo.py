@@ -106,5 +106,8 @@ def build_repo(settings: AlgorithmSettings) -> Algorithm:
     repo = own_settings(settings, RepoConfig)
     # The budget takes the place of the free nats, below which the KL would have no gradient.
     settings = replace(settings, loss=settings.loss.thawed(free_nats=0.0))
-    world_model, weights = without_decoder(world_model_of(settings)), {"budget": 1.0, "dual": 1.0}
+    # Gradients are clipped relative to their parameter, so a logarithm would stay where it is zero,
+    # at beta = 1. So small a gradient is never clipped; the step does not depend on its scale.
+    weights = {"budget": 1.0, "dual": 1e-6}
+    world_model = without_decoder(world_model_of(settings))
     return build_around(world_model, settings, RepoLoss, weights=weights, repo=repo)

@@ -49,8 +49,9 @@ from w2f_torchrl.trainers.run_logging import (
     finish_run,
     start_bar,
 )
-from w2f_torchrl.trainers.run_replay import RunReplay, checkpoint_slack
+from w2f_torchrl.trainers.run_replay import RunReplay, build_replaced_scenery, checkpoint_slack
 from w2f_torchrl.trainers.tolerance import Tolerance
+from w2f_torchrl.transforms.replaced_scenery import ReplacedSceneryTransform
 from w2f_torchrl.utils.random_state import RandomStreams
 from w2f_torchrl.utils.seeding import derive_seed
 
@@ -363,10 +364,14 @@ class Parts:
     evaluator: AnyEvaluator | None
     progress: Progress
     checkpoints: Checkpoints
+    scenery: ReplacedSceneryTransform | None = None
+    """Replaces the scenery of sampled sequences."""
 
 
 def build_parts(run: Run) -> Parts:
     """Build every part of a run, in order, and put back what it resumes from."""
+    # First: a clip that can't be read must not leave a log behind, which would be taken for a run.
+    scenery = build_replaced_scenery(run.config)
     env = probe_env(run.config)
     masks = choose_masks(run, env)
     learner = build_learner(run, env, masks)
@@ -376,4 +381,4 @@ def build_parts(run: Run) -> Parts:
     checkpoints = build_checkpoints(
         run, env=env, learner=learner, masks=masks, collection=collection, progress=progress
     )
-    return Parts(learner, masks, collection, evaluator, progress, checkpoints)
+    return Parts(learner, masks, collection, evaluator, progress, checkpoints, scenery)

@@ -5,16 +5,19 @@ from __future__ import annotations
 import math
 
 from tensordict import TensorDictBase
+from torch import Tensor
 
 from w2f_torchrl.data.device_copy import DeviceCopy
 from w2f_torchrl.learner.non_finite_guard import FINITE
 from w2f_torchrl.learner.update_metrics import Sums, shown_row
+from w2f_torchrl.modules.packed_latents import INITIAL
 from w2f_torchrl.trainers.interruptions import save_batch
 from w2f_torchrl.trainers.run import Parts, Run
-from w2f_torchrl.trainers.run_replay import build_replaced_scenery
 from w2f_torchrl.utils.random_state import random_state, restore_random_state
 from w2f_torchrl.utils.seeding import derive_seed
 from w2f_torchrl.utils.stopping import StopRequested, may_be_cut
+
+BACKGROUND = ("background_belief", "background_state")
 
 
 class Updates:
@@ -32,7 +35,7 @@ class Updates:
         self.counters, self.metrics = parts.progress.counters, parts.progress.metrics
         self.clock = parts.progress.clock
         self.to_device = DeviceCopy(run.device)
-        self.replaced_scenery = build_replaced_scenery(run.config)
+        self.replaced_scenery = parts.scenery
         self.pinned = run.device.type == "cuda"
         self.mask_iou: float | None = None
         """IoU of the predicted masks in the last row of metrics; None without such a row."""
@@ -54,17 +57,26 @@ class Updates:
         """Draw a sample ``[B, T]`` and learn from it."""
         sample = self.collection.replay.sample()
         slots = sample["index"]
-        sample = self._augmented(self.to_device(sample), self.counters.updates)
+        sample, replaced = self._augmented(self.to_device(sample), self.counters.updates)
         metrics = self.learner.update(sample)
         self.metrics.add(metrics, slots)
-        if self.learner.latents is not None:
-            self.collection.replay.write_back(slots, self.learner.latents, metrics[FINITE])
+        latents = self.learner.latents
+        if latents is not None:
+            latents = self._without_scenery(latents, replaced)
+            self.collection.replay.write_back(slots, latents, metrics[FINITE])
         return sample
 
-    def _augmented(self, sample: TensorDictBase, update: int) -> TensorDictBase:
-        """Change a sample on the device as for an update; that many updates came before it."""
+    def _augmented(
+        self, sample: TensorDictBase, update: int
+    ) -> tuple[TensorDictBase, Tensor | None]:
+        """Change a sample on the device as for an update; that many updates came before it.
+
+        Returns:
+            The sample, and which of its sequences have other scenery, int64 ``[N]``; None if none
+            ever has.
+        """
         if self.replaced_scenery is None:
-            return sample
+            return sample, None
         # Every update has a seed, so that a resumed run draws what an uninterrupted one does.
         self.replaced_scenery.seed(
             derive_seed(self.config.seed, "scenery", self.ranks.rank, update)
@@ -72,7 +84,25 @@ class Updates:
         drawn = self.replaced_scenery.draw(*sample.shape)
         if self.pinned:  # copied during the previous update, as samples are
             drawn = drawn.pin_memory()
-        return self.replaced_scenery.compose(sample, self.to_device(drawn))
+        drawn = self.to_device(drawn)
+        sample = self.replaced_scenery.compose(sample, drawn)
+        if INITIAL in sample.keys():
+            initial = self._without_scenery(sample[INITIAL], drawn["row"])
+            sample = sample.replace({INITIAL: initial})
+        return sample, drawn["row"]
+
+    def _without_scenery(self, latents: TensorDictBase, replaced: Tensor | None) -> TensorDictBase:
+        """Let packed latents ``[B, T]`` know nothing of the scenery of some sequences.
+
+        The replay holds the recorded scenery. A latent of it does not fit a sequence with other
+        scenery, nor the other way round: each slice would begin with a cut. Zero means none, as in
+        new records.
+        """
+        latent = self.config.latent
+        if replaced is None or latent == "foreground":
+            return latents
+        names = [name for name in latents.keys() if latent != "split" or name in BACKGROUND]
+        return latents.replace({name: latents[name].index_fill(0, replaced, 0) for name in names})
 
     def _learn_first(self) -> TensorDictBase:
         """Do the first update of a process; a signal interrupts it, as it may compile for minutes.
@@ -125,7 +155,7 @@ class Updates:
         updates = self.counters.updates
         name = f"not_finite_after_{updates:012d}_rank_{self.ranks.rank}.pt"
         batch = self.collection.replay.gather(self.metrics.slots[sums.applied])
-        batch = self._augmented(self.to_device(batch), before).cpu()
+        batch = self._augmented(self.to_device(batch), before)[0].cpu()
         path = save_batch(self.directory / name, batch)
         self.metrics.clear()
         weights = "were not changed" if self.learner.is_finite() else "are not finite either"
