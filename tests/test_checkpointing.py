@@ -28,6 +28,8 @@ from w2f_torchrl.checkpoint import (
     verify_checkpoint,
 )
 from w2f_torchrl.checkpoint import file as checkpointing
+from w2f_torchrl.checkpoint.resume import _find_checkpoint
+from w2f_torchrl.config import RunConfig
 
 
 def save(directory: Path, updates: int, keep: int = 3, **payload: Any) -> Path:
@@ -327,3 +329,58 @@ def test_going_back_discards_the_abandoned_future(tmp_path):
         "checkpoint_000000000030.pt"
     ]
     assert numbers(tmp_path) == [1, 2]
+
+
+def test_empty_bytes_are_refused_before_they_make_a_file_that_cannot_be_read(tmp_path):
+    with pytest.raises(TypeError, match=r"payload\['digests'\]\[1\] is empty bytes"):
+        save(tmp_path, 1, digests=[b"x", b""])
+    assert list_checkpoints(tmp_path) == []
+
+
+def test_a_checkpoint_without_the_parts_of_all_ranks_is_passed_over(tmp_path, caplog):
+    own, other = tmp_path / "checkpoints", tmp_path / "checkpoints" / "rank_1"
+    for updates in (1, 2, 3):
+        save(own, updates, ranks=2)
+        save(other, updates, records=updates)
+    assert latest_valid_checkpoint(own).stem.endswith("3")
+    (other / "checkpoint_000000000003.pt").unlink()
+    assert latest_valid_checkpoint(own).stem.endswith("2")
+    flip_bit(other / "checkpoint_000000000002.pt", 100)
+    assert latest_valid_checkpoint(own).stem.endswith("1")
+    assert "It is the part of rank 1. Trying the previous one." in caplog.text
+    (other / "checkpoint_000000000001.pt").unlink()
+    assert latest_valid_checkpoint(own).stem.endswith("3")  # none is whole
+    assert "without a rank's part all replays fill again" in caplog.text
+
+
+def start(run_dir: Path, resume: str | None, *, is_restart: bool) -> Path | None:
+    config = RunConfig(run_dir=str(run_dir), resume=resume)
+    found = _find_checkpoint(config, is_restart=is_restart)
+    return None if found is None else found.path
+
+
+def test_a_restarted_run_goes_on_where_it_was_and_not_where_it_began(tmp_path):
+    first, fork = tmp_path / "first", tmp_path / "fork"
+    begin = save(first / "checkpoints", 10)
+    path = str(first)
+    assert start(fork, path, is_restart=False) == begin
+    assert start(fork, path, is_restart=True) == begin  # stopped before its first checkpoint
+    own = save(fork / "checkpoints", 12)
+    assert start(fork, path, is_restart=True) == own
+    assert start(fork, None, is_restart=True) == own
+    assert start(tmp_path / "new", None, is_restart=True) is None
+
+
+def test_a_run_is_not_overwritten_by_another_ones_checkpoint(tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    save(first / "checkpoints", 10)
+    older, _ = save(second / "checkpoints", 5), save(second / "checkpoints", 12)
+    with pytest.raises(CheckpointError, match=r"second already holds a run, and resume=.*first"):
+        start(second, str(first), is_restart=False)
+    assert numbers(second / "checkpoints") == [5, 12]
+    assert start(second, str(older), is_restart=False) == older  # going back is meant
+    only_log = tmp_path / "log"
+    only_log.mkdir()
+    (only_log / "metrics.jsonl").write_text("{}\n")
+    with pytest.raises(CheckpointError, match="already holds a run"):
+        start(only_log, str(first), is_restart=False)

@@ -342,3 +342,22 @@ def test_an_action_that_is_no_number_blames_the_policy():
     batch["action"][1, 2] = math.nan
     with pytest.raises(FloatingPointError, match=r"action is \[nan\] in env 1, step 2.*policy"):
         check_finite(batch)
+
+
+def test_a_vector_that_is_no_number_blames_the_environment():
+    from w2f_torchrl.trainers.collecting import TransitionError, check_finite
+
+    def part() -> dict[str, torch.Tensor]:
+        return {"position": torch.zeros(2, 3, 4), "camera": torch.zeros(2, 3, 2, dtype=torch.uint8)}
+
+    transition = {"action": torch.zeros(2, 3, 1), "next": {"reward": torch.zeros(2, 3, 1)}}
+    batch = TensorDict(part() | transition, [2, 3])
+    batch["next"].update(part())
+    names = ["position", "camera"]
+    check_finite(batch, names)
+    batch["next", "position"][0, 2, 1] = math.inf  # of an observation that is not acted on
+    with pytest.raises(TransitionError, match=r"position is .* in env 0, step 2.*environment"):
+        check_finite(batch, names)
+    batch["position"][1, 0], batch["action"][1, 0] = math.nan, math.nan  # the action follows
+    with pytest.raises(TransitionError, match=r"position is .* in env 1, step 0.*environment"):
+        check_finite(batch, names)

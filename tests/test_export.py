@@ -59,6 +59,8 @@ def test_an_exported_policy_names_nothing_of_the_machine(checkpoint, tmp_path):
     saved = load_checkpoint(checkpoint)
     saved.payload["config"]["segmentation"]["labels"] = str(tmp_path / "labels.npz")
     saved.payload["config"]["logging"]["wandb_entity"] = "somebody"
+    saved.payload["config"]["augmentation"]["source"] = "/home/somebody/clips"
+    saved.payload["config"]["environment"]["dmcgb_data"] = "/home/somebody/dmcgb"
     labelled = save_checkpoint(tmp_path / "run", saved.payload, updates=1, frames=1)
     payload = load_checkpoint(export_policy(labelled, tmp_path / "policy.pt")).payload
     assert str(tmp_path) not in repr(payload["config"])

@@ -15,10 +15,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tensordict import TensorDict
 
+from w2f_torchrl.checkpoint.file import load_checkpoint, write_checkpoint
 from w2f_torchrl.data import StreamReplayBuffer, make_replay
 from w2f_torchrl.data.replay.latents import LatentStore, latent_fields
 from w2f_torchrl.data.replay.record_files import Field
-from w2f_torchrl.data.replay.replay_files import ReplayFiles
+from w2f_torchrl.data.replay.replay_files import (
+    ReplayFiles,
+    find_damage,
+    open_records,
+    read_streams,
+)
 from w2f_torchrl.modules import PRESETS, build_world_model
 from w2f_torchrl.modules.packed_latents import (
     pack_belief,
@@ -458,3 +464,32 @@ def test_a_shuffled_write_gives_each_record_its_own_latent():
         belief = replay.latents.rows(20 * stream, 20 * stream + 9)["belief"]
         expected = [[stream, p, 0] if p % 7 else [0, 0, 0] for p in range(9)]
         assert belief.tolist() == expected
+
+
+def test_a_stream_without_records_does_not_spoil_a_checkpoint(tmp_path):
+    replay = replay_with_latents()
+    files, expected = files_of(replay, tmp_path / "replay"), Expected(replay)
+    expected.write([25, 0, 6])
+    path = write_checkpoint(tmp_path / "a.pt", {"replay": save(files)}, updates=1, frames=1)
+    manifest = load_checkpoint(path).payload["replay"]
+    assert find_damage(manifest, tmp_path / "replay") == []
+    restored = replay_with_latents()
+    files_of(restored, tmp_path / "replay").load(manifest, tmp_path / "replay")
+    assert restored.heads.written.tolist() == [25, 0, 6]
+
+
+def test_reading_starts_with_the_oldest_record_of_a_replay(tmp_path):
+    """A new generation of files begins within a block, whose first rows hold nothing."""
+    replay = make_replay(
+        capacity=300, num_streams=1, batch_size=2, batch_length=4, seed=0, latents=FIELDS
+    )
+    files, expected = ReplayFiles(replay, tmp_path, "0000", 768), Expected(replay)
+    newest = None
+    for count in (200, 200, 600):
+        expected.write([count])
+        newest = files.commit(files.prepare(newest))
+    assert newest["generation"] != "0000"
+    with open_records(newest, tmp_path) as opened:
+        blocks = [block for block in read_streams(opened, newest) if block is not None]
+    positions = torch.cat([block["action"][:, 1] for block in blocks])
+    assert positions.tolist() == list(range(700, 1000))

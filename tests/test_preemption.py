@@ -9,7 +9,9 @@ import sys
 
 import pytest
 from helpers.checkout import ROOT
+from helpers.runs import tiny_run
 
+from w2f_torchrl.trainers import Trainer
 from w2f_torchrl.trainers.preemption import hand_over, is_restart, stop_signals
 
 
@@ -64,6 +66,33 @@ def test_a_terminated_submitit_job_is_not_done(run_dir, monkeypatch):
         hand_over([signal.SIGTERM], run_dir, is_first=True)
     assert left.value.code == 143
     assert not is_restart(run_dir)
+
+
+def test_a_signal_while_a_run_is_opened_requeues_the_job(run_dir, monkeypatch):
+    monkeypatch.setenv("SUBMITIT_EXECUTOR", "local")
+    monkeypatch.setenv("SUBMITIT_LOCAL_JOB_ID", "17")
+
+    def preempt(*_: object, **__: object) -> None:
+        signal.raise_signal(signal.SIGUSR2)
+
+    def requeue(number: int, frame: object) -> None:
+        raise SystemExit(122)
+
+    previous = signal.signal(signal.SIGUSR2, requeue)
+    config = tiny_run(run_dir)
+    try:
+        for function in ("opening.find_resumption", "trainer.build_parts"):
+            monkeypatch.setattr(f"w2f_torchrl.trainers.{function}", preempt)
+            with pytest.raises(SystemExit) as left:
+                Trainer(config)
+            assert left.value.code == 122
+            assert is_restart(run_dir)
+            monkeypatch.undo()
+            (run_dir / ".requeued").unlink()
+            monkeypatch.setenv("SUBMITIT_EXECUTOR", "local")
+            monkeypatch.setenv("SUBMITIT_LOCAL_JOB_ID", "17")
+    finally:
+        signal.signal(signal.SIGUSR2, previous)
 
 
 PRESETS = {

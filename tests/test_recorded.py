@@ -298,6 +298,40 @@ def test_all_that_fits_is_loaded_once_and_the_rest_streams_through(folder, capac
     assert sample["next", "done"].squeeze(-1)[:, :-1].equal(start[:, 1:])
 
 
+def test_a_smaller_replay_streams_what_it_no_longer_holds(folder):
+    data = opened(folder)
+    training, _ = data.split()
+
+    held = []
+
+    def keep(records):
+        held.append(records)
+        return records
+
+    def collection_of(capacity: int) -> RecordedCollection:
+        streams = EpisodeStreams(data, training, 2, seed=0)
+        return RecordedCollection(
+            Opened(capacity), streams, keep, num_streams=2, steps_per_batch=5, seed=0
+        )
+
+    whole = collection_of(1000)
+    whole.start(0, resumed=False)
+    assert whole.resident
+    for capacity in (1000, 100):
+        again = collection_of(capacity)
+        again.load_state_dict(whole.state_dict())
+        again.run_replay.records = object()  # the checkpoint has records
+        restore = again.run_replay.open
+
+        def open_with_records(again=again, restore=restore, **settings: Any) -> None:
+            restore(**settings)
+            again.replay.extend(torch.cat(held))
+
+        again.run_replay.open = open_with_records
+        again.start(0, resumed=True)
+        assert again.resident is (capacity == 1000)
+
+
 def test_frames_for_a_segmenter_come_from_all_episodes(folder):
     data = opened(folder)
     frames = frames_of(data, range(EPISODES), 20, seed=0)

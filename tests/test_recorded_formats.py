@@ -17,6 +17,7 @@ from w2f_torchrl.config import DataConfig
 from w2f_torchrl.data.recorded.episodes import DataError, RecordedData
 from w2f_torchrl.data.recorded.form import load_episode
 from w2f_torchrl.data.recorded.open import open_data
+from w2f_torchrl.data.recorded.rows import rewards_with_observations
 from w2f_torchrl.data.recorded.write import write_arrays
 
 SIZE, LENGTH, ACTION, FPS = 16, 7, 2, 10
@@ -321,3 +322,11 @@ def test_a_folder_of_nothing_says_what_is_allowed(tmp_path):
         opened(tmp_path)
     with pytest.raises(DataError, match="neither a folder nor"):
         opened(tmp_path / "nothing")
+
+
+def test_the_reward_of_an_episodes_last_action_is_not_lost():
+    reward = np.array([0, 2, 1, 0, 0, 4, 7], np.float32)  # of the action taken in each row
+    starts = np.array([1, 0, 0, 1, 0, 0, 1], bool)
+    moved = rewards_with_observations(reward, starts)
+    assert moved.tolist() == [0, 0, 2 + 1, 0, 0, 0 + 4, 7]
+    assert moved.sum() == reward.sum()

@@ -265,6 +265,8 @@ def _check_payload(value: Any, key: str) -> None:
     elif type(value) in (list, tuple):
         for index, item in enumerate(value):
             _check_payload(item, f"{key}[{index}]")
+    elif type(value) is bytes and not value:
+        raise TypeError(f"{key} is empty bytes, which torch.load(weights_only=True) refuses.")
     elif type(value) not in _LEAVES:
         raise TypeError(
             f"{key} is a {_type_name(value)}; a checkpoint only holds dict, list, tuple, tensor, "

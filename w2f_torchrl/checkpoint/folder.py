@@ -17,6 +17,7 @@ from w2f_torchrl.checkpoint.file import (
     CheckpointError,
     load_checkpoint,
     malformed_is_an_error,
+    verify_checkpoint,
     write_checkpoint,
 )
 from w2f_torchrl.checkpoint.layout import REPLAY
@@ -104,7 +105,7 @@ def save_checkpoint(
     if name is None:
         others = [other for other in list_checkpoints(directory) if other != path]
         for old in others[: max(0, len(others) - (keep - 1))]:
-            old.unlink()
+            old.unlink(missing_ok=True)  # the main thread may make room at the same time
     return path
 
 
@@ -136,12 +137,12 @@ def latest_valid_checkpoint(directory: str | os.PathLike[str]) -> Path | None:
 
 
 def find_latest(directory: str | os.PathLike[str]) -> FoundCheckpoint | None:
-    """Read the highest-numbered checkpoint whose file and records match their digests.
+    """Read the highest-numbered checkpoint whose file, other ranks' parts and records are intact.
 
-    A damaged one is skipped with a warning. If all of them have damaged records, the
-    highest-numbered one whose file is intact is returned, and a resume leaves those records out.
-    Missing records do not count as damage: a run that resumes without them logs a warning and fills
-    its replay again.
+    A damaged one is skipped with a warning. If all of them lack a rank's part or have damaged
+    records, the highest-numbered one whose file is intact is returned. A resume then leaves those
+    records out, or fills all replays again if a part is missing. Missing records do not count as
+    damage: a run that resumes without them logs a warning and fills its replay again.
 
     Args:
         directory: The directory of checkpoints.
@@ -160,15 +161,16 @@ def find_latest(directory: str | os.PathLike[str]) -> FoundCheckpoint | None:
         except CheckpointError as error:
             logger.warning("%s Trying the previous one.", error)
             continue
-        if not found.damage:
+        faults = [*_lost_parts(found), *describe_records(found)]
+        if not faults:
             return found
         incomplete = incomplete or found
-        first = describe_records(found)[0]
-        logger.warning("Checkpoint %s: %s Trying the previous one.", path, first)
+        logger.warning("Checkpoint %s: %s Trying the previous one.", path, faults[0])
     if incomplete is not None:
         logger.warning(
-            "All checkpoints have damaged records: %s is used, and damaged records are left out of "
-            "the replay, in blocks of 256.",
+            "All checkpoints lack a part or have damaged records: %s is used. Damaged records are "
+            "left out of the replay, in blocks of 256; without a rank's part all replays fill "
+            "again.",
             incomplete.path,
         )
         return incomplete
@@ -178,6 +180,21 @@ def find_latest(directory: str | os.PathLike[str]) -> FoundCheckpoint | None:
             "run_dir."
         )
     return None
+
+
+def _lost_parts(found: FoundCheckpoint) -> list[str]:
+    """Describe the other ranks' parts of a checkpoint that are missing or damaged.
+
+    A run that is killed between the writes of its ranks leaves such a checkpoint.
+    """
+    faults = []
+    for rank in range(1, int(found.checkpoint.payload.get("ranks", 1))):
+        part = checkpoints_of(run_of(found.path), rank) / found.path.name
+        try:
+            verify_checkpoint(part)
+        except CheckpointError as error:
+            faults.append(f"{error} It is the part of rank {rank}.")
+    return faults
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> FoundCheckpoint:

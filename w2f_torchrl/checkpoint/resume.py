@@ -18,6 +18,7 @@ from w2f_torchrl.checkpoint.folder import (
     FoundCheckpoint,
     checkpoints_of,
     damaged_records,
+    latest_checkpoint,
     records_folder,
     resolve_resume,
     run_of,
@@ -113,14 +114,34 @@ def find_resumption(config: RunConfig, ranks: RankGroup, *, is_restart: bool) ->
 
 
 def _find_checkpoint(config: RunConfig, *, is_restart: bool) -> FoundCheckpoint | None:
-    resume = config.resume or ("auto" if is_restart else None)
-    found = resolve_resume(resume, config.run_dir)
-    if resume is None and (Path(config.run_dir) / "metrics.jsonl").exists():
+    resume, run_dir = config.resume, Path(config.run_dir)
+    # A restarted run goes on from its own checkpoints, wherever it began.
+    own = latest_checkpoint(checkpoints_of(run_dir)) is not None
+    if is_restart and (resume is None or own):
+        resume = "auto"
+    found = resolve_resume(resume, run_dir)
+    holds_run = own or (run_dir / "metrics.jsonl").exists()
+    if resume is None and holds_run:
         raise CheckpointError(
-            f"run_dir={config.run_dir} already holds a run and resume=null starts a new one. "
+            f"run_dir={run_dir} already holds a run and resume=null starts a new one. "
             "Pass resume=auto to continue it, or another run_dir."
         )
+    if found is not None and resume != "auto" and holds_run and not is_restart:
+        _check_own(found.path, run_dir, str(resume))
     return found
+
+
+def _check_own(path: Path, run_dir: Path, resume: str) -> None:
+    """Refuse another run's checkpoint where a run is: that run's newer half would be deleted.
+
+    Raises:
+        CheckpointError: If the checkpoint is of another run.
+    """
+    if run_of(path).resolve() != run_dir.resolve():
+        raise CheckpointError(
+            f"run_dir={run_dir} already holds a run, and resume={resume} is a checkpoint of "
+            "another one. Pass resume=auto to continue the run, or another run_dir."
+        )
 
 
 def _check_settings(checkpoint: Checkpoint, path: Path, config: RunConfig) -> None:
@@ -152,9 +173,9 @@ def _read_rank(
     own_path = checkpoints_of(run_of(path), ranks.rank) / path.name
     own: Checkpoint | None = checkpoint
     if ranks.rank:
-        own = load_checkpoint(own_path) if own_path.exists() else None
+        own = _read_part(own_path)
     if own is None:
-        logger.warning("%s has no part of rank %d", path, ranks.rank)
+        logger.warning("%s has no intact part of rank %d", path, ranks.rank)
     folder = records_folder(run_of(path), ranks.rank)
     manifest = None if own is None else _manifest_of(own, path, folder)
     # Either all ranks resume their replays or none does, as all do the same number of updates.
@@ -169,6 +190,20 @@ def _read_rank(
     shared = (*HEADER, *SHARED_PARTS, REPLAY)
     parts = {} if own is None else {k: v for k, v in own.payload.items() if k not in shared}
     return Resumption(path, checkpoint, parts | _log_state(checkpoint, path, run_dir), records)
+
+
+def _read_part(path: Path) -> Checkpoint | None:
+    """Return a rank's part of a checkpoint, or None, with a warning, if it is damaged.
+
+    An error would end one rank while the others wait for it.
+    """
+    if not path.exists():
+        return None
+    try:
+        return load_checkpoint(path)
+    except CheckpointError as error:
+        logger.warning("%s", error)
+        return None
 
 
 def _log_state(checkpoint: Checkpoint, path: Path, run_dir: Path) -> dict[str, Any]:

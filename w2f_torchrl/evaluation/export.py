@@ -23,10 +23,12 @@ PRIVATE: dict[str, Any] = {
     "device": "auto",
     "plugins": [],
 }
+PRIVATE_ENVIRONMENT = {"dmcgb_data": None}
 PRIVATE_LOGGING = {"wandb_project": "w2f_torchrl", "wandb_entity": None}
 #: Recorded data that the run was trained on.
 PRIVATE_DATA = {"path": None}
 #: Files for the masks of training, which acting does not need.
+PRIVATE_AUGMENTATION = {"source": None}
 PRIVATE_SEGMENTATION = dict.fromkeys(
     ("checkpoint", "vocabulary", "student_checkpoint", "labels", "backgrounds")
 )
@@ -39,8 +41,8 @@ def export_policy(checkpoint: str | Path, out: str | Path) -> Path:
 
     Like any checkpoint, the file can be opened with :func:`~w2f_torchrl.trainers.load_policy`. A
     run cannot resume from it: it contains no optimizer, replay, environments and random streams.
-    Paths are removed from the settings, except ``environment.background_source``, which is part of
-    the task.
+    Paths are removed from the settings, except those that are part of the task:
+    ``environment.background_source``, a palette's file, and arguments of the env.
 
     Args:
         checkpoint: A ``checkpoint_*.pt`` or ``best.pt`` file.
@@ -81,8 +83,10 @@ def public_settings(config: dict[str, Any]) -> dict[str, Any]:
         config: The checkpoint's, as plain values.
     """
     public = config | PRIVATE
+    public["environment"] = config["environment"] | PRIVATE_ENVIRONMENT
     public["logging"] = config["logging"] | PRIVATE_LOGGING
     public["data"] = config.get("data", {}) | PRIVATE_DATA
+    public["augmentation"] = config.get("augmentation", {}) | PRIVATE_AUGMENTATION
     public["segmentation"] = config["segmentation"] | PRIVATE_SEGMENTATION
     return public
 

@@ -183,10 +183,10 @@ class Collection:
             The episodes that ended in it.
 
         Raises:
-            FloatingPointError: If a reward or an action is not finite; nothing is stored then.
+            TransitionError: If a number in it is not finite; nothing is stored then.
             StopRequested: If a stop signal arrived; the batch is kept for later.
         """
-        check_finite(batch)
+        check_finite(batch, self.observations)
         classes = self.latent_classes if LATENT_KEYS[0] in batch.keys(True) else None
         keys = keys_of_observations(batch, self.observations)
         records = records_from_rollout(batch, keys, latent_classes=classes)
@@ -342,22 +342,32 @@ def check_guard(config: RunConfig, local_ranks: int) -> None:
         require_main_guard("Trainer")
 
 
-def check_finite(batch: TensorDictBase) -> None:
+class TransitionError(FloatingPointError):
+    """Transitions of this rank are not finite; other ranks know nothing of it."""
+
+
+def check_finite(batch: TensorDictBase, observations: Sequence[str] = ()) -> None:
     """Refuse transitions that are not finite: every update that samples one would fail.
 
     Args:
         batch: Transitions ``[N, T]``.
+        observations: Entries of the env's observations; those of integers are finite.
 
     Raises:
-        FloatingPointError: Naming the first env and step whose reward or action is not finite.
+        TransitionError: Naming the first env and step where a number of an observation, a reward
+            or an action is not finite.
     """
-    entries = {"action": batch["action"], "reward": batch["next", "reward"]}
-    for name, values in entries.items():
+    # The policy's action follows from the observation, which is to blame then.
+    entries = [(name, part[name]) for name in observations for part in (batch, batch["next"])]
+    entries += [("reward", batch["next", "reward"]), ("action", batch["action"])]
+    for name, values in entries:
+        if not values.is_floating_point():
+            continue
         bad = ~values.flatten(2).isfinite().all(-1)  # [N, T]
         if bad.any():
             row, column = bad.nonzero()[0].tolist()
-            blame = "environment returned it" if name == "reward" else "policy's weights are bad"
-            raise FloatingPointError(
+            blame = "policy's weights are bad" if name == "action" else "environment returned it"
+            raise TransitionError(
                 f"{name} is {values[row, column].tolist()} in env {row}, step {column} of the "
                 f"batch: the {blame}. The batch is not stored; a resume begins new episodes."
             )

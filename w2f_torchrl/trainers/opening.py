@@ -16,7 +16,7 @@ from w2f_torchrl.config import RunConfig
 from w2f_torchrl.data.collector.leftovers import Leftovers
 from w2f_torchrl.trainers.collecting import check_guard
 from w2f_torchrl.trainers.interruptions import stop_on_signal
-from w2f_torchrl.trainers.preemption import is_restart
+from w2f_torchrl.trainers.preemption import hand_over, is_restart
 from w2f_torchrl.utils.closing import end_all
 from w2f_torchrl.utils.memory import keep_freed_memory
 from w2f_torchrl.utils.ranks import Ranks
@@ -65,10 +65,11 @@ class Run:
 
         Raises:
             KeyboardInterrupt: In place of the error of a Ctrl+C before the first step.
+            SystemExit: In a submitit job, which is requeued, after a signal.
         """
         self.building.close()
         self.close()
-        _raise_interrupt(error)
+        _answer(error, self.directory, self.ranks)
 
     def built(self) -> None:
         """Leave stop signals to the trainer: all parts are built."""
@@ -109,13 +110,16 @@ def open_run(config: RunConfig) -> Run:
     except BaseException as error:
         building.close()
         lock.abandon()
-        _raise_interrupt(error)
+        _answer(error, directory, ranks)
         raise
     torch.manual_seed(derive_seed(config.seed, "learner", ranks.rank))
     keep_freed_memory()
     return Run(config, ranks, device, directory, lock, leftovers, resumption, building)
 
 
-def _raise_interrupt(error: BaseException | None) -> None:
-    if isinstance(error, StopRequested) and error.number == signal.SIGINT:
-        raise KeyboardInterrupt from None
+def _answer(error: BaseException | None, run_dir: Path, ranks: Ranks) -> None:
+    """Answer a signal before the first step, with nothing to save, as a trained run would."""
+    if isinstance(error, StopRequested):
+        hand_over([error.number], run_dir, is_first=ranks.is_first)
+        if error.number == signal.SIGINT:
+            raise KeyboardInterrupt from None

@@ -57,6 +57,7 @@ def hand_over(received: Sequence[int], run_dir: Path, *, is_first: bool) -> None
         return
     asked = [number for number in received if number in _requeue_signals()]
     if is_first and asked:
+        run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / _MARK).write_text(_job_id())
         signal.raise_signal(asked[0])  # submitit's handler: requeues, and exits
     # After SIGTERM the scheduler decides whether to restart the job. Ranks that exit with an error

@@ -324,8 +324,8 @@ class Trainer:
         counters = {"frames": self.frames, "updates": self.updates}
         text = keep_exception(self.run_dir, error, **counters)
         logger.error("%s at frame %d, update %d", repr(error)[:500], self.frames, self.updates)
-        # Other ranks may be elsewhere or dead, but all see the same gradients.
-        together = self.ranks.size == 1 or isinstance(error, FloatingPointError)
+        # Other ranks may be elsewhere or dead. All see the same gradients, one its transitions.
+        together = self.ranks.size == 1 or type(error) is FloatingPointError
         if not (together and self.started and self.learner.intact and self.learner.is_finite()):
             logger.error("no emergency checkpoint is written: the previous one stays the newest")
             return

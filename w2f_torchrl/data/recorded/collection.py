@@ -127,7 +127,9 @@ class RecordedCollection:
             self._check_same(self._saved)
         if kept and self._saved is not None:
             self.streams.load_state_dict(self._saved["streams"])
-            self.resident = self._saved["resident"]
+            # A smaller replay.capacity keeps only the newest records.
+            heads = self.replay.heads
+            self.resident = self._saved["resident"] and bool((heads.stored == heads.written).all())
         else:
             self._fill()
         self._saved = None

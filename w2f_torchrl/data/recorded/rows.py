@@ -77,6 +77,9 @@ class RowsData(RecordedData):
 def rewards_with_observations(reward: Array, starts: Array) -> Array:
     """Move rewards from the row of their action to the row of the observation that followed.
 
+    What followed an episode's last action was not recorded: its reward, often the only one of a
+    task with sparse rewards, is added to that of the last observation.
+
     Args:
         reward: ``[N]``, of the action that was taken in each row.
         starts: bool ``[N]``: whether an episode begins in a row.
@@ -84,6 +87,8 @@ def rewards_with_observations(reward: Array, starts: Array) -> Array:
     moved = np.zeros_like(reward)
     moved[1:] = reward[:-1]
     moved[starts] = 0
+    last = np.append(starts[1:], True)
+    moved[last] += reward[last]
     return moved
 
 

@@ -150,7 +150,8 @@ class ReplayFiles:
             "written": list(pending.written),
             "first": list(pending.first),
             "fields": {name: list(field) for name, field in self._fields().items()},
-            "digests": [b"".join(d[b][1] for b in sorted(d)) for d in self._digests],
+            # None for a stream without records: torch.load refuses empty bytes.
+            "digests": [b"".join(d[b][1] for b in sorted(d)) or None for d in self._digests],
         }
         if self.replay.latents is not None:
             snapshot = {**manifest, "ring": heads.ring}
@@ -328,15 +329,18 @@ def read_streams(
 
     Yields:
         Entries ``[M, ...]`` as stored, by the path of their key; None between streams, and in
-        place of a damaged block.
+        place of a damaged block. The first block begins with the oldest record that can be sampled.
     """
     for stream, blocks in enumerate(windows(manifest)):
+        oldest = _oldest(manifest, stream)
         for block in blocks:
             if (stream, block) in damage:
                 yield None
             else:
-                count = _count(manifest, stream, block)
-                yield files.read(_row(manifest, stream, block), count)
+                # Rows of the block before the oldest may never have been written.
+                skipped = max(0, oldest - block * BLOCK)
+                count = _count(manifest, stream, block) - skipped
+                yield files.read(_row(manifest, stream, block) + skipped, count)
         yield None
 
 
@@ -350,6 +354,11 @@ def windows(manifest: Manifest) -> list[range]:
 
 def _window(end: int, capacity: int, begin: int) -> range:
     return range(max(end - capacity, begin, 0) // BLOCK, -(-end // BLOCK))
+
+
+def _oldest(manifest: Manifest, stream: int) -> int:
+    end, begin = manifest["written"][stream], manifest["first"][stream]
+    return int(max(end - manifest["capacity"], begin, 0))
 
 
 def _count(manifest: Manifest, stream: int, block: int) -> int:
