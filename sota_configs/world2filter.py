@@ -67,6 +67,7 @@ def train(config: DictConfig) -> None:
     logging.getLogger(quiet).setLevel(logging.WARNING)
     try:
         with lost_ranks_explained(ranks), parts.open_run(to_run_config(config)) as run:
+            scenery = parts.build_replaced_scenery(run.config)  # None without augmentation.scenery
             env = parts.probe_env(run.config)  # what the env offers: actions, masks
             masks = parts.choose_masks(run, env)  # the simulator's, SAM3's, a student's, a median's
             learner = parts.build_learner(run, env, masks)  # networks, losses, optimizer
@@ -78,7 +79,9 @@ def train(config: DictConfig) -> None:
             checkpoints = parts.build_checkpoints(
                 run, env=env, learner=learner, masks=masks, collection=collection, progress=progress
             )
-            made = parts.Parts(learner, masks, collection, evaluator, progress, checkpoints)
+            made = parts.Parts(
+                learner, masks, collection, evaluator, progress, checkpoints, scenery
+            )
             Trainer(run, made).train()
     except (ConfigError, CheckpointError, ModuleNotFoundError, RankError) as error:
         sys.exit(f"error: {error}" if ranks.is_first or isinstance(error, RankError) else 1)

@@ -8,6 +8,7 @@ import torch
 from helpers.counting_env import CountingEnv
 from helpers.runs import tiny_run
 from helpers.short_runs import crash, differences, run
+from hydra import compose, initialize_config_module
 from tensordict import TensorDict
 from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
 from torchrl.envs import TransformedEnv
@@ -229,6 +230,23 @@ def test_an_update_sees_the_sample_with_replaced_scenery(tmp_path):
     pixels, mask = seen[0]["next", "pixels"], seen[0]["next", "foreground_mask"]
     assert (pixels[~mask.expand_as(pixels)] == 0).all()
     assert pixels[mask.expand_as(pixels)].any()
+
+
+@pytest.mark.render
+def test_the_program_replaces_scenery_as_the_trainer_does(tmp_path, monkeypatch):
+    import sota_configs.world2filter as program
+
+    built = []
+
+    def train(trainer: Trainer) -> None:
+        built.append(trainer._updates.replaced_scenery)
+        trainer._close(report=False)
+
+    monkeypatch.setattr(Trainer, "train", train)
+    asked = ["experiment=smoke", "augmentation.scenery=0.25", f"run_dir={tmp_path}"]
+    with initialize_config_module("sota_configs", version_base="1.3"):
+        program.train(compose("config", asked))
+    assert built[0].share == 0.25
 
 
 @pytest.mark.render

@@ -68,6 +68,7 @@ __all__ = [
     "build_learner",
     "build_parts",
     "build_progress",
+    "build_replaced_scenery",
     "choose_masks",
     "finish",
     "make_evaluator",
@@ -364,8 +365,8 @@ class Parts:
     evaluator: AnyEvaluator | None
     progress: Progress
     checkpoints: Checkpoints
-    scenery: ReplacedSceneryTransform | None = None
-    """Replaces the scenery of sampled sequences."""
+    scenery: ReplacedSceneryTransform | None
+    """Replaces the scenery of sampled sequences; None for nothing."""
 
 
 def build_parts(run: Run) -> Parts:
