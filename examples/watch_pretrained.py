@@ -2,7 +2,7 @@
 
 python examples/watch_pretrained.py --out film.mp4
 
-It spins a body with a finger. It was trained for less than an hour on one CPU core before four
+It spins a body with a finger. It was trained for an hour on one CPU core before four
 distracting videos, with a wandering camera and changing colours (examples/pretrained/README.md),
 and plays in front of a video that it has never seen. Prints its return and a random policy's, and
 writes a video of what it sees and of what its latents hold; takes less than a minute on a CPU.
