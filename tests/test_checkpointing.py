@@ -359,7 +359,7 @@ def start(run_dir: Path, resume: str | None, *, is_restart: bool) -> Path | None
     return None if found is None else found.path
 
 
-def test_a_restarted_run_goes_on_where_it_was_and_not_where_it_began(tmp_path):
+def test_a_restarted_run_continues_where_it_was_and_not_where_it_began(tmp_path):
     first, fork = tmp_path / "first", tmp_path / "fork"
     begin = save(first / "checkpoints", 10)
     path = str(first)

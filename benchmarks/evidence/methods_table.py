@@ -212,8 +212,8 @@ def draw(summary: dict[str, Any]) -> Figure:
         if not below.lines:
             below.text(0.5, 0.5, "no scenery", ha="center", transform=below.transAxes, fontsize=9)
         below.set_xlabel("predicted agent steps", fontsize=9)
-    seen = "filled: scenery of training, hollow: unseen, diamond: real"
-    panels[0, 0].set_ylabel(f"interquartile mean of returns / 1000\n{seen}", fontsize=8)
+    marks = "filled: scenery of training\nhollow: unseen, diamond: real clips"
+    panels[0, 0].set_ylabel(f"interquartile mean of returns / 1000\n{marks}", fontsize=8)
     panels[1, 0].set_ylabel("distance of latents with and\nwithout scenery (1: random)", fontsize=9)
     panels[0, 0].set_ylim(0, 1)
     panels[1, 0].set_ylim(bottom=0)

@@ -115,7 +115,7 @@ def find_resumption(config: RunConfig, ranks: RankGroup, *, is_restart: bool) ->
 
 def _find_checkpoint(config: RunConfig, *, is_restart: bool) -> FoundCheckpoint | None:
     resume, run_dir = config.resume, Path(config.run_dir)
-    # A restarted run goes on from its own checkpoints, wherever it began.
+    # A restarted run continues from its own checkpoints, wherever it began.
     own = latest_checkpoint(checkpoints_of(run_dir)) is not None
     if is_restart and (resume is None or own):
         resume = "auto"
