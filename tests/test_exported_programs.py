@@ -427,8 +427,9 @@ def test_a_student_segments_alike_at_any_size(suffix, tmp_path):
         pixels = torch.randint(0, 256, (count, 3, height, width), dtype=torch.uint8)
         made = played.call({"pixels": pixels})
         confidence = student.confidences(pixels)
-        torch.testing.assert_close(made["confidence"], confidence, **EXACT)
-        clear = (confidence - 0.4).abs() > 1e-5
+        # Sums over many pixels, in another order: on an AMD EPYC one of 21,168 differed by 1.03e-5.
+        torch.testing.assert_close(made["confidence"], confidence, rtol=0, atol=3e-5)
+        clear = (confidence - 0.4).abs() > 3e-5
         assert torch.equal(made["foreground_mask"][clear], student(pixels)[clear])
         assert made["foreground_mask"].dtype is torch.bool
         assert 0.01 < made["foreground_mask"].float().mean() < 0.99

@@ -182,7 +182,7 @@ def test_runs_of_another_call_count_if_made_and_measured_alike(tmp_path, monkeyp
         assert len(trained) == 4
     (tmp_path / "old.json").write_text('{"returns": [], "runs": [{"method": "tia"}]}')
     with pytest.raises(SystemExit, match=r"old.json is no results file"):
-        call("fourth.json", "--add", str(tmp_path / "old.json"))
+        call("fourth.json", "--clips", str(clips), "--add", str(tmp_path / "old.json"))
 
 
 @pytest.mark.slow
