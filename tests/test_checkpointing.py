@@ -28,7 +28,7 @@ from w2f_torchrl.checkpoint import (
     verify_checkpoint,
 )
 from w2f_torchrl.checkpoint import file as checkpointing
-from w2f_torchrl.checkpoint.resume import _find_checkpoint
+from w2f_torchrl.checkpoint.resume import _find_checkpoint, _read_part
 from w2f_torchrl.config import RunConfig
 
 
@@ -322,13 +322,14 @@ def test_resume_path_is_a_file_a_directory_or_a_run(tmp_path):
         resolve_resume(path, tmp_path)
 
 
-def test_going_back_discards_the_abandoned_future(tmp_path):
+def test_going_back_discards_the_abandoned_future(tmp_path, caplog):
     for updates in (1, 2, 30):
         save(tmp_path, updates)
     assert [path.name for path in discard_checkpoints_after(tmp_path, 2)] == [
         "checkpoint_000000000030.pt"
     ]
     assert numbers(tmp_path) == [1, 2]
+    assert "checkpoint_000000000030.pt is deleted: the run resumes from update 2" in caplog.text
 
 
 def test_empty_bytes_are_refused_before_they_make_a_file_that_cannot_be_read(tmp_path):
@@ -384,3 +385,12 @@ def test_a_run_is_not_overwritten_by_another_ones_checkpoint(tmp_path):
     (only_log / "metrics.jsonl").write_text("{}\n")
     with pytest.raises(CheckpointError, match="already holds a run"):
         start(only_log, str(first), is_restart=False)
+
+
+def test_a_damaged_part_of_a_rank_is_as_good_as_none(tmp_path, caplog):
+    path = save(tmp_path, 3, records=1)
+    assert _read_part(path).updates == 3
+    flip_bit(path, 100)
+    assert _read_part(path) is None  # an error would end this rank while the others wait
+    assert "is damaged" in caplog.text
+    assert _read_part(tmp_path / "missing.pt") is None

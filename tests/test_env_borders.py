@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -31,6 +32,7 @@ from w2f_torchrl.envs import make_env, register_env, tasks
 from w2f_torchrl.logging.metrics import read_metrics
 from w2f_torchrl.modules import build_actor, build_policy, build_world_model, latent_sizes
 from w2f_torchrl.trainers import ConfigError, Trainer, load_policy
+from w2f_torchrl.trainers.collecting import TransitionError, check_finite
 
 PICTURE = (3, 16, 16)
 
@@ -333,8 +335,6 @@ def test_a_reward_that_is_no_number_is_named_and_a_resume_gets_past_it(tmp_path,
 
 
 def test_an_action_that_is_no_number_blames_the_policy():
-    from w2f_torchrl.trainers.collecting import check_finite
-
     batch = TensorDict(
         {"action": torch.zeros(2, 3, 1), "next": {"reward": torch.zeros(2, 3, 1)}}, [2, 3]
     )
@@ -345,8 +345,6 @@ def test_an_action_that_is_no_number_blames_the_policy():
 
 
 def test_a_vector_that_is_no_number_blames_the_environment():
-    from w2f_torchrl.trainers.collecting import TransitionError, check_finite
-
     def part() -> dict[str, torch.Tensor]:
         return {"position": torch.zeros(2, 3, 4), "camera": torch.zeros(2, 3, 2, dtype=torch.uint8)}
 
@@ -361,3 +359,15 @@ def test_a_vector_that_is_no_number_blames_the_environment():
     batch["position"][1, 0], batch["action"][1, 0] = math.nan, math.nan  # the action follows
     with pytest.raises(TransitionError, match=r"position is .* in env 1, step 0.*environment"):
         check_finite(batch, names)
+
+
+@pytest.mark.parametrize(("error", "saves"), [(TransitionError, False), (FloatingPointError, True)])
+def test_only_what_all_ranks_see_makes_them_write_a_checkpoint(tmp_path, error, saves):
+    saved = []
+    learner = SimpleNamespace(intact=True, is_finite=lambda: True)
+    trainer = SimpleNamespace(
+        ranks=SimpleNamespace(size=2, rank=0), run_dir=tmp_path, frames=8, updates=2, started=True
+    )
+    trainer.learner, trainer.save = learner, lambda exception: saved.append(exception)
+    Trainer._fail(trainer, error("not finite"))
+    assert bool(saved) is saves

@@ -324,6 +324,7 @@ def discard_checkpoints_after(directory: str | os.PathLike[str], updates: int) -
     future = [path for path in list_checkpoints(directory) if _number(path) > updates]
     for path in future:
         path.unlink()
+        logger.warning("%s is deleted: the run resumes from update %d", path, updates)
     return future
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,8 +12,6 @@ from w2f_torchrl.checkpoint.layout import RANK_PARTS, SHARED_PARTS
 from w2f_torchrl.checkpoint.resume import Resumption
 from w2f_torchrl.checkpoint.writer import CheckpointWriter
 from w2f_torchrl.data.replay.replay_files import ReplayFiles
-
-logger = logging.getLogger(__name__)
 
 
 class Stateful(Protocol):
@@ -81,10 +78,7 @@ class Checkpoints:
             for name, part in self.own.items():
                 if name in resumption.own:
                     part.load_state_dict(resumption.own[name])
-        deleted = discard_checkpoints_after(self.directory, saved.updates)
-        if deleted:
-            names = ", ".join(path.name for path in deleted)
-            logger.warning("resumed from %s: newer checkpoints deleted: %s", resumption.path, names)
+        discard_checkpoints_after(self.directory, saved.updates)
         self.last = saved.updates
 
     def start(self, files: ReplayFiles) -> None:
