@@ -39,6 +39,7 @@ from w2f_torchrl.modules import build_world_model, latent_sizes
 from w2f_torchrl.objectives import LossConfig
 from w2f_torchrl.trainers import Learner
 from w2f_torchrl.transforms import ReplacedSceneryTransform
+from w2f_torchrl.transforms.replaced_scenery import without_scenery
 
 fake = pytest.mark.skipif(why_not() is not None, reason=f"no fake CUDA tensors: {why_not()}")
 PRECISIONS = ["float32", "bfloat16"]
@@ -280,6 +281,20 @@ def test_replaced_scenery_is_composed_on_the_device(colors):
             seen = transform.compose(sample, drawn)["next", "pixels"]
         assert not watch.found
         assert (seen.device.type, seen.dtype, seen.shape) == ("cuda", torch.uint8, pixels.shape)
+
+
+@fake
+@pytest.mark.parametrize("latent", ["split", "shared", "foreground"])
+def test_scenery_is_taken_out_of_latents_on_the_device(latent):
+    with fake_cuda():
+        belief = torch.zeros(2, 1, 3, dtype=torch.float16, device="cuda").expand(2, 4, 3)
+        state = torch.zeros(2, 4, 5, dtype=torch.uint8, device="cuda")
+        latents = TensorDict({"belief": belief, "background_state": state}, [2, 4])
+        rows = torch.zeros(1, dtype=torch.int64, device="cuda")
+        with Watch() as watch:
+            kept = without_scenery(latents, rows, latent)
+        assert not watch.found
+        assert {value.device.type for value in kept.values()} == {"cuda"}
 
 
 # ------------------------------------------------------------------ acting, films, probes

@@ -233,6 +233,18 @@ def test_an_update_sees_the_sample_with_replaced_scenery(tmp_path):
 
 
 @pytest.mark.render
+def test_a_clip_that_cannot_be_read_leaves_no_run_behind(tmp_path):
+    for number in range(8):
+        folder = tmp_path / "clips" / f"clip{number}"
+        folder.mkdir(parents=True)
+        (folder / "0.png").write_bytes(b"no picture")
+    settings = {"scenery": 0.5, "source": str(tmp_path / "clips")}
+    with pytest.raises(ConfigError, match=r"augmentation\.source=.*clips"):
+        Trainer(tiny_run(tmp_path / "run", augmentation=settings))
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+@pytest.mark.render
 def test_the_program_replaces_scenery_as_the_trainer_does(tmp_path, monkeypatch):
     import sota_configs.world2filter as program
 

@@ -13,11 +13,10 @@ from w2f_torchrl.learner.update_metrics import Sums, shown_row
 from w2f_torchrl.modules.packed_latents import INITIAL
 from w2f_torchrl.trainers.interruptions import save_batch
 from w2f_torchrl.trainers.run import Parts, Run
+from w2f_torchrl.transforms.replaced_scenery import without_scenery
 from w2f_torchrl.utils.random_state import random_state, restore_random_state
 from w2f_torchrl.utils.seeding import derive_seed
 from w2f_torchrl.utils.stopping import StopRequested, may_be_cut
-
-BACKGROUND = ("background_belief", "background_state")
 
 
 class Updates:
@@ -62,7 +61,8 @@ class Updates:
         self.metrics.add(metrics, slots)
         latents = self.learner.latents
         if latents is not None:
-            latents = self._without_scenery(latents, replaced)
+            if replaced is not None:
+                latents = without_scenery(latents, replaced, self.config.latent)
             self.collection.replay.write_back(slots, latents, metrics[FINITE])
         return sample
 
@@ -87,22 +87,9 @@ class Updates:
         drawn = self.to_device(drawn)
         sample = self.replaced_scenery.compose(sample, drawn)
         if INITIAL in sample.keys():
-            initial = self._without_scenery(sample[INITIAL], drawn["row"])
+            initial = without_scenery(sample[INITIAL], drawn["row"], self.config.latent)
             sample = sample.replace({INITIAL: initial})
         return sample, drawn["row"]
-
-    def _without_scenery(self, latents: TensorDictBase, replaced: Tensor | None) -> TensorDictBase:
-        """Let packed latents ``[B, T]`` know nothing of the scenery of some sequences.
-
-        The replay holds the recorded scenery. A latent of it does not fit a sequence with other
-        scenery, nor the other way round: each slice would begin with a cut. Zero means none, as in
-        new records.
-        """
-        latent = self.config.latent
-        if replaced is None or latent == "foreground":
-            return latents
-        names = [name for name in latents.keys() if latent != "split" or name in BACKGROUND]
-        return latents.replace({name: latents[name].index_fill(0, replaced, 0) for name in names})
 
     def _learn_first(self) -> TensorDictBase:
         """Do the first update of a process; a signal interrupts it, as it may compile for minutes.

@@ -182,6 +182,27 @@ class ReplacedSceneryTransform(Transform):
         return int(torch.randint(below, (), generator=self.generator))
 
 
+def without_scenery(latents: TensorDictBase, rows: Tensor, latent: str) -> TensorDictBase:
+    """Let packed latents know nothing of the scenery of some sequences.
+
+    The replay holds the recorded scenery. A latent of it does not fit a sequence with other
+    scenery, nor the other way round: each slice would begin with a cut. Zero means none, as in
+    new records.
+
+    Args:
+        latents: Packed latents ``[B, T]``.
+        rows: The sequences, int64 ``[N]``.
+        latent: ``split``, whose background knows the scenery; ``foreground``, none of whose latents
+            does; otherwise all do.
+    """
+    names = [
+        name
+        for name in latents.keys()
+        if latent != "foreground" and (latent != "split" or name.startswith("background_"))
+    ]
+    return latents.replace({name: latents[name].index_fill(0, rows, 0) for name in names})
+
+
 def _mask_beside(key: NestedKey) -> NestedKey:
     key = unravel_key(key)
     return mask_of(key) if isinstance(key, str) else (*key[:-1], mask_of(key[-1]))
