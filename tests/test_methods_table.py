@@ -181,7 +181,7 @@ def test_runs_of_another_call_count_if_made_and_measured_alike(tmp_path, monkeyp
         assert len(call("third.json", *more, *other)["runs"]) == 2
         assert len(trained) == 4
     (tmp_path / "old.json").write_text('{"returns": [], "runs": [{"method": "tia"}]}')
-    with pytest.raises(SystemExit, match=r"old.json is no results file"):
+    with pytest.raises(SystemExit, match=r"old.json is not a results file"):
         call("fourth.json", "--clips", str(clips), "--add", str(tmp_path / "old.json"))
 
 

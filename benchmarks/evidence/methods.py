@@ -92,23 +92,29 @@ def jobs_of(args: argparse.Namespace) -> dict[Job, Measured]:
     """
     found = {}
     for seed, task, world, method in product(args.seeds, args.tasks, args.worlds, args.methods):
-        domain, _, name = task.rpartition("_")
-        overrides = (
-            *SHARED,
-            *METHODS[method],
-            *(each.replace(CLIPS, str(args.clips)) for each in WORLDS[world]),
-            *TASKS.get(task, ()),
-            f"environment.domain={domain}",
-            f"environment.task={name}",
-            *args.override,
-        )
+        what = Measured(method, world, task, seed)
+        overrides = tuple(o.replace(CLIPS, str(args.clips)) for o in overrides_of(what, args))
         label = f"{method}_{world}_{task}"
         try:
             job = Job(label, seed, overrides, settings_of(overrides))
         except Exception as error:  # Hydra has many kinds
             raise ValueError(f"{label}: {error}") from error
-        found[job] = Measured(method, world, task, seed)
+        found[job] = what
     return found
+
+
+def overrides_of(what: Measured, args: argparse.Namespace) -> tuple[str, ...]:
+    """Return the settings of a run, but for its seed; CLIPS stands for the folder of --clips."""
+    domain, _, name = what.task.rpartition("_")
+    return (
+        *SHARED,
+        *METHODS[what.method],
+        *WORLDS[what.world],
+        *TASKS.get(what.task, ()),
+        f"environment.domain={domain}",
+        f"environment.task={name}",
+        *args.override,
+    )
 
 
 def play(
@@ -141,11 +147,24 @@ def play(
     return returns
 
 
-def recipe_of(job: Job, args: argparse.Namespace) -> dict[str, Any]:
-    """Return what made a run and its measures, in plain values and without paths."""
+def recipe_of(what: Measured, args: argparse.Namespace) -> dict[str, Any]:
+    """Return what makes a run and its measures, in plain values and without paths."""
     measured = {"episodes": args.episodes, "probed": args.probed, "seed": args.seed}
-    overrides = [each.replace(str(args.clips), CLIPS) for each in job.overrides]
-    return {"overrides": overrides, "measured_with": measured | {"real": args.clips.is_dir()}}
+    return {
+        "seed": what.seed,
+        "overrides": list(overrides_of(what, args)),
+        "measured_with": measured | {"real": args.clips.is_dir()},
+    }
+
+
+def entry_of(run_dir: Path, what: Measured, args: argparse.Namespace) -> dict[str, Any]:
+    """Measure a finished run, and say how and with which code it was made."""
+    clips = args.clips if args.clips.is_dir() else None
+    wanted = {"episodes": args.episodes, "probed": args.probed, "seed": args.seed}
+    found = measure(run_dir, what, **wanted, clips=clips)
+    start = read_environment(run_dir / "environment.json")[-1]
+    made_by = {key: start[key] for key in ("commit", "processor") if key in start}
+    return found._asdict() | recipe_of(what, args) | made_by
 
 
 def measure(
@@ -203,35 +222,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
     def say(line: str) -> None:
         sys.stderr.write(f"{line}\n")
 
-    def known(job: Job) -> dict[str, Any] | None:
-        """Return a run of --add with the same settings and measures."""
-        recipe = recipe_of(job, args) | {"seed": job.seed}
-        return next((e for e in elsewhere if all(e[key] == recipe[key] for key in recipe)), None)
-
+    recipes = {job: recipe_of(what, args) for job, what in jobs.items()}
+    known = {j: e for j, r in recipes.items() for e in elsewhere if all(e[k] == r[k] for k in r)}
     failure: str | int | None = None  # what the process exits with
     if not args.no_training:
         try:
-            Runs(args.runs, args.parallel, say).train([job for job in jobs if not known(job)])
+            Runs(args.runs, args.parallel, say).train([job for job in jobs if job not in known])
         except KeyboardInterrupt:
             say("interrupted; the same command continues")
             failure = 130
         except RuntimeError as error:
             failure = f"error: {error}"
-    clips = args.clips if args.clips.is_dir() else None
-    if clips is None:
+    if not args.clips.is_dir():
         say(f"--clips {args.clips} does not exist: no run is played in front of real clips")
     entries, missing = [], []
     for job, what in jobs.items():
         run_dir = args.runs / job.name
         if is_finished(run_dir):
             say(f"{job.name}: measuring")
-            wanted = {"episodes": args.episodes, "probed": args.probed, "seed": args.seed}
-            found = measure(run_dir, what, **wanted, clips=clips)
-            made_by = read_environment(run_dir / "environment.json")[-1]
-            made_by = {key: made_by[key] for key in ("commit", "processor") if key in made_by}
-            entries.append(found._asdict() | recipe_of(job, args) | made_by)
-        elif (entry := known(job)) is not None:
-            entries.append(entry)
+            entries.append(entry_of(run_dir, what, args))
+        elif job in known:
+            entries.append(known[job])
         else:
             missing.append(job.name)
     measured = [Measured(**{key: each[key] for key in Measured._fields}) for each in entries]

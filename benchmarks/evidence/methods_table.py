@@ -75,8 +75,9 @@ def read_entries(paths: Sequence[Path]) -> list[dict[str, Any]]:
     for path in paths:
         found = json.loads(path.read_text())
         runs = found.get("runs") if isinstance(found, dict) else None
-        if not runs or not all({"overrides", *Measured._fields} <= run.keys() for run in runs):
-            raise ValueError(f"--add {path} is no results file of methods.py with runs' settings.")
+        wanted = {"overrides", "measured_with", *Measured._fields}
+        if not runs or not all(wanted <= run.keys() for run in runs):
+            raise ValueError(f"--add {path} is not a results file of methods.py with settings.")
         entries += runs
     return entries
 
